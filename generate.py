@@ -1,0 +1,179 @@
+"""Generate stage: n sampled responses from the policy to every prompt of a round.
+
+    y_1 … y_n ~ π_{t−1}(· | x) at temperature 0.7, top_p 1, at most 300 new tokens        SPA §5.1, B.4
+
+A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed, prompt id, sample,
+position) alone, and batches depend on the prompts file alone. So the text is the same on one process or eight, and after
+a kill: finished batches lie in OUT.part*, and the same command goes on from there.
+
+Writes the prompt rows with `responses` (n strings) and `ended` (False where the length limit cut a response off).
+
+    python generate.py --model runs/demo/seed --prompts runs/demo/data/prompts_1.jsonl --out responses.jsonl -n 4
+    torchrun --nproc_per_node=8 generate.py --model pi_0 --prompts prompts_1.jsonl --out responses.jsonl
+"""
+import argparse
+import glob
+import hashlib
+import json
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+
+from data.prepare import fail, is_done, parser, publish, read_rows, run_stage, settings_of, write_rows
+from seed_dpo import bf16_pays, encode_rows, load, start_processes
+
+
+def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
+    """The uniform numbers [n, length] that decide the n responses to one prompt."""
+    key = int.from_bytes(hashlib.sha256(prompt_id.encode(errors="surrogatepass")).digest()[:8], "big")
+    return np.stack([np.random.default_rng([seed, key, sample]).random(length) for sample in range(n)])
+
+
+def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Tokens [B] from logits [B, V]: the smallest token whose cumulative probability exceeds u [B] in [0, 1)."""
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    point = (u[:, None] * cumulative[:, -1:]).to(cumulative.dtype)
+    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+@torch.inference_mode()
+def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: float, stop: torch.Tensor) -> list[list[int]]:
+    """Token lists of the responses, row by row of u [len(prompts) · n, max_new_tokens]; a stop token ends one and stays on it.
+
+    Each prompt is computed once and its keys and values shared out to its n samples; finished rows leave the batch.
+    """
+    device, n, width = model.device, len(u) // len(prompts), max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left padding: all rows end together
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache = transformers.DynamicCache(config=model.config)
+    head = model.get_output_embeddings()
+
+    def last_logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return head(out.last_hidden_state[:, -1])
+
+    logits = last_logits(ids, (mask.cumsum(-1) - 1).clamp(min=0)).repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)
+    mask = mask.repeat_interleave(n, 0)
+    alive = torch.arange(len(u), device=device)
+    done = torch.zeros(len(u), dtype=torch.bool, device=device)
+    tokens: list[list[int]] = [[] for _ in range(len(u))]
+    for t in range(u.shape[1]):
+        token = draw(logits, u[alive, t], temperature)
+        for row, value, over in zip(alive.tolist(), token.tolist(), done.tolist()):
+            if not over:
+                tokens[row].append(value)
+        done |= torch.isin(token, stop)
+        if t + 1 == u.shape[1] or done.all():
+            break
+        if done.sum() * 8 >= len(done):  # each compaction copies the cache, so wait until an eighth is worth it
+            keep = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            token, mask, alive, done = token[keep], mask[keep], alive[keep], done[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = last_logits(token[:, None], mask.sum(-1, keepdim=True) - 1)
+    return tokens
+
+
+def finished(out: str, header: str) -> dict[str, dict]:
+    """id → row of every row that earlier runs with the same settings left in `out`.part*; a line cut by a kill is skipped."""
+    rows = {}
+    for path in glob.glob(f"{glob.escape(out)}.part*"):
+        with open(path, encoding="utf-8") as file:
+            if file.readline().rstrip("\n") != header:
+                continue
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    rows[row["id"]] = row
+                except (ValueError, KeyError):
+                    pass
+    return rows
+
+
+def generate(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict | None:
+    """Write args.out from args.prompts with args.model; returns the stats, or None where the output was complete already."""
+    settings = settings_of(args, "model", "prompts")
+    if is_done(args.out, settings):
+        return None
+    rows = read_rows(args.prompts, "prompts")
+    bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
+    model, tokenizer = load(args.model, device, torch.bfloat16 if bf16 else torch.float32)
+    encoded = [prompt for prompt, _ in encode_rows(model, tokenizer, rows, args.prompts, lambda row: [])]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and max(map(len, encoded)) + args.max_new_tokens > limit:
+        fail(f"{args.prompts}: the longest prompt ({max(map(len, encoded))} tokens) and --max-new-tokens exceed the context of {limit}")
+    stop = model.generation_config.eos_token_id or []
+    stop = torch.tensor(sorted({tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}), device=device)
+
+    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))
+    size = max(1, args.batch_size // args.n)
+    header = json.dumps(settings)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    done = finished(args.out, header)
+    todo = [b for b in (order[i:i + size] for i in range(0, len(order), size)) if any(rows[i]["id"] not in done for i in b)]
+    if done and rank == 0:
+        print(f"generate: {len(done)} of {len(rows)} prompts were done before; going on")
+    if world > 1:
+        dist.barrier()  # nobody writes until everybody has read
+    part = f"{args.out}.part{rank}"
+    fresh = not os.path.exists(part) or open(part, encoding="utf-8").readline().rstrip("\n") != header
+    with open(part, "w" if fresh else "a", encoding="utf-8") as file:
+        file.write(header + "\n" if fresh else "\n")
+        for batch in tqdm(todo[rank::world], desc="generate", unit="batch", disable=None if rank == 0 else True):
+            u = np.concatenate([uniforms(args.seed, rows[i]["id"], args.n, args.max_new_tokens) for i in batch])
+            tokens = iter(sample(model, [encoded[i] for i in batch], torch.tensor(u, device=device), args.temperature, stop))
+            for i in batch:
+                mine = [next(tokens) for _ in range(args.n)]
+                ended = [bool(y) and y[-1] in stop for y in mine]
+                texts = [tokenizer.decode(y[:-1] if e else y, skip_special_tokens=True) for y, e in zip(mine, ended)]
+                file.write(json.dumps({**rows[i], "responses": texts, "ended": ended}, ensure_ascii=False) + "\n")
+            file.flush()
+    if world > 1:
+        dist.barrier()
+    stats = {"prompts": len(rows), "n": args.n}
+    if rank == 0:
+        done = finished(args.out, header)
+        lengths = [len(text) for row in done.values() for text in row["responses"]]
+        stats |= {"mean_characters": sum(lengths) / len(lengths),
+                  "ended": sum(sum(row["ended"]) for row in done.values()) / len(lengths)}
+        publish(args.out, settings, stats, lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)))
+        for path in glob.glob(f"{glob.escape(args.out)}.part*"):
+            os.remove(path)
+        print(f"generate: {len(rows)} prompts × {args.n} responses, {stats['mean_characters']:.0f} characters on average, "
+              f"{stats['ended']:.0%} ended by themselves → {args.out}")
+    return stats
+
+
+def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
+    """The flags that decide what is sampled; evaluate.py has them too."""
+    cli.add_argument("-n", type=int, default=n, help="responses a prompt (papers: 2)")
+    cli.add_argument("--temperature", type=float, default=0.7, help="sampling temperature (papers: 0.7)")
+    cli.add_argument("--max-new-tokens", type=int, default=300, help="length limit of a response in tokens (papers: 300)")
+    cli.add_argument("--batch-size", type=int, default=128, help="responses sampled together; memory, and at most rounding in the text")
+    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the weights while sampling")
+    cli.add_argument("--seed", type=int, default=42, help="decides the text, together with the prompt's id")
+
+
+def check_sampling_flags(args: argparse.Namespace) -> None:
+    if min(args.n, args.max_new_tokens, args.batch_size) < 1 or not args.temperature > 0 or args.seed < 0:
+        fail("-n, --max-new-tokens and --batch-size must be at least 1, --temperature above 0, --seed 0 or more")
+
+
+def main() -> None:
+    cli = parser(__doc__)
+    cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
+    cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
+    cli.add_argument("--out", required=True, help="response rows (JSONL)")
+    sampling_flags(cli, n=2)
+    args = cli.parse_args()
+    check_sampling_flags(args)
+    generate(args, *start_processes())
+
+
+if __name__ == "__main__":
+    run_stage(main)

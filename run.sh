@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Adversarial preference optimisation, end to end: seed → T × (generate, label, dro, train) → evaluate.
+#
+#   bash run.sh                        the demo: a real 135 M model, two CPU cores, about ten minutes     → runs/demo/report.md
+#   bash run.sh configs/NAME.env       another setting; a config sets only what differs from the papers' values below
+#   MODEL=… DATA=… bash run.sh         any causal LM and any preference data, with the papers' values
+#   EPSILON=0 bash run.sh              SPA;  EPSILON=0 ALPHA=0 bash run.sh  iterative DPO on self-labels
+#   bash run.sh test                   the tests
+#
+# Every variable below can be set on the command line, before a config, before the default. A stage whose complete output
+# from the same settings lies there is skipped, so the same command goes on after a stop.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# The interpreter: the one at hand if it has what requirements.txt pins, else a .venv of our own. INSTALL=no takes it as it is.
+python=${PYTHON:-python3}
+satisfied() {
+  "$1" - <<'END' 2>/dev/null
+import sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+lines = (line.split("#")[0].strip() for line in open("requirements.txt"))
+sys.exit(any(version(r.name) not in r.specifier for r in map(Requirement, filter(None, lines))))
+END
+}
+if [[ ${INSTALL-} != no ]] && ! satisfied "$python"; then
+  [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+  python=.venv/bin/python
+  if ! satisfied "$python"; then
+    echo "installing requirements.txt into .venv" >&2
+    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  fi
+fi
+
+if [[ ${1-} == test ]]; then
+  exec "$python" -m pytest -q "${@:2}" tests
+fi
+
+if [[ -n ${1-} || -z ${DATA-} ]]; then
+  config=${1:-configs/demo.env}
+  [[ -f $config ]] || { echo "error: $config: no such config file" >&2; exit 2; }
+  source "$config"
+fi
+RUN=${RUN:-runs/$(basename "${config:-custom.env}" .env)}   # where everything of this run goes
+NPROC=${NPROC:-1}                                           # processes (GPUs) of this machine
+SEED=${SEED:-42}                                            # data split, order, sampling
+SEED_SIZE=${SEED_SIZE:-2000} ROUNDS=${ROUNDS:-8000 20000 30000}              # gold pairs; prompts of each round
+FLIP=${FLIP:-0}                                             # share of the gold labels turned wrong on purpose
+N=${N:-2} TEMPERATURE=${TEMPERATURE:-0.7} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-300}
+BETA=${BETA:-0.1} LR=${LR:-5e-7} BATCH_SIZE=${BATCH_SIZE:-32} SEED_EPOCHS=${SEED_EPOCHS:-3}
+ALPHA=${ALPHA:-0.1} LAMS=${LAMS:-0.5 0.25 0.125} PERCENTILE=${PERCENTILE:-10} # SPA: smoothing, extrapolation by round, flagged share
+EPSILON=${EPSILON:-0.01} PIECES=${PIECES:-6}                # the follower: radius, tangents of −log
+GOLD=${GOLD:-none} GOLD_MODEL=${GOLD_MODEL-}                # judge of unlabelled seeds and of the evaluation: vader, reward-model, none
+EVAL_N=${EVAL_N:-1}
+
+launch() {  # a stage on all processes
+  if (( NPROC > 1 )); then "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$@"; else "$python" "$@"; fi
+}
+judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
+train=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --seed "$SEED")
+sample=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED")
+
+# 0. Model and data: a gold seed, unlabelled prompts for each round, prompts for the evaluation; no prompt in two of them.
+if [[ -z ${MODEL-} ]]; then
+  MODEL=models/smollm2
+  "$python" data/demo.py --out "$MODEL"
+fi
+"$python" data/prepare.py --data "$DATA" --out "$RUN/data" --seed-size "$SEED_SIZE" --rounds $ROUNDS --flip "$FLIP" --seed "$SEED"
+gold=$RUN/data/seed.jsonl
+if [[ -f $RUN/data/seed_prompts.jsonl ]]; then  # prompts without preferences: the model answers, the gold judge labels, once
+  launch generate.py --model "$MODEL" --prompts "$RUN/data/seed_prompts.jsonl" --out "$RUN/gold/responses.jsonl" \
+    -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
+  launch label.py "${judge[@]}" --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl"
+  "$python" data/prepare.py --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" --seed "$SEED" \
+    --seed-size "$(wc -l <"$RUN/gold/pairs.jsonl")" --rounds
+  gold=$RUN/gold/seed/seed.jsonl
+fi
+
+# 1. Seed: π_0 ← DPO(π_init, gold).
+launch seed_dpo.py --model "$MODEL" --pairs "$gold" --out "$RUN/seed" --epochs "$SEED_EPOCHS" "${train[@]}"
+
+# 2. Rounds: π_{t−1} answers fresh prompts, judges its answers, the follower finds the worst case, π_t learns under it.
+policy=$RUN/seed models=(init="$MODEL" seed="$RUN/seed") labels=() lams=($LAMS) t=0
+for _ in $ROUNDS; do
+  t=$((t + 1)) round=$RUN/round$t
+  launch generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" --out "$round/responses.jsonl" \
+    -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
+  launch label.py --model "$policy" --reference-model "$MODEL" --responses "$round/responses.jsonl" --out "$round/labelled.jsonl" \
+    --beta "$BETA"
+  "$python" dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" --epsilon "$EPSILON" --pieces "$PIECES"
+  launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" --alpha "$ALPHA" \
+    --lam "${lams[t - 1]:-${lams[-1]}}" --percentile "$PERCENTILE" --pieces "$PIECES" "${train[@]}"
+  policy=$round/policy models+=(round$t="$policy") labels+=(round$t="$round/worst.jsonl")
+done
+
+# 3. Evaluate: every policy of the run on prompts that nothing was trained on.
+launch evaluate.py --models "${models[@]}" --labels "${labels[@]}" --prompts "$RUN/data/eval.jsonl" --out "$RUN" "${judge[@]}" \
+  -n "$EVAL_N" "${sample[@]}"

@@ -1,0 +1,91 @@
+"""A tiny random model with a real tokenizer and chat template, in the layout of any Hugging Face folder."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CORPUS = [json.loads(line)["prompt"] for line in open(ROOT / "data/prompts.jsonl")]
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=384, special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>",
+                                                     pad_token="<|pad|>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(config=transformers.LlamaConfig, seed: int = 0, **changes) -> transformers.PreTrainedModel:
+    torch.manual_seed(seed)
+    settings = dict(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                    initializer_range=0.2)
+    return transformers.AutoModelForCausalLM.from_config(config(**{**settings, **changes}), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer) -> str:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    make_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory, tokenizer) -> str:
+    """A second policy: the same weights, moved a little."""
+    path = tmp_path_factory.mktemp("model") / "other"
+    model = make_model()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def run(*command: str, processes: int = 1, env: dict | None = None) -> subprocess.CompletedProcess:
+    """A stage as a user starts it, from the repository's root."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **(env or {})})
+
+
+def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def jsonl(path) -> list[dict]:
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def dump(path, rows: list) -> str:
+    Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def gold_rows(count: int) -> list[dict]:
+    return [{"id": f"g{i}", "prompt": [{"role": "user", "content": CORPUS[i]}], "chosen": f"Good, {CORPUS[2 * i][:9 + i]}",
+             "rejected": f"Bad {CORPUS[3 * i][:30 - i]}"} for i in range(count)]

@@ -1,0 +1,141 @@
+"""Sampling (distribution, seeding, resuming, processes) and labelling (implicit reward, best against worst)."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import dump, jsonl, make_model, ok, run
+from scipy.stats import chisquare
+
+import generate as stage
+from generate import draw, sample, uniforms
+from label import best_and_worst, implicit_reward, vader_scores
+
+STOP = torch.tensor([2])
+
+
+def test_draw_follows_the_distribution():
+    logits, n = torch.tensor([0.0, 1.0, 2.0, -1.0]), 20000
+    tokens = draw(logits.expand(n, 4), torch.tensor(np.random.default_rng(0).random(n)), temperature=0.7)
+    expected = (logits / 0.7).softmax(-1).numpy() * n
+    assert chisquare(torch.bincount(tokens, minlength=4).numpy(), expected, sum_check=False).pvalue > 1e-3
+
+
+def test_draw_at_the_ends():
+    logits = torch.tensor([[-1e9, 0.0, 0.0, -1e9]])
+    assert [draw(logits, torch.tensor([u]), 1.0).item() for u in (0.0, 0.49, 0.51, 1 - 1e-12)] == [1, 1, 2, 2]
+
+
+def test_sampling_equals_uncached_one_at_a_time():
+    """Against whole forward passes of one sequence: no padding, cache, sharing or compaction."""
+    model = make_model()
+    prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    u = np.concatenate([uniforms(0, str(i), 2, 30) for i in range(3)])
+    stop = torch.tensor([2, 7, 40, 41, 42, 43, 99, 100, 300, 310])  # enough stop tokens that rows end at different times
+    ours = sample(model, prompts, torch.tensor(u), 0.7, stop)
+    for k, tokens in enumerate(ours):
+        ids = list(prompts[k // 2])
+        for t in range(30):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1:]
+            ids.append(draw(logits, torch.tensor(u[k, t: t + 1]), 0.7).item())
+            if ids[-1] in stop:
+                break
+        assert tokens == ids[len(prompts[k // 2]):]
+    assert len({len(t) for t in ours}) > 2
+
+
+def test_uniforms_differ_by_id_sample_and_seed():
+    drawn = {uniforms(seed, i, 2, 3)[j].tobytes() for seed in (0, 1) for i in ("a", "b") for j in (0, 1)}
+    assert len(drawn) == 8 and (uniforms(0, "a", 1, 3)[0] == uniforms(0, "a", 5, 3)[0]).all()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": "word " * (i % 5) + str(i)}], "extra": i} for i in range(11)]
+    return dump(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
+
+
+FLAGS = ["--max-new-tokens", "12", "-n", "2", "--batch-size", "4", "--precision", "fp32"]
+
+
+def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path):
+    command = ["generate.py", "--model", folder, "--prompts", prompts, *FLAGS]
+    ok(run(*command, "--out", tmp_path / "one.jsonl"))
+    whole = jsonl(tmp_path / "one.jsonl")
+    assert [r["extra"] for r in whole] == list(range(11)) and all(len(r["responses"]) == 2 for r in whole)
+    ok(run(*command, "--out", tmp_path / "two.jsonl", processes=2))
+    assert jsonl(tmp_path / "two.jsonl") == whole and not list(tmp_path.glob("*.part*"))
+    # what a kill leaves: some finished rows, the last line cut; also parts of a run with other settings
+    header = json.dumps(json.load(open(tmp_path / "one.jsonl.stats.json"))["settings"])
+    lines = [json.dumps(r) for r in whole]
+    (tmp_path / "three.jsonl.part0").write_text("\n".join([header, *lines[3:6], lines[7][:20]]))
+    (tmp_path / "three.jsonl.part1").write_text("\n".join([header.replace('"seed": 42', '"seed": 1'), lines[0].replace("word", "old")]))
+    assert "3 of 11 prompts were done before" in ok(run(*command, "--out", tmp_path / "three.jsonl")).stdout
+    assert jsonl(tmp_path / "three.jsonl") == whole and not list(tmp_path.glob("*.part*"))
+
+
+def test_ended_says_whether_the_model_stopped(folder, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "sample", lambda model, prompts, u, t, stop: [[50, 51, 2] if k % 2 else [50, 51] for k in range(len(u))])
+    args = stage.argparse.Namespace(model=folder, prompts=prompts, out=str(tmp_path / "o.jsonl"), n=2, temperature=1.0, max_new_tokens=3,
+                                    batch_size=4, precision="fp32", seed=0)
+    stage.generate(args, 0, 1, torch.device("cpu"))
+    row = jsonl(tmp_path / "o.jsonl")[0]
+    assert row["ended"] == [False, True] and row["responses"][0] == row["responses"][1]
+
+
+def test_best_and_worst():
+    assert best_and_worst(["a", "b", "c", "d"], [0.1, 0.9, -0.5, 0.2]) == (1, 2)
+    assert best_and_worst(["a", "a", "a"], [0.1, 0.1 + 1e-9, 0.1]) is None  # identical text
+    assert best_and_worst(["a", "b"], [0.3, 0.3]) is None and best_and_worst(["a"], [0.3]) is None
+    assert implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1) == pytest.approx([0.1, -0.1])
+
+
+def test_label_stage_by_hand(folder, other_folder, tmp_path):
+    """Margins and log-probs in the rows against scores of single sequences; ties and empty candidates dropped and counted."""
+    import seed_dpo
+    ask = [{"role": "user", "content": "Write."}]
+    responses = dump(tmp_path / "r.jsonl", [
+        {"id": "x", "prompt": ask, "responses": ["one", "two lines", "three", ""], "ended": [True, False, True, True], "extra": 1},
+        {"id": "same", "prompt": ask, "responses": ["one", "one"], "ended": [True, True]},
+        {"id": "none", "prompt": ask, "responses": ["", " "], "ended": [True, True]}])
+    for processes in (1, 2):
+        out = tmp_path / f"l{processes}.jsonl"
+        ok(run("label.py", "--model", other_folder, "--reference-model", folder, "--responses", responses, "--out", out, "--beta", "0.2",
+               "--precision", "fp32", processes=processes))
+        (row,) = jsonl(out)
+        logps = []
+        for path in (other_folder, folder):
+            model, tokenizer = seed_dpo.load(path, torch.device("cpu"))
+            prompt = seed_dpo.encode_prompt(tokenizer, ask)
+            logps.append([seed_dpo.score(model, [(prompt, [seed_dpo.encode_response(tokenizer, t, e)])], "fp32")[0][0]
+                          for t, e in (("one", True), ("two lines", False), ("three", True))])
+        reward = 0.2 * (np.array(logps[0]) - logps[1])
+        w, l = reward.argmax(), reward.argmin()
+        assert (row["chosen"], row["rejected"]) == tuple(["one", "two lines", "three"][k] for k in (w, l))
+        assert (row["chosen_ended"], row["rejected_ended"]) == tuple([True, False, True][k] for k in (w, l))
+        assert row["margin"] == pytest.approx(reward[w] - reward[l], abs=1e-4) and row["margin"] > 0 and row["extra"] == 1
+        assert (row["chosen_logp"], row["rejected_logp"]) == pytest.approx((logps[0][w], logps[0][l]), abs=1e-4)
+        assert json.load(open(f"{out}.stats.json"))["ties"] == 2
+
+
+def test_vader_and_reward_model_judges(folder, tokenizer, tmp_path):
+    good, bad = "What a wonderful, lovely day.", "A terrible, awful mess."
+    assert vader_scores([{"responses": [good, bad]}])[0][0] > 0.5 > -0.5 > vader_scores([{"responses": [good, bad]}])[0][1]
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+    torch.manual_seed(0)
+    ranker = LlamaForSequenceClassification(LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                                        num_attention_heads=4, num_labels=1, pad_token_id=0)).eval()
+    ranker.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    ask = [{"role": "user", "content": "Write."}]
+    responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ask, "responses": [bad, good]}])
+    ok(run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "v.jsonl"))
+    assert jsonl(tmp_path / "v.jsonl")[0]["chosen"] == good
+    ok(run("label.py", "--judge", "reward-model", "--judge-model", tmp_path / "rm", "--responses", responses, "--out", tmp_path / "m.jsonl",
+           "--precision", "fp32"))
+    logits = [ranker(**tokenizer.apply_chat_template([*ask, {"role": "assistant", "content": t}], return_dict=True, return_tensors="pt")).logits.item()
+              for t in (bad, good)]
+    row = jsonl(tmp_path / "m.jsonl")[0]
+    assert row["margin"] == pytest.approx(abs(logits[0] - logits[1]), abs=1e-4) and row["chosen"] == (bad, good)[int(np.argmax(logits))]

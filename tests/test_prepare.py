@@ -1,0 +1,142 @@
+"""Splits, schemas, and what every stage says to input that it cannot use."""
+import json
+import os
+
+import pytest
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from hypothesis import given, settings, strategies as st
+
+from data.prepare import normalise, publish, split
+
+
+def plain(count):
+    return [{"prompt": CORPUS[i], "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10 ** 6), st.integers(1, 10), st.lists(st.integers(1, 8), max_size=3), st.sampled_from([0, 0.25, 1]))
+def test_split_is_a_partition(seed, seed_size, rounds, flip):
+    rows = [{"id": str(i), "prompt": CORPUS[i], "chosen": "good", "rejected": "bad"} for i in range(40)]
+    parts = split([dict(r) for r in rows], seed_size, rounds, seed, flip)
+    ids = [r["id"] for part in parts.values() for r in part]
+    assert sorted(ids, key=int) == [r["id"] for r in rows]
+    assert [len(parts["seed"]), *(len(parts[f"prompts_{t}"]) for t in range(1, len(rounds) + 1))] == [seed_size, *rounds]
+    assert sum(r["chosen"] == "bad" for r in parts["seed"]) == round(flip * seed_size)
+    assert all(set(r) == {"id", "prompt"} for t in range(1, len(rounds) + 1) for r in parts[f"prompts_{t}"])
+    assert parts == split([dict(r) for r in rows], seed_size, rounds, seed, flip)
+
+
+def test_schemas():
+    ask, pair = [{"role": "user", "content": "Q"}], {"chosen": "A", "rejected": "B"}
+    expected = {"prompt": ask, **pair}
+    lists = {k: [*ask, {"role": "assistant", "content": v}] for k, v in pair.items()}
+    assert normalise({"prompt": "Q", **pair}) == normalise({"prompt": "Q", **lists}) == normalise(lists) == expected
+    assert normalise({"instruction": "Q", "input": "", **pair}) == expected
+    assert normalise({"instruction": "Q", "input": "I", **pair})["prompt"][0]["content"] == "Q\n\nI"
+    hh = {k: f"\n\nHuman: Q\n\nAssistant: hm\n\nHuman: R\n\nAssistant: {v}" for k, v in pair.items()}
+    turns = [{"role": r, "content": c} for r, c in (("user", "Q"), ("assistant", "hm"), ("user", "R"))]
+    assert normalise(hh) == {"prompt": turns, **pair}
+    assert normalise({"prompt": "Q"}) == {"prompt": ask} and normalise({"text": "Q"}) is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_stage_reads_files(tmp_path, kind):
+    rows = plain(12) + [{**plain(1)[0], "prompt": CORPUS[0].upper() + "  "}]  # the first prompt again but for case and space
+    path = tmp_path / f"set.{kind}"
+    if kind == "jsonl":
+        dump(path, rows)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        import pandas
+        pandas.DataFrame(rows).to_parquet(path)
+    ok(run("data/prepare.py", "--data", path, "--out", tmp_path / "out", "--seed-size", "3", "--rounds", "4", "2"))
+    sizes = {f.stem: len(jsonl(f)) for f in (tmp_path / "out").iterdir()}
+    assert sizes == {"seed": 3, "prompts_1": 4, "prompts_2": 2, "eval": 3}
+    assert json.load(open(tmp_path / "out.stats.json"))["repeated"] == 1
+
+
+def test_prompts_without_preferences_become_seed_prompts(tmp_path):
+    path = dump(tmp_path / "p.jsonl", [{"prompt": p} for p in CORPUS[:9]])
+    ok(run("data/prepare.py", "--data", path, "--out", tmp_path / "out", "--seed-size", "3", "--rounds", "4"))
+    assert {f.stem for f in (tmp_path / "out").iterdir()} == {"seed_prompts", "prompts_1", "eval"}
+
+
+def test_shipped_prompts_are_distinct():
+    assert len(set(CORPUS)) == len(CORPUS) == 360
+
+
+GOOD = json.dumps(gold_rows(1)[0])
+BAD_LINES = {
+    "not json": ('{"id": "a", ', "not JSON"),
+    "not utf-8": (b'{"id": "\xff"}', "not JSON in UTF-8"),
+    "array": ("[1]", "expected an object"),
+    "no prompt": ('{"id": "a", "chosen": "x", "rejected": "y"}', "key 'prompt' is missing"),
+    "no id": ('{"prompt": [{"role": "user", "content": "x"}], "chosen": "x", "rejected": "y"}', "key 'id' is missing"),
+    "empty response": (GOOD.replace('"chosen": "Good', '"chosen": "", "x": "'), "'chosen' must be a non-empty string"),
+    "number for text": ('{"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": 3, "rejected": "y"}', "'chosen' must be"),
+    "prompt a string": ('{"id": "a", "prompt": "x", "chosen": "x", "rejected": "y"}', "'prompt' must be a non-empty list"),
+    "same id": (GOOD, "stands on line 1 too"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_rows_are_named(name, tmp_path, capsys):
+    from data.prepare import read_rows
+    line, message = BAD_LINES[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(SystemExit) as stop:
+        read_rows(str(path), "preferences")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{path}:2:" in error and message in error and len(error.splitlines()) == 1
+
+
+def one_line(done, *words):
+    assert done.returncode == 2 and not done.stdout.count("Traceback") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_bad_input_is_one_clear_line(folder, tokenizer, tmp_path):
+    pairs, empty = dump(tmp_path / "good.jsonl", gold_rows(2)), dump(tmp_path / "empty.jsonl", [])
+    long = gold_rows(2)
+    long[1]["chosen"] = "word " * 400
+    stage = ["seed_dpo.py", "--out", tmp_path / "out"]
+    one_line(run(*stage, "--model", folder, "--pairs", empty), "empty.jsonl", "no rows")
+    one_line(run(*stage, "--model", folder, "--pairs", tmp_path / "absent.jsonl"), "no such file")
+    one_line(run(*stage, "--model", "./absent", "--pairs", pairs), "./absent", "no such model folder")
+    one_line(run(*stage, "--model", folder, "--pairs", dump(tmp_path / "long.jsonl", long)), "long.jsonl", "'g1'", "context is 256")
+    one_line(run(*stage, "--model", folder, "--pairs", pairs, "--lr", "0"), "--lr")
+    (tmp_path / "hollow").mkdir()
+    one_line(run(*stage, "--model", tmp_path / "hollow", "--pairs", pairs), "hollow", "cannot load")
+    make_model().save_pretrained(tmp_path / "mute")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    os.remove(tmp_path / "mute/chat_template.jinja")
+    one_line(run(*stage, "--model", tmp_path / "mute", "--pairs", pairs), "mute", "chat template")
+    assert not (tmp_path / "out").exists()
+    prompts = dump(tmp_path / "prompts.jsonl", gold_rows(2))
+    one_line(run("generate.py", "--model", folder, "--prompts", prompts, "--out", tmp_path / "r.jsonl"), "300", "context of 256")
+    one_line(run("label.py", "--responses", prompts, "--out", tmp_path / "l.jsonl", "--judge", "vader"), "'responses' is missing")
+    one_line(run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl"), "'margin' is missing")
+    one_line(run("data/prepare.py", "--data", pairs, "--out", tmp_path / "d", "--seed-size", "3", "--rounds", "4"), "2 distinct", "need 7")
+    strange = dump(tmp_path / "strange.jsonl", [{"question": "x", "answer": "y"}])
+    one_line(run("data/prepare.py", "--data", strange, "--out", tmp_path / "d"), "strange.jsonl:1", "question, answer", "chosen")
+    one_line(run("evaluate.py", "--models", "x", "--prompts", prompts, "--out", tmp_path / "e"), "NAME=PATH")
+
+
+def test_full_disk_leaves_the_previous_output(tmp_path):
+    out = tmp_path / "out.jsonl"
+    publish(str(out), {"a": 1}, {}, lambda tmp: open(tmp, "w").write("whole"))
+
+    def full(tmp):
+        open(tmp, "w").write("par")
+        raise OSError(28, "No space left on device", tmp)
+    with pytest.raises(OSError):
+        publish(str(out), {"a": 2}, {}, full)
+    assert out.read_text() == "whole"
+
+
+@pytest.mark.parametrize("script", ["data/prepare.py", "data/demo.py", "seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"])
+def test_help_teaches(script):
+    text = ok(run(script, "--help")).stdout
+    assert f"python {script}" in text and "--out" in text

@@ -1,0 +1,176 @@
+"""Chat format, response log-probabilities, the DPO loss and the optimisation loop."""
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import dump, gold_rows, jsonl, make_model, ok, run
+from hypothesis import given, settings, strategies as st
+
+import seed_dpo
+from seed_dpo import dpo_loss, dpo_margin, encode_prompt, encode_response, pack, response_hidden, score, sum_by_response, token_logps
+
+CPU = torch.device("cpu")
+
+
+def full_logits_logp(model, prompt, response):
+    """The plain way: whole logits of `prompt response`, in float64."""
+    ids = torch.tensor([prompt + response])
+    logps = model.double()(ids).logits[0].log_softmax(-1)
+    return sum(logps[len(prompt) + j - 1, token].item() for j, token in enumerate(response))
+
+
+ENCODED = [([5, 6, 7, 8], [[9, 10, 11, 2], [12, 2]]), ([30, 31], [[40, 41, 42, 43, 44, 45], [50]]), ([60], [[61, 2], [62, 63, 2]])]
+
+
+@pytest.mark.parametrize("config", [transformers.LlamaConfig, transformers.MistralConfig, transformers.Phi3Config,
+                                    transformers.Qwen2Config, transformers.PhiConfig])
+def test_logps_equal_plain_full_logits(config):
+    model = make_model(config, **({"sliding_window": None} if config is not transformers.PhiConfig else {}))
+    assert seed_dpo.shares_prompt(model) == (config is not transformers.PhiConfig)
+    ours = score(model, ENCODED, "fp32")
+    for (prompt, responses), values in zip(ENCODED, ours):
+        assert values == pytest.approx([full_logits_logp(model, prompt, y) for y in responses], abs=2e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_shared_prompt_equals_two_sequences_with_gradients(grad):
+    """One sequence per pair and two sequences per pair: the same log-probs and the same gradients."""
+    results = []
+    for shared in (True, False):
+        model = make_model().double()
+        batch = pack(ENCODED, shared, CPU)
+        assert (batch["attention_mask"] is not None) == shared
+        logps = sum_by_response(token_logps(model.lm_head, response_hidden(model, batch), batch["target"], chunk=3), batch)
+        (logps * torch.tensor([1.0, -2, 3, -4, 5, -6])).sum().backward()
+        results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for one, two in zip(*results):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # sums are kept in fp32
+
+
+def test_prompt_tokens_never_count():
+    """The log-prob of a response ignores how probable its prompt is: only positions that predict the response are read."""
+    batch = pack([([5, 6, 7], [[8, 9]])], False, CPU)
+    assert batch["where"].tolist() == [2, 3] and batch["target"].tolist() == [8, 9]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]  # the last token is predicted, never read
+
+
+def test_positions_and_mask_by_hand():
+    batch = pack([([5, 6], [[7, 8, 2], [9, 2]])], True, CPU)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
+    assert batch["where"].tolist() == [1, 2, 3, 1, 4] and batch["owner"].tolist() == [0, 0, 0, 1, 1]
+    assert batch["attention_mask"][0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
+                                                            [1, 1, 0, 0, 1]]
+
+
+def test_dpo_loss_by_hand():
+    logps, reference = torch.tensor([[-10.0, -12.0]]), torch.tensor([[-11.0, -11.0]])
+    margin = dpo_margin(logps, reference, beta=0.1)  # 0.1 · ((−10 + 11) − (−12 + 11)) = 0.2
+    assert margin.item() == pytest.approx(0.2, abs=1e-6)
+    assert dpo_loss(margin).item() == pytest.approx(math.log(1 + math.exp(-0.2)), abs=1e-6)
+    assert dpo_loss(torch.tensor([0.0])).item() == pytest.approx(math.log(2))
+
+
+@given(st.floats(-1e4, 1e4))
+def test_dpo_loss_is_finite_with_a_gradient(m):
+    margin = torch.tensor(m, dtype=torch.float64, requires_grad=True)
+    loss = dpo_loss(margin)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert margin.grad.item() == pytest.approx(-1 / (1 + math.exp(m)) if m < 700 else 0.0, abs=1e-12)
+
+
+CONTROLS = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([*CONTROLS, "hello", " ", "\n", "<|im_", "end|>", chr(0xE000)]), min_size=1, max_size=6).map("".join))
+def test_special_token_text_stays_text(tokenizer, text):
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    plain = encode_prompt(tokenizer, [{"role": "user", "content": "hello"}])
+    special = {tokenizer.convert_tokens_to_ids(c) for c in CONTROLS}
+    assert [i for i in ids if i in special] == [i for i in plain if i in special]  # control tokens are the template's alone
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                                                  add_generation_prompt=True)
+    response = encode_response(tokenizer, text)
+    assert not set(response[:-1]) & special and response[-1] == tokenizer.eos_token_id
+
+
+def test_ordinary_prompt_equals_the_templates_own_tokens(tokenizer):
+    chat = [{"role": "user", "content": "Write a letter."}, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Do."}]
+    assert encode_prompt(tokenizer, chat) == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+def test_no_end_token_is_invented(tokenizer):
+    assert encode_response(tokenizer, "cut of", ended=False)[-1] != tokenizer.eos_token_id
+
+
+def test_learning_rate_schedule():
+    rates = [seed_dpo.lr_at(s, 100, 1.0) for s in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5) and rates == rates[:10] + sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
+
+
+def test_seed_stage_learns_and_one_process_equals_two(folder, tmp_path):
+    """D7: the update is the mean over the global batch; batch 8 of 20 pairs leaves an uneven last one, and 1 of 9 a lone pair."""
+    from safetensors.torch import load_file
+    for count in (20, 9):
+        pairs = dump(tmp_path / f"seed{count}.jsonl", gold_rows(count))
+        flags = ["--pairs", pairs, "--model", folder, "--lr", "1e-3", "--batch-size", "8", "--precision", "fp32", "--epochs", "2"]
+        ok(run("seed_dpo.py", *flags, "--micro-batch", "8", "--out", tmp_path / f"one{count}"))
+        ok(run("seed_dpo.py", *flags, "--micro-batch", "2", "--out", tmp_path / f"two{count}", processes=2))
+        one, two = (load_file(tmp_path / f"{n}{count}" / "model.safetensors") for n in ("one", "two"))
+        start = load_file(f"{folder}/model.safetensors")
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
+        assert max((one[n] - start[n]).abs().max() for n in one) > 1e-3
+    losses = [r["loss"] for r in jsonl(tmp_path / "one20/log.jsonl")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
+
+
+def test_first_update_against_a_separate_computation(folder, tmp_path):
+    """One batch, one step of AdamW at a known rate, from log-probs computed the plain way."""
+    from safetensors.torch import load_file
+    rows = gold_rows(3)
+    pairs = dump(tmp_path / "seed.jsonl", rows)
+    ok(run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e-3", "--epochs", "1", "--precision", "fp32", "--micro-batch", "2",
+           "--out", tmp_path / "out"))
+    model, tokenizer = seed_dpo.load(folder, CPU)
+    model.double()
+    total = 0
+    for row in rows:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        m = 0
+        for key, sign in (("chosen", 1), ("rejected", -1)):
+            y = encode_response(tokenizer, row[key])
+            lp = model(torch.tensor([prompt + y])).logits[0].log_softmax(-1)
+            own = sum(lp[len(prompt) + j - 1, t] for j, t in enumerate(y))
+            m = m + 0.1 * sign * (own - own.detach())
+        total = total - torch.log(torch.sigmoid(m)) / len(rows)
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    logged = jsonl(tmp_path / "out/log.jsonl")[0]
+    assert logged["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4) and logged["loss"] == pytest.approx(total.item(), abs=1e-6)
+    torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0).step()
+    ours = load_file(tmp_path / "out/model.safetensors")
+    for name, p in model.named_parameters():
+        if name in ours and (strong := p.grad.abs() > 1e-5).any():  # where Adam's sign is not rounding
+            torch.testing.assert_close(ours[name][strong], p.data.float()[strong], rtol=1e-4, atol=1e-5)
+
+
+def test_nan_stops_before_weights_are_saved(folder, tmp_path):
+    pairs = dump(tmp_path / "seed.jsonl", gold_rows(6))
+    done = run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e30", "--batch-size", "2", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "No weights are saved" in done.stderr and "g" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_remembered(folder, tmp_path):
+    pairs = dump(tmp_path / "seed.jsonl", gold_rows(4))
+    command = ["seed_dpo.py", "--pairs", pairs, "--model", folder, "--out", tmp_path / "out", "--epochs", "1"]
+    ok(run(*command))
+    assert "complete, skipped" in ok(run(*command)).stdout
+    assert "lr 5e-07 → 1e-06" in ok(run(*command, "--lr", "1e-6")).stdout
+    dump(tmp_path / "seed.jsonl", gold_rows(5))
+    assert "pairs" in ok(run(*command, "--lr", "1e-6")).stdout

@@ -1,0 +1,152 @@
+"""Leader stage: preference learning on noise-refined labels (SPA) under the follower's worst case.
+
+    h̃ = (1 + λ) h_θ − λ h_ref per token, renormalised; summed to log π̃(y)                                         S12
+    p̃_i = σ(β[(log π̃ − log π_ref)(y_w) − (log π̃ − log π_ref)(y_l)])
+    z_i = 1 if p̃_i < τ, τ the K-percentile of p̃ over the 50 pairs before this batch (λ = 0: S9)            S9, S11, D3
+    L_i = (1 − α z_i) Σ_j w_ij ℓ*(ξ_θ,i − shift_ij) + α z_i (−log(1 − ξ_θ,i))                  S10, T2-3, T2-5, T2-6, D4, D5
+
+π_ref = π_{t−1} is where training starts; its log-probs are in the rows. ξ_θ is measured against π_init, as the follower's
+ξ was, by adding the stored margin (D6). No atoms and α = 0: DPO. No atoms: SPA, against π_ref.
+
+    python train.py --model runs/demo/seed --pairs worst.jsonl --out runs/demo/round1/policy --lam 0.5
+    torchrun --nproc_per_node=8 train.py --model pi_0 --pairs worst.jsonl --out pi_1 --alpha 0.1 --lam 0.5 --percentile 10
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from data.prepare import fail, is_done, parser, read_rows, run_stage, settings_of
+from seed_dpo import (autocast, check_training_flags, dpo_margin, encode_rows, load, optimise, pair_of, response_hidden,
+                      save_policy, start_processes, sum_by_response, training_flags)
+
+WINDOW, QUIET = 50, 0.2  # τ looks back on 50 pairs; no label is flagged in the first 20 % of the steps (SPA, B.4)
+
+
+@torch.no_grad()
+def extrapolated_logps(head, hidden: torch.Tensor, head_ref, hidden_ref: torch.Tensor, target: torch.Tensor, lam: float,
+                       chunk: int = 1024) -> torch.Tensor:
+    """log π̃(target) [M] (S12) from hidden states [M, H] of policy and reference, `chunk` tokens of logits at a time."""
+    return torch.cat([((1 + lam) * head(h).float() - lam * head_ref(r).float()).log_softmax(-1).gather(-1, t[:, None])[:, 0]
+                      for h, r, t in zip(hidden.split(chunk), hidden_ref.split(chunk), target.split(chunk))])
+
+
+def threshold(window: list[float], percentile: float) -> float:
+    """τ (S11): a percentile of the latest confidences; −∞, which flags nothing, while there are none."""
+    if not window:
+        return -math.inf
+    return torch.quantile(torch.tensor(window[-WINDOW:], dtype=torch.float64), percentile / 100).item()
+
+
+def loss_star(xi: torch.Tensor, pieces: int) -> torch.Tensor:
+    """ℓ* (D5): −log ξ, continued below 1/K by its tangent there. Convex, once differentiable, slope never beyond −K."""
+    low = xi < 1 / pieces
+    return torch.where(low, 1 + math.log(pieces) - pieces * xi, -torch.log(torch.where(low, 1.0, xi)))
+
+
+def leader_loss(margin: torch.Tensor, flag: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, alpha: float,
+                pieces: int, printed: bool = False) -> torch.Tensor:
+    """L_i [m] from margins [m], noise flags z [m] (0 or 1) and atoms: weight, shift [m, A], padded with weight 0.
+
+    An atom that the follower left in place has the exact −log ξ_θ = softplus(−M), which is S10 and DPO without atoms; ℓ*
+    is needed only where ξ_θ − shift can leave (0, 1]. `printed` is T2-6 to the letter: each atom's weight inside the
+    logarithm, so that an atom counts in full whatever its weight (D4).
+    """
+    xi = torch.sigmoid(margin)[:, None]
+    atom = torch.where(shift == 0, F.softplus(-margin)[:, None], loss_star(xi - shift, pieces))
+    if printed:
+        atom = atom - torch.log(torch.where(weight > 0, weight, 1.0))
+        weight = (weight > 0).to(weight.dtype)
+    return (1 - alpha * flag) * (weight * atom).sum(-1) + alpha * flag * F.softplus(margin)
+
+
+def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and shifts [N, A] of the rows' atoms; rows without any have one of weight 1 in place. Checks them."""
+    atoms = [row.get("atoms", [[1.0, 0.0]]) for row in rows]
+    for number, own in enumerate(atoms, 1):
+        try:
+            sound = abs(sum(w for w, _ in own) - 1) < 1e-6 and all(w >= 0 and math.isfinite(s) for w, s in own)
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            fail(f"{path}: row {number}: 'atoms' must be [[weight, shift], …], weights ≥ 0 that sum to 1; found {own!r:.80}")
+    width = max(map(len, atoms))
+    weight, shift = torch.tensor([own + [[0.0, 0.0]] * (width - len(own)) for own in atoms]).unbind(-1)
+    return weight, shift
+
+
+def main() -> None:
+    cli = parser(__doc__)
+    training_flags(cli, epochs=1)
+    cli.add_argument("--alpha", type=float, default=0.1, help="label smoothing of flagged pairs (S10; papers: 0.1; 0 for none)")
+    cli.add_argument("--lam", type=float, default=0.5, help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
+    cli.add_argument("--percentile", type=float, default=10.0, help="K, the least confident share that is flagged, in percent (papers: 10)")
+    cli.add_argument("--pieces", type=int, default=6, help="K of dro.py: ℓ* is straight below 1/K (D5)")
+    cli.add_argument("--leader", choices=["expected", "printed"], default="expected", help="expectation over atoms, or T2-6 as printed (D4)")
+    cli.add_argument("--anchor", choices=["init", "previous"], help="what ξ_θ is measured against (D6); default: init if the rows carry "
+                     "a worst case, else previous (SPA)")
+    args = cli.parse_args()
+    check_training_flags(args)
+    if not (0 <= args.alpha <= 1 and 0 <= args.lam and 0 <= args.percentile <= 100 and args.pieces >= 1):
+        fail("--alpha must lie in [0, 1], --percentile in [0, 100], --lam must be at least 0, --pieces at least 1")
+    settings = settings_of(args, "model", "pairs")
+    if is_done(args.out, settings):
+        return
+    rows = read_rows(args.pairs, "labelled")
+    weight, shift = atoms_of(rows, args.pairs)
+    worst_case = bool(((shift != 0) & (weight > 0)).any())
+    anchor = args.anchor or ("init" if worst_case else "previous")
+    if worst_case and anchor == "previous":
+        fail(f"{args.pairs} carries a worst case of confidences against π_init; --anchor previous would apply it to others (D6)")
+
+    rank, world, device = start_processes()
+    model, tokenizer = load(args.model, device)
+    encoded = encode_rows(model, tokenizer, rows, args.pairs, pair_of)
+    reference = torch.tensor([[r["chosen_logp"], r["rejected_logp"]] for r in rows], device=device)
+    stored = torch.tensor([r["margin"] for r in rows], device=device) if anchor == "init" else torch.zeros(len(rows), device=device)
+    weight, shift = weight.to(device), shift.to(device)
+    total = args.epochs * math.ceil(len(rows) / args.batch_size)
+    active = math.ceil(QUIET * total)                          # first step that may flag a label
+    watch = active - math.ceil(WINDOW / args.batch_size)       # the steps before it fill the window
+    detect = args.alpha > 0 and args.percentile > 0
+    model_ref = load(args.model, device)[0] if detect and args.lam > 0 else None
+    window: list[float] = []
+
+    def losses(step, indices, batch, hidden, logps):
+        if step == 0 and not torch.allclose(logps, reference[indices], rtol=0.05, atol=2.0):
+            fail(f"{args.pairs}: log-probs in the rows are not those of {args.model}; label.py --model must name the same policy")
+        plain = dpo_margin(logps, reference[indices], args.beta)
+        margin = stored[indices] + plain
+        confidence = torch.full_like(margin, math.nan)
+        if detect and step >= watch:
+            confidence = torch.sigmoid(plain.detach())
+            if model_ref is not None:
+                with torch.no_grad(), autocast(device, args.precision):
+                    hidden_ref = response_hidden(model_ref, batch)
+                    tokens = extrapolated_logps(model.get_output_embeddings(), hidden.detach(), model_ref.get_output_embeddings(),
+                                                hidden_ref, batch["target"], args.lam)
+                    extrapolated = sum_by_response(tokens, batch).view(-1, 2)
+                confidence = torch.sigmoid(dpo_margin(extrapolated, reference[indices], args.beta))
+        flag = (confidence < threshold(window, args.percentile)).float() if step >= active else torch.zeros_like(margin)
+        loss = leader_loss(margin, flag, weight[indices], shift[indices], args.alpha, args.pieces, args.leader == "printed")
+        return loss, {"margin": margin, "confidence": confidence, "flag": flag}
+
+    def after_step(step, indices, records):
+        tau = threshold(window, args.percentile) if step >= active else -math.inf
+        window.extend(c for c in records["confidence"] if not math.isnan(c))
+        del window[:-WINDOW]
+        return {"tau": tau if math.isfinite(tau) else None,
+                "flagged": [rows[i]["id"] for i, f in zip(indices, records["flag"]) if f]}
+
+    log = optimise(model, encoded, [r["id"] for r in rows], losses, after_step, args, rank, world)
+    if rank == 0:
+        flagged = sum(len(r["flagged"]) for r in log)
+        stats = {"pairs": len(rows), "steps": len(log), "anchor": anchor, "loss": sum(r["loss"] for r in log) / len(log),
+                 "accuracy": sum(r["accuracy"] for r in log) / len(log), "flagged": flagged}
+        save_policy(args.out, model, tokenizer, log, settings, stats)
+        print(f"train: {len(rows)} pairs, {len(log)} steps, anchor {anchor}; loss {log[0]['loss']:.3f} → {log[-1]['loss']:.3f}, "
+              f"{flagged} labels flagged as noise → {args.out}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
