@@ -29,7 +29,7 @@ import scipy.sparse as sp
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from data.prepare import fail, is_done, parser, publish, read_rows, run_stage, settings_of, write_rows
+from data.rows import fail, is_done, natural, parser, publish, ranged, read_rows, run_stage, settings_of, write_rows
 
 
 class WorstCase(NamedTuple):
@@ -57,13 +57,20 @@ def surrogate(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray) -> np.
     return result
 
 
+def chord_slope(xi: float, slopes: np.ndarray, intercepts: np.ndarray, a: float) -> float:
+    """(ℓ̃(a) − ℓ̃(ξ)) / (ξ − a), by the lines k, j that are highest at ξ, a: exact where they are one, however close ξ is to a."""
+    k, j = np.argmax(slopes * xi + intercepts), np.argmax(slopes * a + intercepts)
+    apart = (intercepts[j] - intercepts[k]) + (slopes[j] - slopes[k]) * a
+    return float(-slopes[k] + apart / (xi - a)) if apart else float(-slopes[k])
+
+
 def dual_value(xi: np.ndarray, loss: np.ndarray, at_a: float, lam: float, epsilon: float, a: float) -> float:
     """The dual objective at λ: an upper bound on T2-3 whatever λ ≥ 0 is."""
     return float(lam * epsilon + np.maximum(loss, at_a - lam * (xi - a)).mean())
 
 
-def solve_exact(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray, epsilon: float, a: float = 0.0, b: float = 1.0) -> WorstCase:
-    """The closed form above, O(N log N). xi [N] in [a, b]; the slopes must not be positive."""
+def solve_exact(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray, epsilon: float, a: float = 0.0) -> WorstCase:
+    """The closed form above, O(N log N). xi [N] ≥ a; the slopes must not be positive. Nothing moves up, so b plays no part."""
     n, loss = len(xi), surrogate(xi, slopes, intercepts)
     at_a = float(surrogate(np.float64(a), slopes, intercepts))
     order = np.argsort(xi, kind="stable")
@@ -77,7 +84,7 @@ def solve_exact(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray, epsi
         budget = n * epsilon - (spent[whole - 1] if whole else 0.0)
         split = order[whole]
         moved[split] = budget / distance[whole]
-        lam = (at_a - loss[split]) / distance[whole]
+        lam = chord_slope(float(xi[split]), slopes, intercepts, a)
     owner = np.concatenate([np.flatnonzero(moved < 1), np.flatnonzero(moved > 0)])
     stay = len(owner) - np.count_nonzero(moved > 0)
     weight, shift = np.concatenate([1 - moved[owner[:stay]], moved[owner[stay:]]]), np.zeros(len(owner))
@@ -87,7 +94,8 @@ def solve_exact(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray, epsi
                      dual_value(xi, loss, at_a, lam, epsilon, a), lam, float(moved @ (xi - a)) / n)
 
 
-def solve_lp(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray, epsilon: float, a: float = 0.0, b: float = 1.0) -> WorstCase:
+def solve_lp(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray, epsilon: float, a: float = 0.0,
+             b: float = 1.0) -> WorstCase:
     """The linear program T2-4 by HiGHS. Variables, each N·K long, pair by pair: α, q⁺, q⁻ with q = q⁺ − q⁻."""
     n, k = len(xi), len(slopes)
     x, s, c = np.repeat(xi, k), np.tile(slopes, n), np.tile(intercepts, n)
@@ -101,8 +109,10 @@ def solve_lp(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray, epsilon
     # a α_ik ≤ ξ_i α_ik − q_ik ≤ b α_ik
     above = sp.hstack([sp.diags_array(a - x), eye, -eye])
     below = sp.hstack([sp.diags_array(x - b), -eye, eye])
-    solution = linprog(-objective, A_ub=sp.vstack([ball, above, below]).tocsr(), b_ub=np.concatenate([[epsilon], np.zeros(2 * n * k)]),
-                       A_eq=one.tocsr(), b_eq=np.ones(n), bounds=(0, None), method="highs")
+    tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}  # the default 1e-7 is a visible radius
+    limits = np.concatenate([[epsilon], np.zeros(2 * n * k)])
+    solution = linprog(-objective, A_ub=sp.vstack([ball, above, below]).tocsr(), b_ub=limits, A_eq=one.tocsr(), b_eq=np.ones(n),
+                       bounds=(0, None), method="highs", options=tight)
     if solution.status != 0:
         fail(f"the linear program was not solved: {solution.message}")
     alpha, plus, minus = solution.x.reshape(3, n, k)
@@ -123,12 +133,10 @@ def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
     cli.add_argument("--out", required=True, help="worst-case rows (JSONL)")
-    cli.add_argument("--epsilon", type=float, default=0.01, help="radius of the ball, in units of confidence (papers: 0.01; also 0 to 0.1)")
-    cli.add_argument("--pieces", type=int, default=6, help="K, tangents of −log ξ (papers: 6; also 5 and 7)")
+    cli.add_argument("--epsilon", type=ranged(float, 0), default=0.01, help="radius of the ball, in confidence (papers: 0.01; 0 to 0.1)")
+    cli.add_argument("--pieces", type=natural, default=6, help="K, tangents of −log ξ (papers: 6; also 5 and 7)")
     cli.add_argument("--solver", choices=["exact", "lp"], default="exact", help="closed form, or HiGHS")
     args = cli.parse_args()
-    if not 0 <= args.epsilon < np.inf or args.pieces < 1:
-        fail("--epsilon must be finite and at least 0, --pieces at least 1")
     settings = settings_of(args, "pairs")
     if is_done(args.out, settings):
         return

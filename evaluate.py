@@ -14,14 +14,14 @@ Writes OUT/report.md with OUT/report.png, and OUT/eval/NAME.jsonl: what each pol
         --labels round1=runs/demo/round1/worst.jsonl --prompts runs/demo/data/eval.jsonl --out runs/demo --judge vader
 """
 import argparse
-import json
 import math
 import os
 
 import numpy as np
+import torch.distributed as dist
 
-from data.prepare import fail, fingerprint, is_done, parser, publish, read_json_lines, read_rows, run_stage
-from generate import check_sampling_flags, generate, sampling_flags
+from data.rows import fail, fingerprint, is_done, parser, publish, read_json_lines, read_rows, run_stage
+from generate import generate, sampling_flags
 from label import reward_model_scores, vader_scores
 from seed_dpo import start_processes
 
@@ -128,7 +128,6 @@ def main() -> None:
     cli.add_argument("--judge-model", help="the classifier of --judge reward-model")
     sampling_flags(cli, n=1)
     args = cli.parse_args()
-    check_sampling_flags(args)
     models, labels = named(args.models, "--models"), named(args.labels, "--labels")
     if args.judge == "reward-model" and not args.judge_model:
         fail("--judge reward-model needs --judge-model")
@@ -139,7 +138,8 @@ def main() -> None:
     settings["prompts"] = fingerprint(args.prompts)
     report = f"{args.out}/report.md"
     if is_done(report, settings):
-        print(open(report, encoding="utf-8").read().split("\n## ")[1].split("\n\n", 1)[1])
+        with open(report, encoding="utf-8") as file:
+            print(file.read().split("\n\n")[2])
         return
 
     rank, world, device = start_processes()
@@ -150,13 +150,12 @@ def main() -> None:
                                     max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, precision=args.precision,
                                     seed=args.seed), rank, world, device)
         if world > 1:
-            import torch.distributed as dist
             dist.barrier()
         answers[name] = read_rows(out, "responses")
     policies, quality, confidences, baseline = {}, {}, {}, None
     for name, rows in answers.items():
         lengths = np.array([[len(text) for text in row["responses"]] for row in rows])
-        policies[name] = {"characters": float(lengths.mean()), "score": None, "win_rate": None}
+        policies[name] = {"characters": float(lengths.mean()), **dict.fromkeys(("score", "score_error", "win_rate", "win_rate_error"))}
         if args.judge != "none":
             scores = judge_rows(args, rows, rank, world, device)
             baseline = scores if baseline is None else baseline

@@ -23,8 +23,9 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data.prepare import fail, is_done, parser, publish, read_rows, run_stage, settings_of, write_rows
-from seed_dpo import bf16_pays, encode_rows, load, start_processes
+from data.rows import (encode_rows, fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage,
+                       settings_of, write_rows)
+from seed_dpo import bf16_pays, load, start_processes
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
@@ -36,8 +37,9 @@ def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
     """Tokens [B] from logits [B, V]: the smallest token whose cumulative probability exceeds u [B] in [0, 1)."""
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    point = (u[:, None] * cumulative[:, -1:]).to(cumulative.dtype)
-    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    point = torch.minimum((u[:, None] * total).float(), torch.nextafter(total, torch.zeros_like(total)))  # u·total may round up
+    return torch.searchsorted(cumulative, point, right=True)[:, 0]
 
 
 @torch.inference_mode()
@@ -151,17 +153,12 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
 
 def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
     """The flags that decide what is sampled; evaluate.py has them too."""
-    cli.add_argument("-n", type=int, default=n, help="responses a prompt (papers: 2)")
-    cli.add_argument("--temperature", type=float, default=0.7, help="sampling temperature (papers: 0.7)")
-    cli.add_argument("--max-new-tokens", type=int, default=300, help="length limit of a response in tokens (papers: 300)")
-    cli.add_argument("--batch-size", type=int, default=128, help="responses sampled together; memory, and at most rounding in the text")
+    cli.add_argument("-n", type=natural, default=n, help="responses a prompt (papers: 2)")
+    cli.add_argument("--temperature", type=positive, default=0.7, help="sampling temperature (papers: 0.7)")
+    cli.add_argument("--max-new-tokens", type=natural, default=300, help="length limit of a response in tokens (papers: 300)")
+    cli.add_argument("--batch-size", type=natural, default=128, help="responses sampled together; memory, and at most rounding in the text")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the weights while sampling")
-    cli.add_argument("--seed", type=int, default=42, help="decides the text, together with the prompt's id")
-
-
-def check_sampling_flags(args: argparse.Namespace) -> None:
-    if min(args.n, args.max_new_tokens, args.batch_size) < 1 or not args.temperature > 0 or args.seed < 0:
-        fail("-n, --max-new-tokens and --batch-size must be at least 1, --temperature above 0, --seed 0 or more")
+    cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the text, together with the prompt's id")
 
 
 def main() -> None:
@@ -171,7 +168,6 @@ def main() -> None:
     cli.add_argument("--out", required=True, help="response rows (JSONL)")
     sampling_flags(cli, n=2)
     args = cli.parse_args()
-    check_sampling_flags(args)
     generate(args, *start_processes())
 
 

@@ -16,12 +16,11 @@ sentiment lexicon instead: the gold standard of the demo. `--judge reward-model`
 import math
 
 import torch
-import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data.prepare import fail, is_done, parser, publish, read_rows, run_stage, settings_of, write_rows
-from seed_dpo import autocast, encode_rows, load, score, start_processes
+from data.rows import encode_rows, fail, is_done, parser, positive, publish, read_rows, run_stage, settings_of, write_rows
+from seed_dpo import autocast, in_order, load, score, start_processes
 
 
 def implicit_reward(policy: list[float], reference: list[float], beta: float) -> list[float]:
@@ -61,11 +60,7 @@ def reward_model_scores(path: str, rows: list[dict], precision: str, rank: int, 
             ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt").to(device)
             with autocast(device, precision):
                 mine[i].append(model(**ids).logits.float().item())
-    merged = [mine]
-    if world > 1:
-        dist.all_gather_object(merged := [None] * world, mine)
-    everything = {i: v for part in merged for i, v in part.items()}
-    return [everything[i] for i in range(len(rows))]
+    return in_order(mine, world)
 
 
 def main() -> None:
@@ -76,15 +71,13 @@ def main() -> None:
     cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
     cli.add_argument("--reference-model", help="π_init, the reference of the judgement")
     cli.add_argument("--judge-model", help="the classifier of --judge reward-model")
-    cli.add_argument("--beta", type=float, default=0.1, help="scale of the implicit reward; the same as in training")
+    cli.add_argument("--beta", type=positive, default=0.1, help="scale of the implicit reward; the same as in training")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of matrix products, as in training")
     args = cli.parse_args()
     if args.judge == "implicit" and not (args.model and args.reference_model):
         fail("--judge implicit needs --model and --reference-model")
     if args.judge == "reward-model" and not args.judge_model:
         fail("--judge reward-model needs --judge-model")
-    if not args.beta > 0:
-        fail(f"--beta must be positive, found {args.beta}")
     settings = settings_of(args, "model", "reference_model", "judge_model", "responses")
     if is_done(args.out, settings):
         return

@@ -5,8 +5,8 @@
     margin    M = β[(log π_θ − log π_ref)(y_w) − (log π_θ − log π_ref)(y_l)]
     loss      −log σ(M) = softplus(−M)                       mean over the global batch
 
-This file is read first. It owns chat formatting, response log-probabilities, the DPO loss and the optimisation loop;
-`train.py` runs the same loop with another loss. Rows and the bookkeeping of a stage come from `data/prepare.py`.
+This file is read first. It owns response log-probabilities, the DPO loss and the optimisation loop; `train.py` runs the
+same loop with another loss. Rows and their tokens are in `data/rows.py`.
 
     python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed.jsonl --out runs/demo/seed
     torchrun --nproc_per_node=8 seed_dpo.py --model alignment-handbook/zephyr-7b-sft-full --pairs seed.jsonl --out pi_0
@@ -16,7 +16,6 @@ import atexit
 import contextlib
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -29,12 +28,13 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.prepare import fail, is_done, parser, publish, read_rows, run_stage, settings_of, write_rows
+from data.rows import (encode_rows, fail, is_done, natural, pair_of, parser, positive, publish, read_rows, run_stage,
+                       settings_of, write_rows)
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
 
-# ------------------------------------------------------------------------------------- processes, model, chat format
+# ---------------------------------------------------------------------------------------------- processes and models
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -51,7 +51,7 @@ def start_processes() -> tuple[int, int, torch.device]:
 
 def bf16_pays(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than fp32 here: a recent GPU, or a CPU with AVX512-BF16 or AMX."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def autocast(device: torch.device, precision: str):
@@ -79,52 +79,6 @@ def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
         if getattr(model.config, scaling, None):
             fail(f"{path}: architectures with {scaling} are not supported: their logits are not lm_head(hidden)")
     return model.to(device).eval(), tokenizer
-
-
-def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation in the model's chat template, up to where the response begins.
-
-    Only the template writes control tokens. One that is spelled out in a message is swapped for a private-use character
-    while the template renders, and put back as ordinary text.
-    """
-    controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    spelled = [c for c in controls if any(c in m["content"] for m in messages)]
-    stand_in = {chr(0xF0000 + i): c for i, c in enumerate(spelled)}
-    hidden = messages
-    for char, control in stand_in.items():
-        hidden = [{**m, "content": m["content"].replace(control, char)} for m in hidden]
-    text = tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
-    pieces = re.split(f"([{''.join(stand_in)}])", text) if stand_in else [text]
-    return [i for piece in pieces if piece for i in tokenizer(
-        stand_in.get(piece, piece), add_special_tokens=False, split_special_tokens=piece in stand_in).input_ids]
-
-
-def encode_response(tokenizer, text: str, ended: bool = True) -> list[int]:
-    """Token ids of a response as plain text, then the end-of-turn token, unless the response was cut at a length limit."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [tokenizer.eos_token_id] if ended else ids
-
-
-def encode_rows(model, tokenizer, rows: list[dict], path: str, responses: Callable[[dict], list[tuple[str, bool]]]) -> list:
-    """[(prompt ids, [response ids, …]), …] of rows whose `responses(row)` are (text, ended) pairs; too long a row fails."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    encoded = []
-    for number, row in enumerate(rows, 1):
-        try:
-            prompt = encode_prompt(tokenizer, row["prompt"])
-        except Exception as error:  # templates raise whatever they like, e.g. for a system turn that they do not know
-            fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
-        answers = [encode_response(tokenizer, text, ended) for text, ended in responses(row)]
-        longest = len(prompt) + max(map(len, answers), default=0)
-        if longest > limit:
-            fail(f"{path}: id {row['id']!r} (row {number}) has {longest} tokens; the model's context is {limit}. Shorten or remove it")
-        encoded.append((prompt, answers))
-    return encoded
-
-
-def pair_of(row: dict) -> list[tuple[str, bool]]:
-    """(text, ended) of the chosen, then of the rejected response. Gold rows do not say: theirs ended."""
-    return [(row["chosen"], row.get("chosen_ended", True)), (row["rejected"], row.get("rejected_ended", True))]
 
 
 # ------------------------------------------------------------------------------------------ response log-probabilities
@@ -158,12 +112,11 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
         n = end = len(prompt)
         ids[b, :n], positions[b, :n], part[b, :n] = torch.tensor(prompt), torch.arange(n), 0
         for j, y in enumerate(ys, 1):
-            span = slice(end, end := end + len(y) - 1)
-            ids[b, span], positions[b, span], part[b, span] = torch.tensor(y[:-1], dtype=torch.long), torch.arange(n, n + len(y) - 1), j
-            where += [b * width + n - 1, *range(b * width + span.start, b * width + end)]
-            target += y
-            owner += [count] * len(y)
-            count += 1
+            start, end = end, end + len(y) - 1
+            ids[b, start:end], part[b, start:end] = torch.tensor(y[:-1], dtype=torch.long), j
+            positions[b, start:end] = torch.arange(n, n + len(y) - 1)
+            where += [b * width + n - 1, *range(b * width + start, b * width + end)]
+            target, owner, count = target + y, owner + [count] * len(y), count + 1
     mask = None
     if shared and any(len(ys) > 1 for _, ys in rows):
         query, key = part[:, :, None], part[:, None, :]
@@ -211,6 +164,14 @@ class ResponseLogps(torch.nn.Module):
         return sum_by_response(token_logps(self.model.get_output_embeddings(), hidden, batch["target"]), batch), hidden
 
 
+def in_order(mine: dict[int, object], world: int) -> list:
+    """The values of all ranks' {index: value}, by index, on every rank."""
+    parts = [mine]
+    if world > 1:
+        dist.all_gather_object(parts := [None] * world, mine)
+    return [value for _, value in sorted(item for part in parts for item in part.items())]
+
+
 @torch.no_grad()
 def score(model, encoded: list, precision: str, rank: int = 0, world: int = 1, title: str = "score") -> list[list[float]]:
     """log-probs of every response of every row, in row order on all ranks; rows are split over ranks, longest first."""
@@ -229,11 +190,7 @@ def score(model, encoded: list, precision: str, rank: int = 0, world: int = 1, t
             batch = pack([encoded[i] for i in indices], shared, device)
             values = iter(ResponseLogps(model)(batch)[0].tolist())
         mine.update({i: [next(values) for _ in encoded[i][1]] for i in indices})
-    merged = [mine]
-    if world > 1:
-        dist.all_gather_object(merged := [None] * world, mine)
-    everything = {i: v for part in merged for i, v in part.items()}
-    return [everything[i] for i in range(len(encoded))]
+    return in_order(mine, world)
 
 
 # ------------------------------------------------------------------------------------------------- loss and optimisation
@@ -253,9 +210,7 @@ def dpo_loss(margin: torch.Tensor) -> torch.Tensor:
 def lr_at(step: int, total: int, peak: float) -> float:
     """Learning rate of a step in 0 … total − 1: linear warm-up over the first 10 % of the steps, then a cosine to zero."""
     warmup = max(1, round(0.1 * total))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup))))
 
 
 def optimise(model, encoded: list, ids: list[str], losses: Callable, after_step: Callable, args: argparse.Namespace,
@@ -309,9 +264,8 @@ def optimise(model, encoded: list, ids: list[str], losses: Callable, after_step:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         accuracy = sum((m > 0) + 0.5 * (m == 0) for m in records["margin"]) / len(everyone)
-        log.append({"step": step + 1, "loss": mean, "accuracy": accuracy,
-                    "margin": sum(records["margin"]) / len(everyone), "gradient_norm": gradient,
-                    "lr": lr_at(step, total, args.lr), "tokens_per_s": world * tokens / (time.perf_counter() - started),
+        log.append({"step": step + 1, "loss": mean, "accuracy": accuracy, "margin": sum(records["margin"]) / len(everyone),
+                    "gradient_norm": gradient, "lr": group["lr"], "tokens_per_s": world * tokens / (time.perf_counter() - started),
                     **after_step(step, everyone, records)})
         bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{accuracy:.2f}", tok_s=f"{log[-1]['tokens_per_s']:.0f}")
     return log
@@ -331,27 +285,20 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     cli.add_argument("--model", required=True, help="where training starts: a Hugging Face folder or hub id; also the reference")
     cli.add_argument("--pairs", required=True, help="preference rows (JSONL)")
     cli.add_argument("--out", required=True, help="folder of the trained policy")
-    cli.add_argument("--beta", type=float, default=0.1, help="strength of the KL tie to the reference (papers: 0.1; LLaMA-3 0.01 or 0.05)")
-    cli.add_argument("--lr", type=float, default=5e-7, help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
-    cli.add_argument("--epochs", type=int, default=epochs, help=f"passes over the pairs (papers: {epochs})")
-    cli.add_argument("--batch-size", type=int, default=32, help="pairs an update, over all processes (papers: 32)")
-    cli.add_argument("--micro-batch", type=int, default=4, help="pairs a forward pass and process; memory, not mathematics")
-    cli.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
+    cli.add_argument("--beta", type=positive, default=0.1, help="weight of the KL term (papers: 0.1; LLaMA-3 0.01 or 0.05)")
+    cli.add_argument("--lr", type=positive, default=5e-7, help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
+    cli.add_argument("--epochs", type=natural, default=epochs, help=f"passes over the pairs (papers: {epochs})")
+    cli.add_argument("--batch-size", type=natural, default=32, help="pairs an update, over all processes (papers: 32)")
+    cli.add_argument("--micro-batch", type=natural, default=4, help="pairs a forward pass and process; memory, not mathematics")
+    cli.add_argument("--clip", type=positive, default=1.0, help="gradient norm above which gradients are scaled down")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of matrix products; weights stay fp32")
     cli.add_argument("--seed", type=int, default=42, help="decides the order of the pairs")
-
-
-def check_training_flags(args: argparse.Namespace) -> None:
-    for name in ("beta", "lr", "epochs", "batch_size", "micro_batch", "clip"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, found {getattr(args, name)}")
 
 
 def main() -> None:
     cli = parser(__doc__)
     training_flags(cli, epochs=3)
     args = cli.parse_args()
-    check_training_flags(args)
     settings = settings_of(args, "model", "pairs")
     if is_done(args.out, settings):
         return

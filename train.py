@@ -16,9 +16,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data.prepare import fail, is_done, parser, read_rows, run_stage, settings_of
-from seed_dpo import (autocast, check_training_flags, dpo_margin, encode_rows, load, optimise, pair_of, response_hidden,
-                      save_policy, start_processes, sum_by_response, training_flags)
+from data.rows import encode_rows, fail, is_done, natural, pair_of, parser, ranged, read_rows, run_stage, settings_of, share
+from seed_dpo import (autocast, dpo_margin, load, optimise, response_hidden, save_policy, start_processes, sum_by_response,
+                      training_flags)
 
 WINDOW, QUIET = 50, 0.2  # τ looks back on 50 pairs; no label is flagged in the first 20 % of the steps (SPA, B.4)
 
@@ -78,17 +78,14 @@ def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
 def main() -> None:
     cli = parser(__doc__)
     training_flags(cli, epochs=1)
-    cli.add_argument("--alpha", type=float, default=0.1, help="label smoothing of flagged pairs (S10; papers: 0.1; 0 for none)")
-    cli.add_argument("--lam", type=float, default=0.5, help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
-    cli.add_argument("--percentile", type=float, default=10.0, help="K, the least confident share that is flagged, in percent (papers: 10)")
-    cli.add_argument("--pieces", type=int, default=6, help="K of dro.py: ℓ* is straight below 1/K (D5)")
-    cli.add_argument("--leader", choices=["expected", "printed"], default="expected", help="expectation over atoms, or T2-6 as printed (D4)")
-    cli.add_argument("--anchor", choices=["init", "previous"], help="what ξ_θ is measured against (D6); default: init if the rows carry "
-                     "a worst case, else previous (SPA)")
+    cli.add_argument("--alpha", type=share, default=0.1, help="label smoothing of flagged pairs (S10; papers: 0.1; 0 for none)")
+    cli.add_argument("--lam", type=ranged(float, 0), default=0.5, help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
+    cli.add_argument("--percentile", type=ranged(float, 0, 100), default=10.0, help="K, least confident share to flag, in % (papers: 10)")
+    cli.add_argument("--pieces", type=natural, default=6, help="K of dro.py: ℓ* is straight below 1/K (D5)")
+    cli.add_argument("--leader", choices=["expected", "printed"], default="expected", help="expectation, or T2-6 as printed (D4)")
+    cli.add_argument("--anchor", choices=["init", "previous"], help="what ξ_θ is measured against (D6); default: "
+                     "init if the rows carry a worst case, else previous (SPA)")
     args = cli.parse_args()
-    check_training_flags(args)
-    if not (0 <= args.alpha <= 1 and 0 <= args.lam and 0 <= args.percentile <= 100 and args.pieces >= 1):
-        fail("--alpha must lie in [0, 1], --percentile in [0, 100], --lam must be at least 0, --pieces at least 1")
     settings = settings_of(args, "model", "pairs")
     if is_done(args.out, settings):
         return

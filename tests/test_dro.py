@@ -20,8 +20,9 @@ def test_exact_equals_lp_equals_dual(xi, epsilon, pieces, a):
     xi = a + (1 - a) * xi
     curve = tangents(pieces)
     exact, lp = (solve(xi, *curve, epsilon, a=a) for solve in (solve_exact, solve_lp))
-    assert relative_gap(exact.value, lp.value) < 1e-8 and relative_gap(exact.value, exact.dual) < 1e-10
-    assert exact.dual <= lp.dual + 1e-8  # λ* is the dual's minimiser; that of the LP is one too, up to HiGHS's tolerance
+    rounding = 1e-9 * pieces  # HiGHS meets each constraint to 1e-10, and a unit of ξ is worth up to K units of loss
+    assert abs(exact.value - lp.value) < rounding and relative_gap(exact.value, exact.dual) < 1e-10
+    assert exact.dual <= lp.dual + rounding  # λ* minimises the dual, and so does the LP's
     for solution in (exact, lp):
         totals = np.bincount(solution.owner, solution.weight, minlength=len(xi))
         np.testing.assert_allclose(totals, 1, atol=1e-9)
@@ -29,7 +30,7 @@ def test_exact_equals_lp_equals_dual(xi, epsilon, pieces, a):
         places = xi[solution.owner] - solution.shift
         assert places.min() >= a - 1e-7 and places.max() <= 1 + 1e-7
         attained = (solution.weight * surrogate(places, *curve)).sum() / len(xi)
-        assert relative_gap(attained, solution.value) < 1e-7
+        assert abs(attained - solution.value) < rounding
         assert (solution.weight * abs(solution.shift)).sum() / len(xi) == pytest.approx(solution.transport, abs=1e-9)
 
 

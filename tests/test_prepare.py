@@ -3,10 +3,11 @@ import json
 import os
 
 import pytest
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from conftest import CORPUS, dump, gold_rows, jsonl, make_model, ok, run
 from hypothesis import given, settings, strategies as st
 
-from data.prepare import normalise, publish, split
+from data.prepare import normalise, split
+from data.rows import publish
 
 
 def plain(count):
@@ -82,7 +83,7 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_bad_rows_are_named(name, tmp_path, capsys):
-    from data.prepare import read_rows
+    from data.rows import read_rows
     line, message = BAD_LINES[name]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD.encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")

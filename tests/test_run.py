@@ -1,7 +1,6 @@
 """run.sh from end to end on the tiny model."""
 import json
 import os
-import shutil
 import subprocess
 
 from conftest import ROOT, dump, gold_rows, jsonl

@@ -8,7 +8,8 @@ from conftest import dump, gold_rows, jsonl, make_model, ok, run
 from hypothesis import given, settings, strategies as st
 
 import seed_dpo
-from seed_dpo import dpo_loss, dpo_margin, encode_prompt, encode_response, pack, response_hidden, score, sum_by_response, token_logps
+from data.rows import encode_prompt, encode_response
+from seed_dpo import dpo_loss, dpo_margin, pack, response_hidden, score, sum_by_response, token_logps
 
 CPU = torch.device("cpu")
 

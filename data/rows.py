@@ -1,0 +1,219 @@
+"""What passes between the stages: rows, their tokens, and how a stage checks, skips and publishes its work.
+
+A row is one JSON object a line (UTF-8). Each kind of file holds an `id` and the keys of `ROWS`; extra keys pass through
+every stage unchanged. A stage writes beside its output and renames, so a file that exists is whole; its settings lie in
+OUT.stats.json, so the same command again has nothing to do, and a changed one says what changed. Needs no torch.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on stderr and exit status 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+ROWS = {  # what each kind of file must hold, key by key; extra keys pass through every stage unchanged
+    "prompts": ["prompt"],
+    "preferences": ["prompt", "chosen", "rejected"],
+    "responses": ["prompt", "responses"],
+    "labelled": ["prompt", "chosen", "rejected", "margin", "chosen_logp", "rejected_logp"],
+}
+
+
+def wrong(key: str, value: object) -> str | None:
+    """What `value` should have been under `key`, or None if it is right."""
+    if key in ("id", "chosen", "rejected"):
+        return None if isinstance(value, str) and value.strip() else "a non-empty string"
+    if key == "prompt":
+        turns = isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        return None if turns else 'a non-empty list of {"role": …, "content": …}'
+    if key == "responses":
+        return None if isinstance(value, list) and value and all(isinstance(r, str) for r in value) else "a list of strings"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if key == "margin":
+        return None if number and value >= 0 else "a finite number ≥ 0"
+    return None if number else "a finite number"
+
+
+def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) for every line of a JSONL file."""
+    if not os.path.isfile(path):
+        fail(f"{path}: no such file")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:
+                fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
+            if not isinstance(row, dict):
+                fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
+            yield number, row
+
+
+def read_rows(path: str, kind: str) -> list[dict]:
+    """Rows of a JSONL file, each checked for its `id` and the keys of `ROWS[kind]`. The first bad line ends the program."""
+    rows, seen = [], {}
+    for number, row in read_json_lines(path):
+        for key in ["id", *ROWS[kind]]:
+            if key not in row:
+                fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need id, {', '.join(ROWS[kind])}")
+            if (expected := wrong(key, row[key])) is not None:
+                fail(f"{path}:{number}: '{key}' must be {expected}, found {json.dumps(row[key])[:60]}")
+        if row["id"] in seen:
+            fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; ids must differ")
+        seen[row["id"]] = number
+        rows.append(row)
+    if not rows:
+        fail(f"{path}: holds no rows")
+    return rows
+
+
+def write_rows(path: str, rows: Iterable[dict]) -> None:
+    """Write JSONL beside `path`, then rename: a file that exists is whole."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(f"{path}.tmp", path)
+
+
+# ------------------------------------------------------------------------------- a stage: settings, skipping, stats
+
+
+def fingerprint(path: str) -> str:
+    """Digest of a file's content; of the names, sizes and times in a folder (models are large); of the text of a hub id."""
+    digest = hashlib.sha256()
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    else:
+        files = sorted(f for f in Path(path).rglob("*") if f.is_file())
+        digest.update(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files] or path).encode())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
+    """Everything that decides a stage's output: the arguments, with the paths named in `inputs` by their fingerprint."""
+    return {key: fingerprint(value) if key in inputs and value else value for key, value in vars(args).items() if key != "out"}
+
+
+def is_done(out: str, settings: dict) -> bool:
+    """True if `out` is complete from these very settings. Settings that changed are named; the stage then runs again."""
+    try:
+        old = json.loads(Path(f"{out}.stats.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError):
+        return False
+    changed = [f"{k} {old.get(k)!r} → {settings.get(k)!r}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    if os.path.exists(out) and (changed or int(os.environ.get("RANK", 0)) == 0):
+        print(f"{out}: " + (f"changed since it was written: {'; '.join(changed)}. Redoing." if changed else "complete, skipped"))
+    return os.path.exists(out) and not changed
+
+
+def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None]) -> None:
+    """`write(tmp)`, rename to `out`, then write `out`.stats.json: at no moment do stats describe another output."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.stats.json").unlink(missing_ok=True)
+    tmp = f"{out}.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    write(tmp)
+    if os.path.isdir(out):
+        shutil.rmtree(out)
+    os.replace(tmp, out)
+    text = json.dumps({**stats, "settings": settings}, indent=1, ensure_ascii=False)
+    Path(f"{tmp}.stats").write_text(text + "\n")
+    os.replace(f"{tmp}.stats", f"{out}.stats.json")
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage; a full disk or an unreadable file is one line, like every other error that a user can mend."""
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.filename or ''}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """An argument parser whose --help is the module's docstring, then every flag with its default; an error is one line."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+    cli = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    cli.error = lambda message: fail(f"{message} (see {cli.prog} --help)")
+    return cli
+
+
+def ranged(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A flag's type: an int or float from `low` (or `above` it) to `high`, and finite."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low}"
+                                             f"{f' and at most {high}' if high < math.inf else ''}, found {text}")
+        return value
+    parse.__name__ = kind.__name__  # what argparse calls a text that is no number at all
+    return parse
+
+
+positive, share = ranged(float, 0, above=True), ranged(float, 0, 1)
+natural = ranged(int, 1)
+
+
+# ------------------------------------------------------------------------------------------------ tokens of a row
+
+
+def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation in the model's chat template, up to where the response begins.
+
+    Only the template writes control tokens. One that is spelled out in a message is swapped for a private-use character
+    while the template renders, and put back as ordinary text.
+    """
+    controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    spelled = [c for c in controls if any(c in m["content"] for m in messages)]
+    stand_in = {chr(0xF0000 + i): c for i, c in enumerate(spelled)}
+    hidden = messages
+    for char, control in stand_in.items():
+        hidden = [{**m, "content": m["content"].replace(control, char)} for m in hidden]
+    text = tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
+    pieces = re.split(f"([{''.join(stand_in)}])", text) if stand_in else [text]
+    return [i for piece in pieces if piece for i in tokenizer(
+        stand_in.get(piece, piece), add_special_tokens=False, split_special_tokens=piece in stand_in).input_ids]
+
+
+def encode_response(tokenizer, text: str, ended: bool = True) -> list[int]:
+    """Token ids of a response as plain text, then the end-of-turn token, unless the response was cut at a length limit."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids + [tokenizer.eos_token_id] if ended else ids
+
+
+def encode_rows(model, tokenizer, rows: list[dict], path: str, responses: Callable[[dict], list[tuple[str, bool]]]) -> list:
+    """[(prompt ids, [response ids, …]), …] of rows whose `responses(row)` are (text, ended) pairs; too long a row fails."""
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            prompt = encode_prompt(tokenizer, row["prompt"])
+        except Exception as error:  # templates raise whatever they like, e.g. for a system turn that they do not know
+            fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
+        answers = [encode_response(tokenizer, text, ended) for text, ended in responses(row)]
+        longest = len(prompt) + max(map(len, answers), default=0)
+        if longest > limit:
+            fail(f"{path}: id {row['id']!r} (row {number}) has {longest} tokens; the model's context is {limit}. Shorten or remove it")
+        encoded.append((prompt, answers))
+    return encoded
+
+
+def pair_of(row: dict) -> list[tuple[str, bool]]:
+    """(text, ended) of the chosen, then of the rejected response. Gold rows do not say: theirs ended."""
+    return [(row["chosen"], row.get("chosen_ended", True)), (row["rejected"], row.get("rejected_ended", True))]
