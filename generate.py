@@ -108,7 +108,8 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     encoded = [prompt for prompt, _ in encode_rows(model, tokenizer, rows, args.prompts, lambda row: [])]
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and max(map(len, encoded)) + args.max_new_tokens > limit:
-        fail(f"{args.prompts}: the longest prompt ({max(map(len, encoded))} tokens) and --max-new-tokens exceed the context of {limit}")
+        fail(f"{args.prompts}: the longest prompt ({max(map(len, encoded))} tokens) and --max-new-tokens {args.max_new_tokens} "
+             f"exceed the model's context of {limit}")
     stop = model.generation_config.eos_token_id or []
     stop = torch.tensor(sorted({tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}), device=device)
 

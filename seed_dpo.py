@@ -12,7 +12,6 @@ same loop with another loss. Rows and their tokens are in `data/rows.py`.
     torchrun --nproc_per_node=8 seed_dpo.py --model alignment-handbook/zephyr-7b-sft-full --pairs seed.jsonl --out pi_0
 """
 import argparse
-import atexit
 import contextlib
 import math
 import os
@@ -45,7 +44,6 @@ def start_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if world > 1:  # the limit covers one stage's slowest rank, not one collective: ranks meet only when work is done
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
-        atexit.register(dist.destroy_process_group)
     return int(os.environ.get("RANK", 0)), world, device
 
 
@@ -71,13 +69,10 @@ def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot load the model: {str(error).splitlines()[0]}")
-    if tokenizer.chat_template is None:
-        fail(f"{path}: the tokenizer has no chat template; add one as chat_template.jinja in the model folder")
-    if tokenizer.eos_token_id is None:
-        fail(f"{path}: the tokenizer has no end-of-sequence token")
-    for scaling in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, scaling, None):
-            fail(f"{path}: architectures with {scaling} are not supported: their logits are not lm_head(hidden)")
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model folder) and an end-of-sequence token")
+    if any(getattr(model.config, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
+        fail(f"{path}: not supported, because the logits of {model.config.model_type} are not lm_head(hidden)")
     return model.to(device).eval(), tokenizer
 
 
@@ -175,8 +170,7 @@ def in_order(mine: dict[int, object], world: int) -> list:
 @torch.no_grad()
 def score(model, encoded: list, precision: str, rank: int = 0, world: int = 1, title: str = "score") -> list[list[float]]:
     """log-probs of every response of every row, in row order on all ranks; rows are split over ranks, longest first."""
-    device = model.device
-    shared, budget = shares_prompt(model), 16384 if device.type == "cuda" else 2048  # tokens: what keeps the device busy
+    shared, budget = shares_prompt(model), 16384 if model.device.type == "cuda" else 2048  # tokens: what keeps the device busy
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - sum(map(len, encoded[i][1])))[rank::world]
     batches, tokens = [[]], 0
     for i in order:
@@ -186,8 +180,8 @@ def score(model, encoded: list, precision: str, rank: int = 0, world: int = 1, t
         batches[-1].append(i)
     mine = {}
     for indices in tqdm(batches if order else [], desc=title, unit="batch", disable=None if rank == 0 else True):
-        with autocast(device, precision):
-            batch = pack([encoded[i] for i in indices], shared, device)
+        with autocast(model.device, precision):
+            batch = pack([encoded[i] for i in indices], shared, model.device)
             values = iter(ResponseLogps(model)(batch)[0].tolist())
         mine.update({i: [next(values) for _ in encoded[i][1]] for i in indices})
     return in_order(mine, world)
@@ -231,18 +225,15 @@ def optimise(model, encoded: list, ids: list[str], losses: Callable, after_step:
     total, log = per_epoch * args.epochs, []
     bar = tqdm(range(total), desc="train", unit="step", disable=None if rank == 0 else True)
     for step in bar:
-        epoch, k = divmod(step, per_epoch)
-        started = time.perf_counter()
+        (epoch, k), started = divmod(step, per_epoch), time.perf_counter()
         order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
         everyone = order[k * args.batch_size:(k + 1) * args.batch_size]
         mine = everyone[rank::world] or everyone[:1]  # a rank without pairs joins in the sum with a weight of zero
-        weight = world / len(everyone) if everyone[rank::world] else 0.0  # DDP averages over ranks; D7 wants pairs
+        weight = world / len(everyone) if everyone[rank::world] else 0.0  # DDP averages over ranks; D7 over pairs
         micros = [mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)]
-        records: dict[str, list[float]] = {}
-        tokens = 0
+        records, tokens = {}, 0
         for rows in micros:
-            last = rows is micros[-1]
-            with contextlib.nullcontext() if last or world == 1 else net.no_sync():
+            with contextlib.nullcontext() if rows is micros[-1] or world == 1 else net.no_sync():
                 batch = pack([encoded[i] for i in rows], shared, device)
                 with autocast(device, args.precision):
                     logps, hidden = net(batch)
@@ -271,13 +262,16 @@ def optimise(model, encoded: list, ids: list[str], losses: Callable, after_step:
     return log
 
 
-def save_policy(out: str, model, tokenizer, log: list[dict], settings: dict, stats: dict) -> None:
-    """Publish a Hugging Face folder (safetensors, fp32) with the tokenizer and log.jsonl, one line a step."""
+def save_policy(args: argparse.Namespace, model, tokenizer, pairs: int, log: list[dict], settings: dict, **stats) -> dict:
+    """Publish a Hugging Face folder (safetensors, fp32) with the tokenizer and log.jsonl, one line a step; returns the stats."""
     def write(tmp: str) -> None:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
         write_rows(f"{tmp}/log.jsonl", log)
-    publish(out, settings, stats, write)
+    last = log[-(len(log) // args.epochs):]
+    stats |= {"pairs": pairs, "steps": len(log), **{k: sum(r[k] for r in last) / len(last) for k in ("loss", "accuracy")}}
+    publish(args.out, settings, stats, write)
+    return stats
 
 
 def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
@@ -315,10 +309,7 @@ def main() -> None:
 
     log = optimise(model, encoded, [r["id"] for r in rows], losses, lambda *_: {}, args, rank, world)
     if rank == 0:
-        tail = log[-math.ceil(len(rows) / args.batch_size):]
-        stats = {"pairs": len(rows), "steps": len(log), "loss": sum(r["loss"] for r in tail) / len(tail),
-                 "accuracy": sum(r["accuracy"] for r in tail) / len(tail)}
-        save_policy(args.out, model, tokenizer, log, settings, stats)
+        stats = save_policy(args, model, tokenizer, len(rows), log, settings)
         print(f"seed_dpo: {len(rows)} gold pairs, {len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f} → {args.out}")
 

@@ -80,7 +80,7 @@ def main() -> None:
     training_flags(cli, epochs=1)
     cli.add_argument("--alpha", type=share, default=0.1, help="label smoothing of flagged pairs (S10; papers: 0.1; 0 for none)")
     cli.add_argument("--lam", type=ranged(float, 0), default=0.5, help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
-    cli.add_argument("--percentile", type=ranged(float, 0, 100), default=10.0, help="K, least confident share to flag, in % (papers: 10)")
+    cli.add_argument("--percentile", type=ranged(float, 0, 100), default=10.0, help="K, least confident share to flag, in percent (papers: 10)")
     cli.add_argument("--pieces", type=natural, default=6, help="K of dro.py: ℓ* is straight below 1/K (D5)")
     cli.add_argument("--leader", choices=["expected", "printed"], default="expected", help="expectation, or T2-6 as printed (D4)")
     cli.add_argument("--anchor", choices=["init", "previous"], help="what ξ_θ is measured against (D6); default: "
@@ -138,9 +138,7 @@ def main() -> None:
     log = optimise(model, encoded, [r["id"] for r in rows], losses, after_step, args, rank, world)
     if rank == 0:
         flagged = sum(len(r["flagged"]) for r in log)
-        stats = {"pairs": len(rows), "steps": len(log), "anchor": anchor, "loss": sum(r["loss"] for r in log) / len(log),
-                 "accuracy": sum(r["accuracy"] for r in log) / len(log), "flagged": flagged}
-        save_policy(args.out, model, tokenizer, log, settings, stats)
+        save_policy(args, model, tokenizer, len(rows), log, settings, anchor=anchor, flagged=flagged)
         print(f"train: {len(rows)} pairs, {len(log)} steps, anchor {anchor}; loss {log[0]['loss']:.3f} → {log[-1]['loss']:.3f}, "
               f"{flagged} labels flagged as noise → {args.out}")
 

@@ -1,4 +1,7 @@
 """A tiny random model with a real tokenizer and chat template, in the layout of any Hugging Face folder."""
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -12,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data.rows import run_stage
+
 torch.set_num_threads(2)
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -65,11 +70,36 @@ def other_folder(tmp_path_factory, tokenizer) -> str:
     return str(path)
 
 
-def run(*command: str, processes: int = 1, env: dict | None = None) -> subprocess.CompletedProcess:
-    """A stage as a user starts it, from the repository's root."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **(env or {})})
+@pytest.fixture(scope="session")
+def ranker(tmp_path_factory, tokenizer) -> str:
+    """A random reward model: one logit from the last token."""
+    path = tmp_path_factory.mktemp("model") / "ranker"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      num_labels=1, pad_token_id=0)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
+    """A stage by its command line: in this very process (starting Python and torch takes seconds), or under torchrun."""
+    flags = [str(flag) for flag in flags]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return subprocess.run([sys.executable, *launcher, script, *flags], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    stage = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [script, *flags]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_stage(stage.main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())
 
 
 def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import dump, jsonl, make_model, ok, run
 from scipy.stats import chisquare
+from transformers import LlamaForSequenceClassification
 
 import generate as stage
 from generate import draw, sample, uniforms
@@ -120,22 +121,19 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
         assert json.load(open(f"{out}.stats.json"))["ties"] == 2
 
 
-def test_vader_and_reward_model_judges(folder, tokenizer, tmp_path):
+def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
     good, bad = "What a wonderful, lovely day.", "A terrible, awful mess."
     assert vader_scores([{"responses": [good, bad]}])[0][0] > 0.5 > -0.5 > vader_scores([{"responses": [good, bad]}])[0][1]
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-    torch.manual_seed(0)
-    ranker = LlamaForSequenceClassification(LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                                        num_attention_heads=4, num_labels=1, pad_token_id=0)).eval()
-    ranker.save_pretrained(tmp_path / "rm")
-    tokenizer.save_pretrained(tmp_path / "rm")
     ask = [{"role": "user", "content": "Write."}]
     responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ask, "responses": [bad, good]}])
     ok(run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "v.jsonl"))
     assert jsonl(tmp_path / "v.jsonl")[0]["chosen"] == good
-    ok(run("label.py", "--judge", "reward-model", "--judge-model", tmp_path / "rm", "--responses", responses, "--out", tmp_path / "m.jsonl",
+    ok(run("label.py", "--judge", "reward-model", "--judge-model", ranker, "--responses", responses, "--out", tmp_path / "m.jsonl",
            "--precision", "fp32"))
-    logits = [ranker(**tokenizer.apply_chat_template([*ask, {"role": "assistant", "content": t}], return_dict=True, return_tensors="pt")).logits.item()
-              for t in (bad, good)]
+    model, logits = LlamaForSequenceClassification.from_pretrained(ranker), []
+    for text in (bad, good):
+        ids = tokenizer.apply_chat_template([*ask, {"role": "assistant", "content": text}], return_dict=False)
+        logits.append(model(torch.tensor([ids])).logits.item())
     row = jsonl(tmp_path / "m.jsonl")[0]
-    assert row["margin"] == pytest.approx(abs(logits[0] - logits[1]), abs=1e-4) and row["chosen"] == (bad, good)[int(np.argmax(logits))]
+    assert row["margin"] == pytest.approx(abs(logits[0] - logits[1]), abs=1e-4)
+    assert row["chosen"] == (bad, good)[int(np.argmax(logits))]

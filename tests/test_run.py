@@ -14,12 +14,13 @@ def run_sh(*arguments, **variables) -> str:
     return done.stdout
 
 
-def test_demo_on_a_tiny_model(folder, tmp_path):
+def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     config = tmp_path / "tiny.env"
     config.write_text((ROOT / "configs/demo.env").read_text().replace(":=40}", ":=6}").replace(":=96 96}", ":=6 5}")
                       .replace(":=48}", ":=8}"))
     data = dump(tmp_path / "prompts.jsonl", jsonl(ROOT / "data/prompts.jsonl")[:24])
-    variables = dict(MODEL=folder, DATA=data, RUN=tmp_path / "run")
+    # the babble of a random model means nothing to VADER, so a random reward model stands in for gold
+    variables = dict(MODEL=folder, DATA=data, RUN=tmp_path / "run", GOLD="reward-model", GOLD_MODEL=ranker)
     first = run_sh(config, **variables)
     assert "| round2 |" in first and "dro: " in first
     assert [l["anchor"] for l in (json.load(open(tmp_path / f"run/round{t}/policy.stats.json")) for t in (1, 2))] == ["init", "init"]
@@ -28,11 +29,10 @@ def test_demo_on_a_tiny_model(folder, tmp_path):
     assert json.load(open(tmp_path / "run/round1/policy.stats.json"))["settings"]["lam"] == 0.5
     assert json.load(open(tmp_path / "run/round2/policy.stats.json"))["settings"]["lam"] == 0.25
 
-    again = run_sh(config, **variables)
-    assert again.count("complete, skipped") == 14 and "| round2 |" in again  # every stage
     changed = run_sh(config, **variables, EPSILON=0)
     assert "worst.jsonl: changed since it was written: epsilon 0.01 → 0.0. Redoing." in changed
-    assert "run/seed: complete, skipped" in changed and "round2/responses.jsonl: changed" in changed
+    assert "run/seed: complete, skipped" in changed and "round1/labelled.jsonl: complete, skipped" in changed
+    assert "round2/responses.jsonl: changed" in changed
     assert json.load(open(tmp_path / "run/round2/policy.stats.json"))["anchor"] == "previous"
 
 
