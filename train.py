@@ -45,15 +45,15 @@ def loss_star(xi: torch.Tensor, pieces: int) -> torch.Tensor:
 
 
 def leader_loss(margin: torch.Tensor, flag: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, alpha: float,
-                pieces: int, printed: bool = False) -> torch.Tensor:
+                pieces: int, printed: bool = False, margin_space: bool = False) -> torch.Tensor:
     """L_i [m] from margins [m], noise flags z [m] (0 or 1) and atoms: weight, shift [m, A], padded with weight 0.
 
     An atom that the follower left in place has the exact −log ξ_θ = softplus(−M), which is S10 and DPO without atoms; ℓ*
-    is needed only where ξ_θ − shift can leave (0, 1]. `printed` is T2-6 to the letter: each atom's weight inside the
-    logarithm, so that an atom counts in full whatever its weight (D4).
+    is needed only where ξ_θ − shift can leave (0, 1]. Shifts of margins (dro.py --space margin) leave no domain. `printed`
+    is T2-6 to the letter: each atom's weight inside the logarithm, so that an atom counts in full whatever its weight (D4).
     """
-    xi = torch.sigmoid(margin)[:, None]
-    atom = torch.where(shift == 0, F.softplus(-margin)[:, None], loss_star(xi - shift, pieces))
+    xi, moved = torch.sigmoid(margin)[:, None], margin[:, None] - (shift if margin_space else 0.0)
+    atom = torch.where((shift == 0) | margin_space, F.softplus(-moved), loss_star(xi - shift, pieces))
     if printed:
         atom = atom - torch.log(torch.where(weight > 0, weight, 1.0))
         weight = (weight > 0).to(weight.dtype)
@@ -91,6 +91,9 @@ def main() -> None:
         return
     rows = read_rows(args.pairs, "labelled")
     weight, shift = atoms_of(rows, args.pairs)
+    spaces = {row.get("space", "confidence") for row in rows}
+    if len(spaces) > 1 or not spaces <= {"confidence", "margin"}:
+        fail(f"{args.pairs}: 'space' must be margin in all rows or in none")
     worst_case = bool(((shift != 0) & (weight > 0)).any())
     anchor = args.anchor or ("init" if worst_case else "previous")
     if worst_case and anchor == "previous":
@@ -125,7 +128,8 @@ def main() -> None:
                     extrapolated = sum_by_response(tokens, batch).view(-1, 2)
                 confidence = torch.sigmoid(dpo_margin(extrapolated, reference[indices], args.beta))
         flag = (confidence < threshold(window, args.percentile)).float() if step >= active else torch.zeros_like(margin)
-        loss = leader_loss(margin, flag, weight[indices], shift[indices], args.alpha, args.pieces, args.leader == "printed")
+        loss = leader_loss(margin, flag, weight[indices], shift[indices], args.alpha, args.pieces, args.leader == "printed",
+                           spaces == {"margin"})
         return loss, {"margin": margin, "confidence": confidence, "flag": flag}
 
     def after_step(step, indices, records):

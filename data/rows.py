@@ -61,9 +61,9 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
-def read_rows(path: str, kind: str) -> list[dict]:
+def iterate_rows(path: str, kind: str) -> Iterator[dict]:
     """Rows of a JSONL file, each checked for its `id` and the keys of `ROWS[kind]`. The first bad line ends the program."""
-    rows, seen = [], {}
+    seen = {}
     for number, row in read_json_lines(path):
         for key in ["id", *ROWS[kind]]:
             if key not in row:
@@ -73,10 +73,14 @@ def read_rows(path: str, kind: str) -> list[dict]:
         if row["id"] in seen:
             fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; ids must differ")
         seen[row["id"]] = number
-        rows.append(row)
-    if not rows:
+        yield row
+    if not seen:
         fail(f"{path}: holds no rows")
-    return rows
+
+
+def read_rows(path: str, kind: str) -> list[dict]:
+    """All rows of a file, checked."""
+    return list(iterate_rows(path, kind))
 
 
 def write_rows(path: str, rows: Iterable[dict]) -> None:

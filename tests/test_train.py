@@ -41,6 +41,12 @@ def test_worst_case_loss_by_hand():
     assert printed.item() == pytest.approx(-math.log(0.25 * 0.75) - math.log(0.75 * 0.25))  # −log[α(ξ − q/α)], T2-6
 
 
+def test_margin_space_by_hand():
+    """Shifts of margins: softplus(−(M − shift)), whatever K."""
+    loss = leader_loss(tensor(0.5), tensor(0), tensor(0.5, 0.5)[None], tensor(0, 2.0)[None], 0.1, 6, margin_space=True)
+    assert loss.item() == pytest.approx(0.5 * math.log1p(math.exp(-0.5)) + 0.5 * math.log1p(math.exp(1.5)))
+
+
 @given(MARGINS, st.sampled_from([0.0, 1.0]), st.floats(0, 1))
 def test_no_atoms_is_spa_and_no_smoothing_is_dpo(m, z, alpha):
     margin, still = tensor(m), (torch.ones(1, 1), torch.zeros(1, 1))
