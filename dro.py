@@ -187,7 +187,8 @@ def plot(path: str, xi: np.ndarray, solution: WorstCase, loss: Loss, lines: tupl
         top.annotate("", (start - solution.shift[atom], y[1]), (start, y[0]),
                      arrowprops=dict(arrowstyle="->", color="tab:red", lw=0.4 + 1.2 * solution.weight[atom]))
     top.set(ylim=(-0.1, float(loss.value(np.float64(a))) * 1.1), ylabel="loss", title=(
-        f"{len(np.unique(solution.owner[moved]))} of {len(xi)} pairs moved (red); mean loss {loss.value(xi).mean():.4f} → {solution.value:.4f}"))
+        f"{len(np.unique(solution.owner[moved]))} of {len(xi)} pairs moved (red); mean loss "
+        f"{maximum_of(*lines).value(xi).mean():.4f} → {solution.value:.4f}"))
     top.legend()
     bins = np.linspace(a, b, 61)
     bottom.hist(xi, bins, histtype="step", label="before", color="tab:blue")
