@@ -19,7 +19,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data.rows import encode_rows, fail, is_done, parser, positive, publish, read_rows, run_stage, settings_of, write_rows
+from data.rows import encode_rows, fail, is_done, parser, positive, publish, read_rows, run_stage, settings_of, write_rows, wrong
 from seed_dpo import autocast, in_order, load, score, start_processes
 
 
@@ -84,6 +84,8 @@ def main() -> None:
     rows = read_rows(args.responses, "responses")
     for row in rows:  # an empty response is no candidate
         ended = row.pop("ended", [True] * len(row["responses"]))
+        if wrong("ended", ended) or len(ended) != len(row["responses"]):
+            fail(f"{args.responses}: id {row['id']!r}: 'ended' must hold true or false for each of its responses")
         keep = [(text, e) for text, e in zip(row["responses"], ended) if text.strip()]
         row["responses"], row["ended"] = [text for text, _ in keep], [e for _, e in keep]
     answered = [row for row in rows if row["responses"]]

@@ -31,6 +31,8 @@ def load_any(source: str) -> Iterator[tuple[str, dict]]:
             yield f"{source}:{number}", row
         return
     import datasets  # slow to import, and not needed for JSONL
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     kind = {".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(Path(source).suffix)
     try:
         loaded = datasets.load_dataset(kind, data_files=source) if kind else datasets.load_dataset(source)
@@ -51,16 +53,16 @@ def normalise(row: dict) -> dict | None:
     """{prompt: messages, chosen?, rejected?} of a row in any known schema, or None if it is in none."""
     chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
     if prompt is None and isinstance(row.get("instruction"), str):
-        prompt = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part and isinstance(part, str))
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str) and chosen.startswith("\n\nHuman:"):
         chosen, rejected = transcript(chosen), transcript(rejected)
     if isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected:
         if prompt is None and chosen[:-1] == rejected[:-1]:
             prompt = chosen[:-1]
-        chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
+        chosen, rejected = (side[-1].get("content") if isinstance(side[-1], dict) else None for side in (chosen, rejected))
     if isinstance(prompt, str) and prompt.strip():
         prompt = [{"role": "user", "content": prompt}]
-    result = {"prompt": prompt} if chosen is None and rejected is None else {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    result = {"prompt": prompt} | ({"chosen": chosen, "rejected": rejected} if "chosen" in row or "rejected" in row else {})
     return None if any(wrong(key, value) for key, value in result.items()) else result
 
 

@@ -40,6 +40,8 @@ def wrong(key: str, value: object) -> str | None:
         return None if turns else 'a non-empty list of {"role": …, "content": …}'
     if key == "responses":
         return None if isinstance(value, list) and value and all(isinstance(r, str) for r in value) else "a list of strings"
+    if key == "ended":
+        return None if isinstance(value, list) and all(isinstance(e, bool) for e in value) else "a list of true and false"
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if key == "margin":
         return None if number and value >= 0 else "a finite number ≥ 0"
@@ -54,7 +56,9 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
+                if b"\\ud" in line or b"\\uD" in line:  # half of a surrogate pair is no text: no file or tokenizer takes it
+                    json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
                 fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
@@ -119,7 +123,7 @@ def is_done(out: str, settings: dict) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     changed = [f"{k} {old.get(k)!r} → {settings.get(k)!r}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
-    if os.path.exists(out) and (changed or int(os.environ.get("RANK", 0)) == 0):
+    if os.path.exists(out) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{out}: " + (f"changed since it was written: {'; '.join(changed)}. Redoing." if changed else "complete, skipped"))
     return os.path.exists(out) and not changed
 

@@ -71,6 +71,8 @@ GOOD = json.dumps(gold_rows(1)[0])
 BAD_LINES = {
     "not json": ('{"id": "a", ', "not JSON"),
     "not utf-8": (b'{"id": "\xff"}', "not JSON in UTF-8"),
+    "half a surrogate": (GOOD.replace("Good", "\\ud800"), "surrogates not allowed"),
+    "too deep": ("[" * 100000, "not JSON"),
     "array": ("[1]", "expected an object"),
     "no prompt": ('{"id": "a", "chosen": "x", "rejected": "y"}', "key 'prompt' is missing"),
     "no id": ('{"prompt": [{"role": "user", "content": "x"}], "chosen": "x", "rejected": "y"}', "key 'id' is missing"),
