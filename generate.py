@@ -14,6 +14,7 @@ Writes the prompt rows with `responses` (n strings) and `ended` (False where the
 import argparse
 import glob
 import hashlib
+import inspect
 import json
 import os
 
@@ -52,10 +53,12 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: float,
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left padding: all rows end together
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = transformers.DynamicCache(config=model.config)
+    known = inspect.signature(model.base_model.forward).parameters
+    slot = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
     head = model.get_output_embeddings()
 
     def last_logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{slot: cache})
         return head(out.last_hidden_state[:, -1])
 
     logits = last_logits(ids, (mask.cumsum(-1) - 1).clamp(min=0)).repeat_interleave(n, 0)

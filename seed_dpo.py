@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.rows import (encode_rows, fail, is_done, natural, pair_of, parser, positive, publish, read_rows, run_stage,
-                       settings_of, write_rows)
+from data.rows import (encode_rows, fail, is_done, natural, pair_of, parser, positive, publish, ranged, read_rows,
+                       run_stage, settings_of, write_rows)
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
@@ -226,7 +227,7 @@ def optimise(model, encoded: list, ids: list[str], losses: Callable, after_step:
     bar = tqdm(range(total), desc="train", unit="step", disable=None if rank == 0 else True)
     for step in bar:
         (epoch, k), started = divmod(step, per_epoch), time.perf_counter()
-        order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(encoded)).tolist()
         everyone = order[k * args.batch_size:(k + 1) * args.batch_size]
         mine = everyone[rank::world] or everyone[:1]  # a rank without pairs joins in the sum with a weight of zero
         weight = world / len(everyone) if everyone[rank::world] else 0.0  # DDP averages over ranks; D7 over pairs
@@ -286,7 +287,7 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     cli.add_argument("--micro-batch", type=natural, default=4, help="pairs a forward pass and process; memory, not mathematics")
     cli.add_argument("--clip", type=positive, default=1.0, help="gradient norm above which gradients are scaled down")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of matrix products; weights stay fp32")
-    cli.add_argument("--seed", type=int, default=42, help="decides the order of the pairs")
+    cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the order of the pairs")
 
 
 def main() -> None:

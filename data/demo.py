@@ -40,6 +40,9 @@ def main() -> None:
         return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         gguf = fetch(folder)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
