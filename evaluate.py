@@ -20,10 +20,10 @@ import os
 import numpy as np
 import torch.distributed as dist
 
+from data.machine import start_processes
 from data.rows import fail, fingerprint, is_done, parser, publish, read_json_lines, read_rows, run_stage
 from generate import generate, sampling_flags
 from label import reward_model_scores, vader_scores
-from seed_dpo import start_processes
 
 
 def wins(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:
@@ -59,10 +59,10 @@ def named(pairs: list[str], flag: str) -> dict[str, str]:
     return table
 
 
-def flagged_ids(policy: str) -> set[str]:
-    """Ids of all pairs that were flagged while `policy` was trained, from its log."""
+def training_log(policy: str) -> list[dict]:
+    """What `policy` logged while it was trained, one row a step; empty for a model that was not trained here."""
     path = os.path.join(policy, "log.jsonl")
-    return {i for _, step in read_json_lines(path) for i in step.get("flagged", [])} if os.path.isfile(path) else set()
+    return [step for _, step in read_json_lines(path)] if os.path.isfile(path) else []
 
 
 def table(policies: dict[str, dict], labels: dict[str, dict]) -> str:
@@ -78,12 +78,13 @@ def table(policies: dict[str, dict], labels: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(path: str, policies: dict[str, dict], labels: dict[str, dict], confidences: dict[str, np.ndarray]) -> None:
-    """Gold score and win rate over the policies, label quality over the rounds, confidences that the follower saw."""
+def plot(path: str, policies: dict[str, dict], labels: dict[str, dict], confidences: dict[str, np.ndarray],
+         logs: dict[str, list[dict]]) -> None:
+    """Gold score and win rate over the policies, the training loss, label quality over the rounds, confidences that the follower saw."""
     import matplotlib  # slow to import, and the report's alone
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    figure, ((left, train), (middle, right)) = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
     names = list(policies)
     for key, label in (("win_rate", f"win rate against {names[0]}"), ("score", "mean gold score")):
         if policies[names[-1]].get(key) is not None:
@@ -92,6 +93,13 @@ def plot(path: str, policies: dict[str, dict], labels: dict[str, dict], confiden
     left.set(title="policies on held-out prompts (± s.e.)")
     if left.has_data():
         left.legend(fontsize=8)
+    start = 0
+    for name, log in logs.items():
+        train.plot(np.arange(start, start + len(log)) + 1, [row["loss"] for row in log], marker=".", label=name)
+        start += len(log)
+    train.set(title="training loss", xlabel="step", ylabel="loss")
+    if start:
+        train.legend(fontsize=8)
     if labels:
         rounds, x = list(labels), np.arange(len(labels))
         bars = (("accuracy", "labels right"), ("wrong", "labels wrong"), ("wrong_among_flagged", "wrong among flagged"))
@@ -153,6 +161,7 @@ def main() -> None:
             dist.barrier()
         answers[name] = read_rows(out, "responses")
     policies, quality, confidences, baseline = {}, {}, {}, None
+    logs = {name: training_log(path) for name, path in models.items()}
     for name, rows in answers.items():
         lengths = np.array([[len(text) for text in row["responses"]] for row in rows])
         policies[name] = {"characters": float(lengths.mean()), **dict.fromkeys(("score", "score_error", "win_rate", "win_rate_error"))}
@@ -169,19 +178,19 @@ def main() -> None:
         if args.judge != "none":
             pairs = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]]} for r in rows]
             chosen, rejected = judge_rows(args, pairs, rank, world, device).T
-            flags = flagged_ids(models[name])
+            flags = {i for step in logs[name] for i in step.get("flagged", [])}
             quality[name] = label_quality(chosen, rejected, np.array([r["id"] in flags for r in rows]))
     if rank != 0:
         return
 
     results = table(policies, quality)
     count = len(next(iter(answers.values())))
-    plot(f"{args.out}/report.png", policies, quality, confidences)
+    plot(f"{args.out}/report.png", policies, quality, confidences, {name: log for name, log in logs.items() if log})
     text = (f"# Run `{os.path.basename(os.path.normpath(args.out))}`\n\n## Policies\n\n{results}\n\n"
             f"{count} held-out prompts × {args.n} samples at T = {args.temperature}, judge: {args.judge}, ± one standard error over "
             f"prompts. Win rate against `{next(iter(models))}`; ties count ½. Label columns: the self-labels that the policy was "
             "trained on, the share of flagged ones that gold calls wrong, and the share of all.\n\n"
-            f"![policies, labels and confidences](report.png)\n\n## Responses side by side\n\n{side_by_side(answers)}\n")
+            f"![policies, training loss, labels and confidences](report.png)\n\n## Responses side by side\n\n{side_by_side(answers)}\n")
 
     def write(tmp: str) -> None:
         with open(tmp, "w", encoding="utf-8") as file:

@@ -24,9 +24,10 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data.rows import (encode_rows, fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage,
-                       settings_of, write_rows)
-from seed_dpo import bf16_pays, load, start_processes
+from data.batches import encode_rows
+from data.machine import bf16_pays, start_processes
+from data.rows import fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage, settings_of, write_rows
+from seed_dpo import load
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:

@@ -19,8 +19,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data.rows import encode_rows, fail, is_done, parser, positive, publish, read_rows, run_stage, settings_of, write_rows, wrong
-from seed_dpo import autocast, in_order, load, score, start_processes
+from data.batches import encode_rows
+from data.machine import autocast, merge, start_processes
+from data.rows import fail, is_done, parser, positive, publish, read_rows, run_stage, settings_of, write_rows, wrong
+from seed_dpo import ResponseLogps, load, score
 
 
 def implicit_reward(policy: list[float], reference: list[float], beta: float) -> list[float]:
@@ -60,7 +62,8 @@ def reward_model_scores(path: str, rows: list[dict], precision: str, rank: int, 
             ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt").to(device)
             with autocast(device, precision):
                 mine[i].append(model(**ids).logits.float().item())
-    return in_order(mine, world)
+    merged = merge(mine, world)
+    return [merged[i] for i in range(len(rows))]
 
 
 def main() -> None:
@@ -95,7 +98,7 @@ def main() -> None:
         for path in (args.model, args.reference_model):
             model, tokenizer = load(path, device)
             encoded = encode_rows(model, tokenizer, answered, args.responses, lambda row: list(zip(row["responses"], row["ended"])))
-            logps.append(score(model, encoded, args.precision, rank, world, f"score {path}"))
+            logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world, f"score {path}"))
             del model
         rewards = [implicit_reward(p, r, args.beta) for p, r in zip(*logps)]
     elif args.judge == "vader":

@@ -6,56 +6,39 @@
     loss      −log σ(M) = softplus(−M)                       mean over the global batch
 
 This file is read first. It owns response log-probabilities, the DPO loss and the optimisation loop; `train.py` runs the
-same loop with another loss. Rows and their tokens are in `data/rows.py`.
+same loop with another loss. How rows become batches is in `data/batches.py`.
 
     python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed.jsonl --out runs/demo/seed
     torchrun --nproc_per_node=8 seed_dpo.py --model alignment-handbook/zephyr-7b-sft-full --pairs seed.jsonl --out pi_0
 """
 import argparse
-import contextlib
+import functools
+import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.rows import (encode_rows, fail, is_done, natural, pair_of, parser, positive, publish, ranged, read_rows,
-                       run_stage, settings_of, write_rows)
+from data.batches import deal, encode_rows, pack, pair_of, tokens_of
+from data.machine import (autocast, matmul_flops, memory_gb, merge, restore_state, save_state, start_processes,
+                          training_flops)
+from data.rows import (fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage, settings_of,
+                       write_rows)
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
 
-# ---------------------------------------------------------------------------------------------- processes and models
-
-
-def start_processes() -> tuple[int, int, torch.device]:
-    """(rank, world size, device). Under torchrun joins the process group; alone there is none and nothing changes."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:  # the limit covers one stage's slowest rank, not one collective: ranks meet only when work is done
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
-    return int(os.environ.get("RANK", 0)), world, device
-
-
-def bf16_pays(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than fp32 here: a recent GPU, or a CPU with AVX512-BF16 or AMX."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-
-
-def autocast(device: torch.device, precision: str):
-    """bf16 matrix products over fp32 weights where `precision` says so; norms, log-softmax and sums stay in fp32 (D8)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or precision == "auto" and bf16_pays(device))
+# ------------------------------------------------------------------------------------------------------------- the model
 
 
 def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -83,43 +66,21 @@ def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
 SHARES_PROMPT = {"llama", "mistral", "phi3", "qwen2"}
 
 
-def shares_prompt(model) -> bool:
-    """Whether responses may share their prompt's forward pass: a plain-attention family, no sliding window in the way."""
-    return model.config.model_type in SHARES_PROMPT and not getattr(model.config, "sliding_window", None)
+def shares_prompt(model, encoded: list) -> bool:
+    """Whether the responses of a row may share their prompt's forward pass: in a plain-attention family, and with no sliding
+    window shorter than the rows. Else every response is a sequence of its own, which is said once."""
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
+    shared = model.config.model_type in SHARES_PROMPT and longest <= window
+    if not shared:
+        say_apart(model.config.model_type, window)
+    return shared
 
 
-def pack(encoded: list, shared: bool, device: torch.device) -> dict:
-    """A batch of `encoded` rows: B sequences `prompt y_1 y_2 …` if `shared`, else one sequence per response.
-
-    Siblings are hidden from one another by the mask and each starts at the position after the prompt, so every response
-    sees what it would see alone (Wang & Hegde 2024), and the prompt is computed once. A response's last token is
-    predicted, never read, so it is left out.
-
-    Returns input_ids, position_ids [B, T]; attention_mask bool [B, 1, T, T], None where the causal mask is right already
-    (padding stands on the right); and for the M response tokens of the R responses: where [M] (flat index of the position
-    that predicts the token), target [M], owner [M] (which response, in row order), and R.
-    """
-    rows = encoded if shared else [(prompt, [y]) for prompt, ys in encoded for y in ys]
-    width = max(len(p) + sum(len(y) - 1 for y in ys) for p, ys in rows)
-    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-    part = torch.full((len(rows), width), -1)  # 0 the prompt, 1, 2, … its responses, −1 padding
-    where, target, owner, count = [], [], [], 0
-    for b, (prompt, ys) in enumerate(rows):
-        n = end = len(prompt)
-        ids[b, :n], positions[b, :n], part[b, :n] = torch.tensor(prompt), torch.arange(n), 0
-        for j, y in enumerate(ys, 1):
-            start, end = end, end + len(y) - 1
-            ids[b, start:end], part[b, start:end] = torch.tensor(y[:-1], dtype=torch.long), j
-            positions[b, start:end] = torch.arange(n, n + len(y) - 1)
-            where += [b * width + n - 1, *range(b * width + start, b * width + end)]
-            target, owner, count = target + y, owner + [count] * len(y), count + 1
-    mask = None
-    if shared and any(len(ys) > 1 for _, ys in rows):
-        query, key = part[:, :, None], part[:, None, :]
-        mask = ((key == 0) | (key == query)) & torch.ones(width, width, dtype=torch.bool).tril()
-        mask = mask[:, None].to(device)
-    flat = {k: torch.tensor(v, device=device) for k, v in {"where": where, "target": target, "owner": owner}.items()}
-    return {"input_ids": ids.to(device), "position_ids": positions.to(device), "attention_mask": mask, **flat, "R": count}
+@functools.cache
+def say_apart(family: str, window: float) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {family}, attention window {window}: one sequence a response, prompts are not shared", file=sys.stderr)
 
 
 def response_hidden(model, batch: dict) -> torch.Tensor:
@@ -129,63 +90,85 @@ def response_hidden(model, batch: dict) -> torch.Tensor:
     return out.last_hidden_state.flatten(0, 1)[batch["where"]]
 
 
-def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
-    """log π(target) [M] fp32 from hidden states [M, H], `chunk` tokens of logits at a time, recomputed in backward.
+def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, also: Callable | None = None,
+                chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log π(target) [M], fp32 at least, from hidden states [M, H], `chunk` tokens of logits at a time, recomputed in backward.
 
-    A [B, T, V] tensor of logits is the memory peak of naive code; here [chunk, V] is the largest that exists.
+    A [B, T, V] tensor of logits is the memory peak of naive code; here [chunk, V] is the largest that exists. Also
+    returns what `also(logits, part)` makes of each chunk's logits [c, V], without gradient; `part` is its slice of 0 … M.
     """
-    def piece(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return head(h).float().log_softmax(-1).gather(-1, t[:, None])[:, 0]
-    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) if torch.is_grad_enabled() else piece(h, t)
-                      for h, t in zip(hidden.split(chunk), target.split(chunk))])
+    def piece(h: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits = head(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logps = logits.log_softmax(-1).gather(-1, target[part, None])[:, 0]
+        with torch.no_grad():  # last, because recomputation in backward stops where it has what the gradient needs
+            return logps, also(logits.detach(), part) if also else None
+    parts = [slice(i, i + chunk) for i in range(0, len(target), chunk)]
+    run = functools.partial(checkpoint, piece, use_reentrant=False) if torch.is_grad_enabled() else piece
+    logps, extra = zip(*(run(hidden[part], part) for part in parts))
+    return torch.cat(logps), torch.cat(extra) if also else None
 
 
 def sum_by_response(values: torch.Tensor, batch: dict) -> torch.Tensor:
     """Sums [R] of per-token values [M] over each response."""
-    return torch.zeros(batch["R"], device=values.device).index_add(0, batch["owner"], values)
+    return torch.stack([own.sum() for own in values.split(batch["lengths"])])
 
 
 class ResponseLogps(torch.nn.Module):
-    """The model as the function that is trained: batch → (response log-probs [R], hidden states [M, H]).
+    """The model as the function that is trained: batch → response log-probs [R], and sums [R] of what `also` computes.
 
-    DDP must wrap exactly the forward pass that is used, or its gradient hooks never fire.
+    DDP and FSDP must wrap exactly the forward pass that is used, or their hooks never fire.
     """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden(self, batch: dict) -> torch.Tensor:
+        return response_hidden(self.model, batch)
+
+    def forward(self, batch: dict, also: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden = response_hidden(self.model, batch)
-        return sum_by_response(token_logps(self.model.get_output_embeddings(), hidden, batch["target"]), batch), hidden
+        logps, extra = token_logps(self.model.get_output_embeddings(), hidden, batch["target"], also)
+        return sum_by_response(logps, batch), extra if extra is None else sum_by_response(extra, batch)
 
 
-def in_order(mine: dict[int, object], world: int) -> list:
-    """The values of all ranks' {index: value}, by index, on every rank."""
-    parts = [mine]
-    if world > 1:
-        dist.all_gather_object(parts := [None] * world, mine)
-    return [value for _, value in sorted(item for part in parts for item in part.items())]
+def distribute(model, device: torch.device, world: int, args: argparse.Namespace) -> torch.nn.Module:
+    """`model` as ResponseLogps over all processes: a copy on each, gradients averaged (DDP), or layers in shards (FSDP2)."""
+    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)  # the decoder's
+    if args.gradient_checkpointing:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    net = ResponseLogps(model)
+    if args.shard:
+        for layer in layers:
+            fully_shard(layer)
+        register_fsdp_forward_method(fully_shard(net), "hidden")
+        return net
+    net.to(device)
+    if world == 1 or not any(p.requires_grad for p in net.parameters()):
+        return net
+    return torch.nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
+def model_of(net: torch.nn.Module):
+    """The Hugging Face model inside what `distribute` returned."""
+    return getattr(net, "module", net).model
 
 
 @torch.no_grad()
-def score(model, encoded: list, precision: str, rank: int = 0, world: int = 1, title: str = "score") -> list[list[float]]:
-    """log-probs of every response of every row, in row order on all ranks; rows are split over ranks, longest first."""
-    shared, budget = shares_prompt(model), 16384 if model.device.type == "cuda" else 2048  # tokens: what keeps the device busy
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]) - sum(map(len, encoded[i][1])))[rank::world]
-    batches, tokens = [[]], 0
-    for i in order:
-        tokens += len(encoded[i][0]) * (1 if shared else len(encoded[i][1])) + sum(map(len, encoded[i][1]))
-        if batches[-1] and tokens > budget * len(batches):
-            batches.append([])
-        batches[-1].append(i)
+def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0, world: int = 1,
+          title: str = "score") -> list[list[float]]:
+    """log-probs of every response of every row, on all processes; the rows are dealt out to them."""
+    shared, budget = shares_prompt(model_of(net), encoded), 16384 if device.type == "cuda" else 2048  # tokens that keep it busy
     mine = {}
-    for indices in tqdm(batches if order else [], desc=title, unit="batch", disable=None if rank == 0 else True):
-        with autocast(model.device, precision):
-            batch = pack([encoded[i] for i in indices], shared, model.device)
-            values = iter(ResponseLogps(model)(batch)[0].tolist())
-        mine.update({i: [next(values) for _ in encoded[i][1]] for i in indices})
-    return in_order(mine, world)
+    for rows in tqdm(deal(encoded, range(len(encoded)), shared, budget, world)[rank], desc=title, unit="batch",
+                     disable=None if rank == 0 else True):
+        with autocast(device, precision):
+            values = iter(net(pack([encoded[i] for i in rows or [0]], shared, device))[0].tolist())
+        mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})
+    merged = merge(mine, world)
+    return [merged[i] for i in range(len(encoded))]
 
 
 # ------------------------------------------------------------------------------------------------- loss and optimisation
@@ -208,70 +191,93 @@ def lr_at(step: int, total: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup))))
 
 
-def optimise(model, encoded: list, ids: list[str], losses: Callable, after_step: Callable, args: argparse.Namespace,
-             rank: int, world: int) -> list[dict]:
-    """Minimise the mean over global batches of `losses(step, rows, batch, hidden, logps)`; returns one log row a step.
+def optimise(net, encoded: list, ids: list[str], losses: Callable, args: argparse.Namespace, settings: dict, device: torch.device,
+             rank: int, world: int, also: Callable = lambda step, batch: None, report: Callable = lambda log, rows, records: {}) -> list[dict]:
+    """Minimise the mean over global batches of `losses(log, rows, logps, extra)`; returns the log, one row a step.
 
-    `losses` gets the row numbers [m] of a micro-batch, its packed batch, hidden states [M, H] and log-probs [m, 2], and
-    returns losses [m] and a dict of per-pair records [m]. `after_step(step, records)` gets the records of the whole global
-    batch in its order, whatever the number of processes, and returns what else is to be logged. Raises SystemExit if the
-    loss or the gradient is not finite.
+    `losses` gets the log so far, the row numbers [m] of a micro-batch, their log-probs [m, 2] and the sums [m, 2] of what
+    `also(step, batch)` computes from logits; it returns losses [m] and a dict of per-pair records [m]. `report` gets the
+    records of the whole global batch in its order, whatever the number of processes, and returns what else is to be logged.
+
+    Goes on from OUT.checkpoint if a run of the same settings left one. While it runs, the log is in OUT.log.jsonl. Raises
+    SystemExit if loss or gradient is not finite.
     """
-    device, shared = model.device, shares_prompt(model)
-    net = ResponseLogps(model)
-    if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    model, saved = model_of(net), f"{args.out}.checkpoint"
+    shared = shares_prompt(model, encoded)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    log = restore_state(saved, net, optimizer, settings)
     per_epoch = math.ceil(len(encoded) / args.batch_size)
-    total, log = per_epoch * args.epochs, []
-    bar = tqdm(range(total), desc="train", unit="step", disable=None if rank == 0 else True)
+    total, peak = per_epoch * args.epochs, world * matmul_flops(device, args.precision)
+    if rank == 0:
+        write_rows(f"{args.out}.log.jsonl", log)
+        if log:
+            print(f"{saved}: going on after step {len(log)} of {total}", flush=True)
+    bar = tqdm(range(len(log), total), desc="train", unit="step", initial=len(log), total=total, disable=None if rank == 0 else True)
     for step in bar:
         (epoch, k), started = divmod(step, per_epoch), time.perf_counter()
         order = np.random.default_rng([args.seed, epoch]).permutation(len(encoded)).tolist()
         everyone = order[k * args.batch_size:(k + 1) * args.batch_size]
-        mine = everyone[rank::world] or everyone[:1]  # a rank without pairs joins in the sum with a weight of zero
-        weight = world / len(everyone) if everyone[rank::world] else 0.0  # DDP averages over ranks; D7 over pairs
-        micros = [mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)]
-        records, tokens = {}, 0
-        for rows in micros:
-            with contextlib.nullcontext() if rows is micros[-1] or world == 1 else net.no_sync():
-                batch = pack([encoded[i] for i in rows], shared, device)
-                with autocast(device, args.precision):
-                    logps, hidden = net(batch)
-                loss, record = losses(step, rows, batch, hidden, logps.view(-1, 2))
-                (loss.sum() * weight).backward()
-            tokens += batch["input_ids"].numel()
-            for key, value in {"loss": loss, **record}.items():
-                records.setdefault(key, []).extend(value.detach().tolist())
-        if world > 1:
-            dist.all_gather_object(parts := [None] * world, records)
-            records = {key: [parts[i % world][key][i // world] for i in range(len(everyone))] for key in records}
-        gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+        passes = deal(encoded, everyone, shared, args.micro_tokens, world)[rank]
+        mine = {}
+        for number, rows in enumerate(passes, 1):
+            # DDP sums over processes once, after the last pass. Shards are summed after each: a whole gradient would not fit.
+            net.require_backward_grad_sync = number == len(passes)
+            batch = pack([encoded[i] for i in rows or everyone[:1]], shared, device)
+            with autocast(device, args.precision):
+                logps, extra = net(batch, also(step, batch))
+            if rows:
+                loss, record = losses(log, rows, logps.view(-1, 2), extra if extra is None else extra.view(-1, 2))
+                (loss.sum() * (world / len(everyone))).backward()  # processes are averaged; the update is the mean over pairs (D7)
+                columns = {"loss": loss.detach(), **record}
+                mine |= {i: dict(zip(columns, values)) for i, *values in zip(rows, *(c.tolist() for c in columns.values()))}
+            else:
+                (0 * logps.sum()).backward()  # a process without pairs takes part in the sum
+        merged = merge(mine, world)
+        records = {key: [merged[i][key] for i in everyone] for key in merged[everyone[0]]}
+        gradient = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        gradient = getattr(gradient, "full_tensor", lambda: gradient)().item()
         mean = sum(records["loss"]) / len(everyone)
         if not math.isfinite(mean + gradient):
-            fail(f"step {step + 1} of {total}: loss {mean}, gradient norm {gradient}; rows "
-                 f"{', '.join(ids[i] for i in everyone)}. No weights are saved; lower --lr or look at these rows")
+            fail(f"step {step + 1} of {total}: loss {mean}, gradient norm {gradient}; rows {', '.join(ids[i] for i in everyone)}. "
+                 f"No weights are saved{f', {saved} is kept' if os.path.exists(saved) else ''}; lower --lr or look at these rows")
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        accuracy = sum((m > 0) + 0.5 * (m == 0) for m in records["margin"]) / len(everyone)
-        log.append({"step": step + 1, "loss": mean, "accuracy": accuracy, "margin": sum(records["margin"]) / len(everyone),
-                    "gradient_norm": gradient, "lr": group["lr"], "tokens_per_s": world * tokens / (time.perf_counter() - started),
-                    **after_step(step, everyone, records)})
-        bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{accuracy:.2f}", tok_s=f"{log[-1]['tokens_per_s']:.0f}")
+        margins, seconds = np.array(records["margin"]), time.perf_counter() - started
+        rows = [encoded[i] for i in everyone]
+        log.append({
+            "step": step + 1, "loss": mean, "accuracy": float(((margins > 0) + 0.5 * (margins == 0)).mean()), "margin": float(margins.mean()),
+            "confidence": np.quantile(1 / (1 + np.exp(-margins)), [0.1, 0.5, 0.9]).tolist(), "gradient_norm": gradient, "lr": group["lr"],
+            "seconds": seconds, "tokens_per_s": sum(tokens_of(row, shared) for row in rows) / seconds,
+            "mfu": training_flops(model, rows, shared) / seconds / peak, "memory_gb": memory_gb(device), **report(log, everyone, records)})
+        bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{log[-1]['accuracy']:.2f}", tok_s=f"{log[-1]['tokens_per_s']:.0f}",
+                        mfu=f"{log[-1]['mfu']:.0%}")
+        if rank == 0:
+            with open(f"{args.out}.log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(log[-1]) + "\n")
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < total:
+            save_state(saved, net, optimizer, log, settings, rank)
     return log
 
 
-def save_policy(args: argparse.Namespace, model, tokenizer, pairs: int, log: list[dict], settings: dict, **stats) -> dict:
-    """Publish a Hugging Face folder (safetensors, fp32) with the tokenizer and log.jsonl, one line a step; returns the stats."""
+def save_policy(args: argparse.Namespace, net, tokenizer, pairs: int, log: list[dict], settings: dict, rank: int, **stats) -> dict:
+    """Publish a Hugging Face folder (one safetensors file, fp32) with the tokenizer and log.jsonl; returns the stats."""
+    weights = get_model_state_dict(model_of(net), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names = {name for values in (model_of(net).named_parameters(), model_of(net).named_buffers()) for name, _ in values}
+    weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied weights once
+
     def write(tmp: str) -> None:
-        model.save_pretrained(tmp)
+        model_of(net).save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
         tokenizer.save_pretrained(tmp)
         write_rows(f"{tmp}/log.jsonl", log)
     last = log[-(len(log) // args.epochs):]
     stats |= {"pairs": pairs, "steps": len(log), **{k: sum(r[k] for r in last) / len(last) for k in ("loss", "accuracy")}}
-    publish(args.out, settings, stats, write)
+    if rank == 0:
+        publish(args.out, settings, stats, write)
+        for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp"):
+            if os.path.exists(f"{args.out}.{suffix}"):
+                os.remove(f"{args.out}.{suffix}")
     return stats
 
 
@@ -284,10 +290,24 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     cli.add_argument("--lr", type=positive, default=5e-7, help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
     cli.add_argument("--epochs", type=natural, default=epochs, help=f"passes over the pairs (papers: {epochs})")
     cli.add_argument("--batch-size", type=natural, default=32, help="pairs an update, over all processes (papers: 32)")
-    cli.add_argument("--micro-batch", type=natural, default=4, help="pairs a forward pass and process; memory, not mathematics")
     cli.add_argument("--clip", type=positive, default=1.0, help="gradient norm above which gradients are scaled down")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of matrix products; weights stay fp32")
     cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the order of the pairs")
+    cli.add_argument("--micro-tokens", type=natural, default=4096, help="tokens a forward pass and process; memory, not mathematics")
+    cli.add_argument("--gradient-checkpointing", action="store_true", help="recompute each layer in backward: less memory, a third more work")
+    cli.add_argument("--shard", action="store_true", help="under torchrun: shard weights, gradients and Adam over the processes (FSDP2)")
+    cli.add_argument("--save-every", type=ranged(int, 0), default=50, help="steps between checkpoints to go on from after a kill; 0: none")
+
+
+def begin(args: argparse.Namespace, kind: str) -> tuple:
+    """What both trainers start with: (rows, encoded, net, tokenizer, device, rank, world)."""
+    rows = read_rows(args.pairs, kind)
+    rank, world, device = start_processes()
+    if args.shard and world == 1:
+        fail("--shard needs several processes: torchrun --nproc_per_node=N …")
+    model, tokenizer = load(args.model, torch.device("cpu") if args.shard else device)  # shards leave the CPU one by one
+    encoded = encode_rows(model, tokenizer, rows, args.pairs, pair_of)
+    return rows, encoded, distribute(model, device, world, args), tokenizer, device, rank, world
 
 
 def main() -> None:
@@ -297,20 +317,17 @@ def main() -> None:
     settings = settings_of(args, "model", "pairs")
     if is_done(args.out, settings):
         return
-    rows = read_rows(args.pairs, "preferences")
-    rank, world, device = start_processes()
-    model, tokenizer = load(args.model, device)
-    encoded = encode_rows(model, tokenizer, rows, args.pairs, pair_of)
+    rows, encoded, net, tokenizer, device, rank, world = begin(args, "preferences")
     # The reference is where training starts, and it never changes: its log-probs are computed once, before the first update.
-    reference = torch.tensor(score(model, encoded, args.precision, rank, world, "reference"), device=device)
+    reference = torch.tensor(score(net, encoded, args.precision, device, rank, world, "reference"), device=device)
 
-    def losses(step, indices, batch, hidden, logps):
+    def losses(log, indices, logps, extra):
         margin = dpo_margin(logps, reference[indices], args.beta)
-        return dpo_loss(margin), {"margin": margin}
+        return dpo_loss(margin), {"margin": margin.detach()}
 
-    log = optimise(model, encoded, [r["id"] for r in rows], losses, lambda *_: {}, args, rank, world)
+    log = optimise(net, encoded, [r["id"] for r in rows], losses, args, settings, device, rank, world)
+    stats = save_policy(args, net, tokenizer, len(rows), log, settings, rank)
     if rank == 0:
-        stats = save_policy(args, model, tokenizer, len(rows), log, settings)
         print(f"seed_dpo: {len(rows)} gold pairs, {len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f} → {args.out}")
 

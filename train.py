@@ -16,26 +16,24 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data.rows import encode_rows, fail, is_done, natural, pair_of, parser, ranged, read_rows, run_stage, settings_of, share
-from seed_dpo import (autocast, dpo_margin, load, optimise, response_hidden, save_policy, start_processes, sum_by_response,
-                      training_flags)
+from data.machine import autocast
+from data.rows import fail, is_done, natural, parser, ranged, run_stage, settings_of, share
+from seed_dpo import begin, distribute, dpo_margin, load, model_of, optimise, save_policy, training_flags
 
 WINDOW, QUIET = 50, 0.2  # τ looks back on 50 pairs; no label is flagged in the first 20 % of the steps (SPA, B.4)
 
 
-@torch.no_grad()
-def extrapolated_logps(head, hidden: torch.Tensor, head_ref, hidden_ref: torch.Tensor, target: torch.Tensor, lam: float,
-                       chunk: int = 1024) -> torch.Tensor:
-    """log π̃(target) [M] (S12) from hidden states [M, H] of policy and reference, `chunk` tokens of logits at a time."""
-    return torch.cat([((1 + lam) * head(h).float() - lam * head_ref(r).float()).log_softmax(-1).gather(-1, t[:, None])[:, 0]
-                      for h, r, t in zip(hidden.split(chunk), hidden_ref.split(chunk), target.split(chunk))])
+def extrapolated_logps(logits: torch.Tensor, logits_ref: torch.Tensor, target: torch.Tensor, lam: float) -> torch.Tensor:
+    """log π̃(target) [c] (S12) from logits [c, V] of policy and reference."""
+    return ((1 + lam) * logits - lam * logits_ref).log_softmax(-1).gather(-1, target[:, None])[:, 0]
 
 
-def threshold(window: list[float], percentile: float) -> float:
-    """τ (S11): a percentile of the latest confidences; −∞, which flags nothing, while there are none."""
+def threshold(log: list[dict], percentile: float) -> float:
+    """τ (S11): a percentile of p̃ over the latest pairs of the log; −∞, which flags nothing, while it has none."""
+    window = [p for row in log[-WINDOW:] for p in row["extrapolated"]][-WINDOW:]
     if not window:
         return -math.inf
-    return torch.quantile(torch.tensor(window[-WINDOW:], dtype=torch.float64), percentile / 100).item()
+    return torch.quantile(torch.tensor(window, dtype=torch.float64), percentile / 100).item()
 
 
 def loss_star(xi: torch.Tensor, pieces: int) -> torch.Tensor:
@@ -89,7 +87,7 @@ def main() -> None:
     settings = settings_of(args, "model", "pairs")
     if is_done(args.out, settings):
         return
-    rows = read_rows(args.pairs, "labelled")
+    rows, encoded, net, tokenizer, device, rank, world = begin(args, "labelled")
     weight, shift = atoms_of(rows, args.pairs)
     spaces = {row.get("space", "confidence") for row in rows}
     if len(spaces) > 1 or not spaces <= {"confidence", "margin"}:
@@ -99,9 +97,6 @@ def main() -> None:
     if worst_case and anchor == "previous":
         fail(f"{args.pairs} carries a worst case of confidences against π_init; --anchor previous would apply it to others (D6)")
 
-    rank, world, device = start_processes()
-    model, tokenizer = load(args.model, device)
-    encoded = encode_rows(model, tokenizer, rows, args.pairs, pair_of)
     reference = torch.tensor([[r["chosen_logp"], r["rejected_logp"]] for r in rows], device=device)
     stored = torch.tensor([r["margin"] for r in rows], device=device) if anchor == "init" else torch.zeros(len(rows), device=device)
     weight, shift = weight.to(device), shift.to(device)
@@ -109,40 +104,41 @@ def main() -> None:
     active = math.ceil(QUIET * total)                          # first step that may flag a label
     watch = active - math.ceil(WINDOW / args.batch_size)       # the steps before it fill the window
     detect = args.alpha > 0 and args.percentile > 0
-    model_ref = load(args.model, device)[0] if detect and args.lam > 0 else None
-    window: list[float] = []
+    net_ref = None
+    if detect and args.lam > 0:  # nothing else needs the reference model: its log-probs are in the rows
+        model_ref = load(args.model, torch.device("cpu") if args.shard else device)[0].requires_grad_(False)
+        net_ref = distribute(model_ref, device, world, args)
 
-    def losses(step, indices, batch, hidden, logps):
-        if step == 0 and not torch.allclose(logps, reference[indices], rtol=0.05, atol=2.0):
+    def also(step, batch):
+        if net_ref is None or step < watch:
+            return None
+        with torch.no_grad(), autocast(device, args.precision):
+            hidden, head = net_ref.hidden(batch), model_of(net_ref).get_output_embeddings()
+        return lambda logits, part: extrapolated_logps(logits, head(hidden[part]).float(), batch["target"][part], args.lam)
+
+    def losses(log, indices, logps, extrapolated):
+        if not log and not torch.allclose(logps, reference[indices], rtol=0.05, atol=2.0):
             fail(f"{args.pairs}: log-probs in the rows are not those of {args.model}; label.py --model must name the same policy")
         plain = dpo_margin(logps, reference[indices], args.beta)
-        margin = stored[indices] + plain
-        confidence = torch.full_like(margin, math.nan)
-        if detect and step >= watch:
-            confidence = torch.sigmoid(plain.detach())
-            if model_ref is not None:
-                with torch.no_grad(), autocast(device, args.precision):
-                    hidden_ref = response_hidden(model_ref, batch)
-                    tokens = extrapolated_logps(model.get_output_embeddings(), hidden.detach(), model_ref.get_output_embeddings(),
-                                                hidden_ref, batch["target"], args.lam)
-                    extrapolated = sum_by_response(tokens, batch).view(-1, 2)
-                confidence = torch.sigmoid(dpo_margin(extrapolated, reference[indices], args.beta))
-        flag = (confidence < threshold(window, args.percentile)).float() if step >= active else torch.zeros_like(margin)
+        margin, noise = stored[indices] + plain, torch.full_like(plain, math.nan)
+        if detect and len(log) >= watch:  # p̃ (S12); of the policy itself where λ = 0 (S9)
+            noise = torch.sigmoid(dpo_margin(logps.detach() if extrapolated is None else extrapolated, reference[indices], args.beta))
+        tau = threshold(log, args.percentile) if len(log) >= active else -math.inf
+        flag = (noise < tau).float()
         loss = leader_loss(margin, flag, weight[indices], shift[indices], args.alpha, args.pieces, args.leader == "printed",
                            spaces == {"margin"})
-        return loss, {"margin": margin, "confidence": confidence, "flag": flag}
+        return loss, {"margin": margin.detach(), "noise": noise, "flag": flag}
 
-    def after_step(step, indices, records):
-        tau = threshold(window, args.percentile) if step >= active else -math.inf
-        window.extend(c for c in records["confidence"] if not math.isnan(c))
-        del window[:-WINDOW]
-        return {"tau": tau if math.isfinite(tau) else None,
-                "flagged": [rows[i]["id"] for i, f in zip(indices, records["flag"]) if f]}
+    def report(log, indices, records):
+        tau = threshold(log, args.percentile) if len(log) >= active else -math.inf
+        return {"tau": tau if math.isfinite(tau) else None, "flagged_share": sum(records["flag"]) / len(indices),
+                "flagged": [rows[i]["id"] for i, f in zip(indices, records["flag"]) if f],
+                "extrapolated": [p for p in records["noise"] if not math.isnan(p)]}
 
-    log = optimise(model, encoded, [r["id"] for r in rows], losses, after_step, args, rank, world)
+    log = optimise(net, encoded, [r["id"] for r in rows], losses, args, settings, device, rank, world, also, report)
+    flagged = sum(len(r["flagged"]) for r in log)
+    save_policy(args, net, tokenizer, len(rows), log, settings, rank, anchor=anchor, flagged=flagged)
     if rank == 0:
-        flagged = sum(len(r["flagged"]) for r in log)
-        save_policy(args, model, tokenizer, len(rows), log, settings, anchor=anchor, flagged=flagged)
         print(f"train: {len(rows)} pairs, {len(log)} steps, anchor {anchor}; loss {log[0]['loss']:.3f} → {log[-1]['loss']:.3f}, "
               f"{flagged} labels flagged as noise → {args.out}")
 

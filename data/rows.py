@@ -1,4 +1,4 @@
-"""What passes between the stages: rows, their tokens, and how a stage checks, skips and publishes its work.
+"""What passes between the stages: rows, and how a stage checks, skips and publishes its work.
 
 A row is one JSON object a line (UTF-8). Each kind of file holds an `id` and the keys of `ROWS`; extra keys pass through
 every stage unchanged. A stage writes beside its output and renames, so a file that exists is whole; its settings lie in
@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -113,7 +112,8 @@ def fingerprint(path: str) -> str:
 
 def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
     """Everything that decides a stage's output: the arguments, with the paths named in `inputs` by their fingerprint."""
-    return {key: fingerprint(value) if key in inputs and value else value for key, value in vars(args).items() if key != "out"}
+    return {key: fingerprint(value) if key in inputs and value else value
+            for key, value in vars(args).items() if key not in ("out", "save_every")}
 
 
 def is_done(out: str, settings: dict) -> bool:
@@ -179,52 +179,3 @@ def ranged(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 positive, share = ranged(float, 0, above=True), ranged(float, 0, 1)
 natural = ranged(int, 1)
-
-
-# ------------------------------------------------------------------------------------------------ tokens of a row
-
-
-def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation in the model's chat template, up to where the response begins.
-
-    Only the template writes control tokens. One that is spelled out in a message is swapped for a private-use character
-    while the template renders, and put back as ordinary text.
-    """
-    controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    spelled = [c for c in controls if any(c in m["content"] for m in messages)]
-    stand_in = {chr(0xF0000 + i): c for i, c in enumerate(spelled)}
-    hidden = messages
-    for char, control in stand_in.items():
-        hidden = [{**m, "content": m["content"].replace(control, char)} for m in hidden]
-    text = tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
-    pieces = re.split(f"([{''.join(stand_in)}])", text) if stand_in else [text]
-    return [i for piece in pieces if piece for i in tokenizer(
-        stand_in.get(piece, piece), add_special_tokens=False, split_special_tokens=piece in stand_in).input_ids]
-
-
-def encode_response(tokenizer, text: str, ended: bool = True) -> list[int]:
-    """Token ids of a response as plain text, then the end-of-turn token, unless the response was cut at a length limit."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [tokenizer.eos_token_id] if ended else ids
-
-
-def encode_rows(model, tokenizer, rows: list[dict], path: str, responses: Callable[[dict], list[tuple[str, bool]]]) -> list:
-    """[(prompt ids, [response ids, …]), …] of rows whose `responses(row)` are (text, ended) pairs; too long a row fails."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    encoded = []
-    for number, row in enumerate(rows, 1):
-        try:
-            prompt = encode_prompt(tokenizer, row["prompt"])
-        except Exception as error:  # templates raise whatever they like, e.g. for a system turn that they do not know
-            fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
-        answers = [encode_response(tokenizer, text, ended) for text, ended in responses(row)]
-        longest = len(prompt) + max(map(len, answers), default=0)
-        if longest > limit:
-            fail(f"{path}: id {row['id']!r} (row {number}) has {longest} tokens; the model's context is {limit}. Shorten or remove it")
-        encoded.append((prompt, answers))
-    return encoded
-
-
-def pair_of(row: dict) -> list[tuple[str, bool]]:
-    """(text, ended) of the chosen, then of the rejected response. Gold rows do not say: theirs ended."""
-    return [(row["chosen"], row.get("chosen_ended", True)), (row["rejected"], row.get("rejected_ended", True))]

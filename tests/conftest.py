@@ -51,7 +51,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, tokenizer) -> str:
     path = tmp_path_factory.mktemp("model") / "tiny"
-    make_model().save_pretrained(path)
+    make_model(tie_word_embeddings=True).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
@@ -60,7 +60,7 @@ def folder(tmp_path_factory, tokenizer) -> str:
 def other_folder(tmp_path_factory, tokenizer) -> str:
     """A second policy: the same weights, moved a little."""
     path = tmp_path_factory.mktemp("model") / "other"
-    model = make_model()
+    model = make_model(tie_word_embeddings=True)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -86,9 +86,7 @@ def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
     """A stage by its command line: in this very process (starting Python and torch takes seconds), or under torchrun."""
     flags = [str(flag) for flag in flags]
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        return subprocess.run([sys.executable, *launcher, script, *flags], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return launch([script, *flags], processes=processes)
     stage = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = [script, *flags]
@@ -100,6 +98,13 @@ def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
     finally:
         sys.argv = argv
     return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())
+
+
+def launch(*commands: list, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
+    """Stages by their command lines, one after the other in one launch (see launch.py)."""
+    script = [str(ROOT / "tests/launch.py"), json.dumps([[str(part) for part in command] for command in commands])]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run([sys.executable, *launcher, *script], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

@@ -95,7 +95,7 @@ def test_best_and_worst():
 def test_label_stage_by_hand(folder, other_folder, tmp_path):
     """Margins and log-probs in the rows against scores of single sequences; ties and empty candidates dropped and counted."""
     import seed_dpo
-    from data.rows import encode_prompt, encode_response
+    from data.batches import encode_prompt, encode_response
     ask = [{"role": "user", "content": "Write."}]
     responses = dump(tmp_path / "r.jsonl", [
         {"id": "x", "prompt": ask, "responses": ["one", "two lines", "three", ""], "ended": [True, False, True, True], "extra": 1},
@@ -110,7 +110,7 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
         for path in (other_folder, folder):
             model, tokenizer = seed_dpo.load(path, torch.device("cpu"))
             prompt = encode_prompt(tokenizer, ask)
-            logps.append([seed_dpo.score(model, [(prompt, [encode_response(tokenizer, t, e)])], "fp32")[0][0]
+            logps.append([seed_dpo.score(seed_dpo.ResponseLogps(model), [(prompt, [encode_response(tokenizer, t, e)])], "fp32", torch.device("cpu"))[0][0]
                           for t, e in (("one", True), ("two lines", False), ("three", True))])
         reward = 0.2 * (np.array(logps[0]) - logps[1])
         w, l = reward.argmax(), reward.argmin()

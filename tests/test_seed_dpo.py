@@ -1,15 +1,18 @@
 """Chat format, response log-probabilities, the DPO loss and the optimisation loop."""
+import argparse
 import math
 
 import pytest
 import torch
 import transformers
-from conftest import dump, gold_rows, jsonl, make_model, ok, run
+from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 
 import seed_dpo
-from data.rows import encode_prompt, encode_response
-from seed_dpo import dpo_loss, dpo_margin, pack, response_hidden, score, sum_by_response, token_logps
+from data.batches import deal, encode_prompt, encode_response, pack, tokens_of
+from data.machine import training_flops
+from seed_dpo import ResponseLogps, dpo_loss, dpo_margin, response_hidden, score, sum_by_response, token_logps
 
 CPU = torch.device("cpu")
 
@@ -28,25 +31,24 @@ ENCODED = [([5, 6, 7, 8], [[9, 10, 11, 2], [12, 2]]), ([30, 31], [[40, 41, 42, 4
                                     transformers.Qwen2Config, transformers.PhiConfig])
 def test_logps_equal_plain_full_logits(config):
     model = make_model(config, **({"sliding_window": None} if config is not transformers.PhiConfig else {}))
-    assert seed_dpo.shares_prompt(model) == (config is not transformers.PhiConfig)
-    ours = score(model, ENCODED, "fp32")
+    assert seed_dpo.shares_prompt(model, ENCODED) == (config is not transformers.PhiConfig)
+    ours = score(ResponseLogps(model), ENCODED, "fp32", CPU)
     for (prompt, responses), values in zip(ENCODED, ours):
         assert values == pytest.approx([full_logits_logp(model, prompt, y) for y in responses], abs=2e-4)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_shared_prompt_equals_two_sequences_with_gradients(grad):
+def test_shared_prompt_equals_two_sequences_with_gradients():
     """One sequence per pair and two sequences per pair: the same log-probs and the same gradients."""
     results = []
     for shared in (True, False):
         model = make_model().double()
         batch = pack(ENCODED, shared, CPU)
         assert (batch["attention_mask"] is not None) == shared
-        logps = sum_by_response(token_logps(model.lm_head, response_hidden(model, batch), batch["target"], chunk=3), batch)
+        logps = sum_by_response(token_logps(model.lm_head, response_hidden(model, batch), batch["target"], chunk=3)[0], batch)
         (logps * torch.tensor([1.0, -2, 3, -4, 5, -6])).sum().backward()
         results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     for one, two in zip(*results):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # sums are kept in fp32
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # norms compute in fp32
 
 
 def test_prompt_tokens_never_count():
@@ -56,13 +58,50 @@ def test_prompt_tokens_never_count():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]  # the last token is predicted, never read
 
 
-def test_positions_and_mask_by_hand():
+def test_packing_by_hand():
     batch = pack([([5, 6], [[7, 8, 2], [9, 2]])], True, CPU)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
-    assert batch["where"].tolist() == [1, 2, 3, 1, 4] and batch["owner"].tolist() == [0, 0, 0, 1, 1]
+    assert batch["where"].tolist() == [1, 2, 3, 1, 4] and batch["lengths"] == [3, 2]
     assert batch["attention_mask"][0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
                                                             [1, 1, 0, 0, 1]]
+
+
+ROWS = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4)), min_size=1, max_size=30)
+
+
+@given(ROWS, st.booleans(), st.integers(1, 300), st.integers(1, 5))
+def test_rows_are_dealt_once_within_the_budget(lengths, shared, budget, world):
+    encoded = [([0] * n, [[0] * m for m in ms]) for n, ms in lengths]
+    passes = deal(encoded, range(len(encoded)), shared, budget, world)
+    assert sorted(i for own in passes for p in own for i in p) == list(range(len(encoded)))
+    assert len({len(own) for own in passes}) == 1 and len(passes) == world
+    for p in (p for own in passes for p in own if len(p) > 1):
+        assert len(p) * max(tokens_of(encoded[i], shared) for i in p) <= budget
+    counts = [sum(map(len, own)) for own in passes]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_sliding_window_decides_on_sharing(capsys):
+    """Within the window sharing is exact; with a row beyond it every response gets a sequence, and that is said once."""
+    model = make_model(transformers.MistralConfig, sliding_window=10)
+    assert seed_dpo.shares_prompt(model, ENCODED) and not seed_dpo.shares_prompt(model, [([5] * 9, [[6, 7]])])
+    long = [([5, 6, 7, 8, 9, 10, 11], [[12, 13, 14, 15, 16, 17, 18], [20, 21]]), *ENCODED]
+    for encoded in (ENCODED, long):
+        ours = score(ResponseLogps(make_model(transformers.MistralConfig, sliding_window=10)), encoded, "fp32", CPU)
+        for (prompt, responses), values in zip(encoded, ours):
+            assert values == pytest.approx([full_logits_logp(model, prompt, y) for y in responses], abs=2e-4)
+    assert capsys.readouterr().err.count("one sequence a response") == 1
+
+
+def test_training_flops_by_hand():
+    """Hidden 32, 2 layers, 4 heads of 8, 2 KV heads, MLP 64: 9 216 + 64 weights a layer, a final norm of 32, a head of 384 · 32."""
+    model, row = make_model(), ([1, 2, 3], [[4, 5], [6]])
+    body, head = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 64) + 32, 384 * 32
+    # prompt 3 tokens, one response token read (the last of each is not): 4 tokens; 6 pairs in the prompt, 3 + 1 for the response
+    assert training_flops(model, [row], True) == 6 * body * 4 + 6 * head * 3 + 12 * 2 * 32 * 10
+    # apart: 3 + 1 and 3 tokens, 10 and 6 pairs
+    assert training_flops(model, [row], False) == 6 * body * 7 + 6 * head * 3 + 12 * 2 * 32 * 16
 
 
 def test_dpo_loss_by_hand():
@@ -115,27 +154,45 @@ def test_learning_rate_schedule():
 
 def test_seed_stage_learns_and_one_process_equals_two(folder, tmp_path):
     """D7: the update is the mean over the global batch; batch 8 of 20 pairs leaves an uneven last one, and 1 of 9 a lone pair."""
-    from safetensors.torch import load_file
+    commands = {}
     for count in (20, 9):
-        pairs = dump(tmp_path / f"seed{count}.jsonl", gold_rows(count))
-        flags = ["--pairs", pairs, "--model", folder, "--lr", "1e-3", "--batch-size", "8", "--precision", "fp32", "--epochs", "2"]
-        ok(run("seed_dpo.py", *flags, "--micro-batch", "8", "--out", tmp_path / f"one{count}"))
-        ok(run("seed_dpo.py", *flags, "--micro-batch", "2", "--out", tmp_path / f"two{count}", processes=2))
+        flags = ["--pairs", dump(tmp_path / f"seed{count}.jsonl", gold_rows(count)), "--model", folder, "--lr", "1e-3", "--batch-size", "8",
+                 "--precision", "fp32", "--epochs", "2"]
+        ok(run("seed_dpo.py", *flags, "--micro-tokens", "2000", "--out", tmp_path / f"one{count}"))
+        commands[count] = ["seed_dpo.py", *flags, "--micro-tokens", "60", "--out", tmp_path / f"two{count}"]
+    ok(launch(*commands.values()))
+    start = load_file(f"{folder}/model.safetensors")
+    for count in commands:
         one, two = (load_file(tmp_path / f"{n}{count}" / "model.safetensors") for n in ("one", "two"))
-        start = load_file(f"{folder}/model.safetensors")
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
         assert max((one[n] - start[n]).abs().max() for n in one) > 1e-3
-    losses = [r["loss"] for r in jsonl(tmp_path / "one20/log.jsonl")]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
+    log = jsonl(tmp_path / "one20/log.jsonl")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[-1]["loss"] < log[0]["loss"]
+    assert all(r["confidence"] == sorted(r["confidence"]) and 0 < r["mfu"] < 1 and r["memory_gb"] > 0.1 for r in log)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(folder, tmp_path):
+    pairs = dump(tmp_path / "seed.jsonl", gold_rows(6))
+    for name, extra in {"plain": [], "saved": ["--gradient-checkpointing"]}.items():
+        ok(run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e-3", "--precision", "fp32", "--out", tmp_path / name, *extra))
+    plain, saved = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "saved"))
+    assert plain.keys() == saved.keys() and all(torch.equal(plain[n], saved[n]) for n in plain)
+
+
+def test_gradient_checkpointing_recomputes_each_layer():
+    args = argparse.Namespace(gradient_checkpointing=True, shard=False)
+    model, calls = make_model(), []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    seed_dpo.distribute(model, CPU, 1, args)(pack(ENCODED, True, CPU))[0].sum().backward()
+    assert len(calls) == 2
 
 
 def test_first_update_against_a_separate_computation(folder, tmp_path):
     """One batch, one step of AdamW at a known rate, from log-probs computed the plain way."""
-    from safetensors.torch import load_file
     rows = gold_rows(3)
     pairs = dump(tmp_path / "seed.jsonl", rows)
-    ok(run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e-3", "--epochs", "1", "--precision", "fp32", "--micro-batch", "2",
+    ok(run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e-3", "--epochs", "1", "--precision", "fp32", "--micro-tokens", "60",
            "--out", tmp_path / "out"))
     model, tokenizer = seed_dpo.load(folder, CPU)
     model.double()

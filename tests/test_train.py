@@ -1,15 +1,19 @@
 """Every piece of the leader's loss against numbers worked by hand and float64 re-derivations, and the stage as a whole."""
 import json
 import math
+import random
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dump, jsonl, make_model, ok, run
+import transformers
+from conftest import dump, jsonl, launch, make_model, ok, run
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 
-import seed_dpo
-from seed_dpo import pack, response_hidden
+from data.batches import pack
+from seed_dpo import ResponseLogps, dpo_margin, response_hidden, token_logps
 from train import atoms_of, extrapolated_logps, leader_loss, loss_star, threshold
 
 one = torch.ones(1)
@@ -90,18 +94,31 @@ def test_extrapolated_logps_against_the_formula():
     for lam in (0.0, 0.125, 0.5):
         logits = ((1 + lam) * model.lm_head(h) - lam * ref.lm_head(r)).detach()
         by_hand = torch.log(torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True))
-        ours = extrapolated_logps(model.lm_head, h, ref.lm_head, r, batch["target"], lam, chunk=2)
+
+        def also(logits, part, target=batch["target"]):
+            return extrapolated_logps(logits, ref.lm_head(r[part]).float(), target[part], lam)
+        plain, ours = token_logps(model.lm_head, h, batch["target"], also, chunk=2)
         torch.testing.assert_close(ours.double(), by_hand.gather(-1, batch["target"][:, None])[:, 0], rtol=1e-5, atol=1e-5)
-        everything = torch.stack([extrapolated_logps(model.lm_head, h, ref.lm_head, r, torch.full_like(batch["target"], v), lam)
-                                  for v in range(384)])
+        assert plain.requires_grad and not ours.requires_grad
+        if lam == 0:
+            torch.testing.assert_close(ours, plain.detach())
+        everything = torch.stack([also(model.lm_head(h).float(), slice(None), torch.full_like(batch["target"], v)) for v in range(384)])
         torch.testing.assert_close(everything.exp().sum(0), torch.ones(5), rtol=1e-4, atol=1e-5)
-    plain = seed_dpo.token_logps(model.lm_head, h, batch["target"]).detach()
-    torch.testing.assert_close(extrapolated_logps(model.lm_head, h, ref.lm_head, r, batch["target"], 0.0), plain)
+
+
+def test_the_extra_pass_is_not_repeated_in_backward():
+    """Recomputation of a chunk stops before `also`: detection costs one reference head a token, not two."""
+    model, calls = make_model(), []
+    batch = pack([([5, 6, 7], [[8, 9, 2], [10, 11]])], True, torch.device("cpu"))
+    logps, _ = token_logps(model.lm_head, response_hidden(model, batch), batch["target"],
+                           lambda logits, part: calls.append(part) or logits[:, 0], chunk=2)
+    logps.sum().backward()
+    assert len(calls) == 3
 
 
 def test_threshold_looks_back_on_fifty():
-    assert threshold([], 10) == -math.inf
-    assert threshold([0.0] * 50 + [i / 49 for i in range(50)], 10) == pytest.approx(0.1)
+    assert threshold([], 10) == threshold([{"extrapolated": []}], 10) == -math.inf
+    assert threshold([{"extrapolated": [0.0] * 50}] + [{"extrapolated": [i / 49]} for i in range(50)], 10) == pytest.approx(0.1)
 
 
 def test_atoms_are_checked(capsys):
@@ -131,26 +148,103 @@ def round_rows(tmp_path_factory, folder, other_folder):
 FLAGS = ["--lr", "1e-3", "--batch-size", "8", "--precision", "fp32"]
 
 
-def test_one_process_equals_two_with_detection(round_rows, other_folder, tmp_path):
-    """D3 and D7: weights, thresholds and flags do not depend on the number of processes or the micro-batch."""
-    from safetensors.torch import load_file
+def test_any_number_of_processes_gives_the_same_policy(round_rows, other_folder, tmp_path):
+    """D3 and D7: 1 × 8, 2 × 4, 2 × 1 with accumulation, and sharded weights agree in weights, thresholds and flags."""
     common = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", *FLAGS, "--percentile", "30"]
-    ok(run(*common, "--micro-batch", "8", "--out", tmp_path / "one"))
-    ok(run(*common, "--micro-batch", "3", "--out", tmp_path / "two", processes=2))
-    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
-    logs = [jsonl(tmp_path / n / "log.jsonl") for n in ("one", "two")]
-    assert [r["flagged"] for r in logs[0]] == [r["flagged"] for r in logs[1]]
-    assert sum(len(r["flagged"]) for r in logs[0]) > 0
-    quiet = math.ceil(0.2 * len(logs[0]))
-    assert all(not r["flagged"] and r["tau"] is None for r in logs[0][:quiet]) and logs[0][quiet]["tau"] is not None
+    ok(run(*common, "--micro-tokens", "2000", "--out", tmp_path / "one"))
+    ok(launch([*common, "--micro-tokens", "2000", "--out", tmp_path / "two"], [*common, "--micro-tokens", "1", "--out", tmp_path / "accumulated"],
+              [*common, "--micro-tokens", "90", "--shard", "--out", tmp_path / "sharded"]))
+    one, log = load_file(tmp_path / "one/model.safetensors"), jsonl(tmp_path / "one/log.jsonl")
+    for other in ("two", "accumulated", "sharded"):
+        assert [f.name for f in (tmp_path / other).glob("*.safetensors")] == ["model.safetensors"]
+        weights = load_file(tmp_path / other / "model.safetensors")
+        assert weights.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], weights[name], rtol=1e-3, atol=2e-5)
+        theirs = jsonl(tmp_path / other / "log.jsonl")
+        assert [r["flagged"] for r in theirs] == [r["flagged"] for r in log]
+        assert [r["tau"] or 0 for r in theirs] == pytest.approx([r["tau"] or 0 for r in log], abs=1e-5)
+    assert sum(len(r["flagged"]) for r in log) > 0
+    quiet = math.ceil(0.2 * len(log))
+    assert all(not r["flagged"] and r["tau"] is None for r in log[:quiet]) and log[quiet]["tau"] is not None
     assert json.load(open(tmp_path / "one.stats.json"))["anchor"] == "init"
+
+
+def test_killed_at_any_moment_ends_with_the_same_bits(round_rows, other_folder, tmp_path):
+    """Killed before the first checkpoint, half-way into writing one, and between two; each time the same command again."""
+    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", *FLAGS, "--percentile", "30", "--batch-size", "4",
+               "--save-every", "2"]
+    out, steps = tmp_path / "killed", math.ceil(len(jsonl(round_rows / "worst.jsonl")) / 4)
+    ok(run(*command, "--out", tmp_path / "whole"))
+    dice = random.Random()  # a new moment every time: any must do
+    step = dice.randrange(4, steps)
+    for death, start in ((f"0,{dice.randrange(2)}", 0), ("save,2", 0), (f"0,{step}", 2)):
+        done = launch([*command, "--out", out], processes=1, DIE=death)
+        assert done.returncode == -9 and not out.exists(), done.stderr
+        assert (f"going on after step {start} " in done.stdout) == (start > 0)
+    done = ok(run(*command, "--out", out))
+    assert f"going on after step {step // 2 * 2} of {steps}" in done.stdout
+    whole, killed = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "killed"))
+    assert all(torch.equal(whole[n], killed[n]) for n in whole)
+    logs = [[{k: r[k] for k in ("step", "loss", "tau", "flagged", "extrapolated")} for r in jsonl(tmp_path / n / "log.jsonl")] for n in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    assert {p.name for p in tmp_path.glob("killed*")} == {"killed", "killed.stats.json"}  # a finished run leaves no checkpoint
+
+
+def test_a_dying_rank_takes_the_others_down_and_shards_go_on(round_rows, other_folder, tmp_path):
+    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", *FLAGS, "--shard", "--save-every", "2"]
+    start = time.monotonic()
+    done = launch([*command, "--out", tmp_path / "killed"], DIE="1,3")
+    assert done.returncode != 0 and time.monotonic() - start < 60 and "rank 1 dies" in done.stderr and "SIGKILL" in done.stderr
+    done = ok(launch([*command, "--out", tmp_path / "killed"], [*command, "--out", tmp_path / "whole"]))
+    assert "going on after step 2 " in done.stdout
+    whole, killed = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "killed"))
+    assert all(torch.equal(whole[n], killed[n]) for n in whole)
+
+
+def test_checkpoints_of_other_settings_or_broken_ones(round_rows, other_folder, tmp_path):
+    """Other settings start again; a file that is no checkpoint is named; NaN keeps the last checkpoint."""
+    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--batch-size", "8", "--precision", "fp32",
+               "--save-every", "2", "--out", tmp_path / "out"]
+    done = run(*command, "--lr", "1e30")
+    assert done.returncode == 2 and "is finite" not in done.stderr and "rows p" in done.stderr and not (tmp_path / "out").exists()
+    done = launch([*command, "--lr", "1e-3"], processes=1, DIE="0,3")
+    assert (tmp_path / "out.checkpoint").exists()
+    assert "going on" not in ok(run(*command, "--lr", "2e-3")).stdout
+    (tmp_path / "out.checkpoint").write_bytes(b"no checkpoint")
+    done = run(*command, "--lr", "3e-3")
+    assert done.returncode == 2 and "out.checkpoint: not a checkpoint" in done.stderr.splitlines()[-1]
+
+
+def test_whole_pair_loss_by_finite_differences(monkeypatch):
+    """From the weights to the loss of flagged pairs under atoms, in float64: the gradient is the limit of differences."""
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaRMSNorm, "forward",  # its own computes in fp32 whatever comes
+                        lambda self, x: self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
+    model = make_model().double()
+    net = ResponseLogps(model)
+    batch = pack([([5, 6, 7], [[8, 9, 2], [10, 11]]), ([12], [[13, 2], [14, 15, 16]])], True, torch.device("cpu"))
+    reference = net(batch)[0].detach().view(-1, 2) - tensor(0.3, -0.2)
+    atoms = tensor(0.25, 0.75).expand(2, 2), tensor(0.0, 0.45).expand(2, 2)
+
+    def loss():
+        margin = tensor(0.4, 0.1) + dpo_margin(net(batch)[0].view(-1, 2), reference, 0.5)
+        return leader_loss(margin, tensor(1, 0), *atoms, 0.1, 6).sum()
+    loss().backward()
+    assert loss().dtype == torch.float64
+    for name, p in model.named_parameters():
+        direction = torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        exact, h = (p.grad * direction).sum().item(), 1e-6
+        with torch.no_grad():
+            p.add_(h * direction)
+            up = loss().item()
+            p.sub_(2 * h * direction)
+            down = loss().item()
+            p.add_(h * direction)
+        assert exact == pytest.approx((up - down) / (2 * h), rel=1e-5, abs=1e-7), name
 
 
 def test_zero_epsilon_is_spa_and_without_smoothing_dpo(round_rows, other_folder, tmp_path):
     """Rows through dro.py at ε = 0 train like rows that never saw it; without smoothing the losses are DPO's on these pairs."""
-    from safetensors.torch import load_file
     weights = {}
     for name, extra in {"still": ["--pairs", round_rows / "still.jsonl"], "labelled": ["--pairs", round_rows / "labelled.jsonl"],
                         "plain": ["--pairs", round_rows / "still.jsonl", "--alpha", "0"]}.items():

@@ -1,0 +1,211 @@
+"""The leader's speed and memory against TRL's DPOTrainer, side by side on the same pairs; the claims made of them are checked.
+
+Each line of the table is a process of its own, so that its peak memory is its own: SmolLM2-135M (`python data/demo.py --out
+models/smollm2` first), prompt ≈ response ≈ 256 tokens, 4 pairs a step. TRL serves the benchmark alone. About a quarter of an
+hour on two cores; a claim that fails gives exit status 1. With a GPU, a random model of 1 B parameters is measured too.
+
+    pip install trl==1.16.0
+    python bench/train.py
+"""
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import seed_dpo  # noqa: E402
+from data.batches import encode_prompt, encode_rows, pair_of  # noqa: E402
+from data.machine import autocast, bf16_pays, matmul_flops, memory_gb, training_flops  # noqa: E402
+from data.rows import read_rows, run_stage, write_rows  # noqa: E402
+
+STEPS, BATCH = 5, 4  # the first step warms up
+
+
+def make_pairs(model_path: str, folder: Path, device: torch.device) -> None:
+    """long.jsonl (256 tokens a part, give or take an eighth) and short.jsonl (20 steps of the loss curve), with reference log-probs."""
+    model, tokenizer = seed_dpo.load(model_path, device)
+    words = " ".join(json.loads(line)["prompt"] for line in open(ROOT / "data/prompts.jsonl"))
+    ids, dice = tokenizer(words).input_ids, np.random.default_rng(0)
+
+    def text(length: int) -> str:
+        length += int(dice.integers(-length // 8, length // 8 + 1))
+        start = int(dice.integers(len(ids) - length))
+        return tokenizer.decode(ids[start:start + length]).strip()
+
+    for name, count, length in (("long", STEPS * BATCH, 256), ("short", 20 * BATCH, 24)):
+        rows = [{"id": str(i), "prompt": [{"role": "user", "content": text(length)}], "chosen": text(length), "rejected": text(length)}
+                for i in range(count)]
+        encoded = encode_rows(model, tokenizer, rows, name, pair_of)
+        for precision in ("fp32", "bf16"):
+            logps = seed_dpo.score(seed_dpo.ResponseLogps(model), encoded, precision, device)
+            write_rows(str(folder / f"{name}_{precision}.jsonl"), [
+                {**row, "margin": 0.0, "chosen_logp": w, "rejected_logp": l} for row, (w, l) in zip(rows, logps)])
+
+
+def ours(model: str, pairs: str, precision: str, out: str, *flags: str) -> dict:
+    """Losses, seconds a step and memory of train.py as plain DPO, or as `flags` say; rank 0's."""
+    import train
+    sys.argv = ["train.py", "--model", model, "--pairs", pairs, "--out", out, "--precision", precision, "--batch-size", str(BATCH),
+                "--save-every", "0", "--lr", "1e-5", *(flags or ("--alpha", "0"))]
+    train.main()
+    if int(os.environ.get("RANK", 0)):
+        raise SystemExit
+    log, size = list(map(json.loads, open(f"{out}/log.jsonl"))), sum(1 for _ in open(pairs)) // BATCH
+    steps = [r["seconds"] for r in log]
+    return {"losses": [r["loss"] for r in log], "seconds": statistics.median(steps[1:]), "mfu": statistics.median(r["mfu"] for r in log[1:]),
+            "tokens": statistics.mean(r["tokens_per_s"] * r["seconds"] for r in log[1:]), "memory": log[-1]["memory_gb"], "steps": size}
+
+
+def theirs(model_path: str, pairs: str, precision: str, out: str, best: bool) -> dict:
+    """The same of DPOTrainer, on the same tokens in the same order, with our learning rates. `best`: every saving that it offers."""
+    from datasets import Dataset
+    from torch.optim.lr_scheduler import LambdaLR
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = seed_dpo.load(model_path, device)
+    rows = read_rows(pairs, "preferences")
+    rows = [rows[i] for i in np.random.default_rng([42, 0]).permutation(len(rows))]
+    plain = [{"prompt": tokenizer.decode(encode_prompt(tokenizer, r["prompt"])), "chosen": r["chosen"], "rejected": r["rejected"]} for r in rows]
+    encoded, total = encode_rows(model, tokenizer, rows, pairs, pair_of), len(rows) // BATCH
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    class Clock(TrainerCallback):
+        ticks: list[float] = []
+
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.ticks.append(time.perf_counter() - self.start)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    trainer = InOrder(model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(plain), callbacks=[Clock()], args=DPOConfig(
+        output_dir=out, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=1e-5, beta=0.1, max_length=None,
+        bf16=precision == "bf16", use_cpu=device.type == "cpu", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        gradient_checkpointing=best, precompute_ref_log_probs=best, max_grad_norm=1.0),
+        optimizers=(optimizer, LambdaLR(optimizer, lambda step: seed_dpo.lr_at(step, total, 1.0))))
+    for row, (prompt, answers) in zip(trainer.train_dataset, encoded):
+        assert (row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) == (prompt, answers), "not the same tokens"
+    trainer.train()
+    seconds, yardstick = statistics.median(Clock.ticks[1:]), matmul_flops(device, precision)
+    return {"losses": [r["loss"] for r in trainer.state.log_history if "loss" in r], "seconds": seconds, "steps": total,
+            "mfu": training_flops(model, encoded, False) / total / seconds / yardstick,
+            "tokens": sum(len(p) * len(ys) + sum(map(len, ys)) for p, ys in encoded) / total, "memory": memory_gb(device)}
+
+
+def margin_noise(model_path: str, pairs: str, out: str) -> dict:
+    """D8: by how much bf16 moves β log π and, where an update of 5e-7 is made, its change; standard deviations over responses."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = seed_dpo.load(model_path, device)
+    encoded = encode_rows(model, tokenizer, read_rows(pairs, "preferences"), pairs, pair_of)[:8]
+    net, values = seed_dpo.ResponseLogps(model), {}
+    for moment in ("before", "after"):
+        for precision in ("fp32", "bf16"):
+            values[moment, precision] = 0.1 * np.array(seed_dpo.score(net, encoded, precision, device)).ravel()
+        if moment == "before":  # what Adam's first step does to every weight
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(5e-7 * torch.randn_like(p).sign())
+    static = values["before", "bf16"] - values["before", "fp32"]
+    moved = {p: values["after", p] - values["before", p] for p in ("fp32", "bf16")}
+    return {"static": static.std(), "change": moved["fp32"].std(), "noise": (moved["bf16"] - moved["fp32"]).std()}
+
+
+def child(*arguments: str, processes: int = 1, threads: int | None = None) -> dict:
+    """One measurement in a process of its own, or in several under torchrun; freed memory stays with it, as in run.sh."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    env = {**os.environ, **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), "100000000000"), **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    done = subprocess.run([sys.executable, *launcher, __file__, "--child", *arguments], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--model", default="models/smollm2")
+    cli.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = cli.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.child:
+        what, *rest = args.child
+        with tempfile.TemporaryDirectory() as out:
+            if what == "pairs":
+                result = make_pairs(rest[0], Path(rest[1]), device) or {}
+            elif what == "noise":
+                result = margin_noise(*rest, out)
+            else:
+                model, pairs, precision, *flags = rest
+                result = ours(model, pairs, precision, f"{out}/policy", *flags) if what == "ours" else \
+                    theirs(model, pairs, precision, out, what == "best")
+        print(json.dumps(result), flush=True)
+        return
+
+    failed = []
+
+    def claim(text: str, true: bool) -> None:
+        print(f"- {'holds' if true else 'FAILS'}: {text}", flush=True)
+        failed.extend([] if true else [text])
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, torch {torch.__version__}\n")
+        child("pairs", args.model, folder)
+        curves = [child(what, args.model, f"{folder}/short_fp32.jsonl", "fp32")["losses"] for what in ("ours", "trl")]
+        apart = max(abs(a - b) for a, b in zip(*curves, strict=True))
+        print("| trainer | precision | s a step | pairs/s | tokens/s | MFU | peak GB |\n" + "| --- " * 7 + "|", flush=True)
+        found = {}
+        detect = ("--alpha", "0.1", "--lam", "0.5")
+        lines = [("ours", "ours", ()), ("ours, noise detection", "ours", detect), ("ours, gradient checkpointing", "ours", (
+            "--alpha", "0", "--gradient-checkpointing")), ("TRL", "trl", ()), ("TRL, reference precomputed, gradient checkpointing", "best", ())]
+        for precision in ("bf16", "fp32"):
+            for name, what, flags in lines:
+                if "gradient" in name and what == "ours" and precision == "fp32":
+                    continue
+                r = found[name, precision] = child(what, args.model, f"{folder}/long_{precision}.jsonl", precision, *flags)
+                print(f"| {name} | {precision} | {r['seconds']:.2f} | {BATCH / r['seconds']:.3f} | {r['tokens'] / r['seconds']:.0f} | "
+                      f"{r['mfu']:.0%} | {r['memory']:.1f} |", flush=True)
+        if device.type == "cpu":
+            two = child("ours", args.model, f"{folder}/long_fp32.jsonl", "fp32", processes=2, threads=1)
+            print(f"| ours, two processes of one thread | fp32 | {two['seconds']:.2f} | {BATCH / two['seconds']:.3f} | "
+                  f"{two['tokens'] / two['seconds']:.0f} | {two['mfu']:.0%} | {two['memory']:.1f} a process |")
+        noise = child("noise", args.model, f"{folder}/long_fp32.jsonl")
+        print(f"\nβ log π of a response of 256 tokens: bf16 is off fp32 by {noise['static']:.3f}; an update of 5e-7 changes it by "
+              f"{noise['change']:.3f}, to which bf16 adds noise of {noise['noise']:.3f} (standard deviations; β = 0.1).\n\nClaims:")
+
+        def ratio(name: str, precision: str, key: str) -> float:
+            return found[name, precision][key] / found["ours", precision][key]
+
+        claim(f"the loss curve is TRL's to 1e-4 over {len(curves[0])} steps in fp32 (apart by at most {apart:.1e})", apart <= 1e-4)
+        for precision, least in (("bf16", 4), ("fp32", 2)):
+            claim(f"at least {least} × TRL's pairs/s in {precision} ({ratio('TRL', precision, 'seconds'):.2f} ×)",
+                  ratio("TRL", precision, "seconds") >= least)
+            claim(f"at most half of TRL's memory in {precision} ({1 / ratio('TRL', precision, 'memory'):.2f})",
+                  ratio("TRL", precision, "memory") >= 2)
+            claim(f"faster than TRL at its best in {precision} ({ratio(lines[-1][0], precision, 'seconds'):.2f} ×)",
+                  ratio(lines[-1][0], precision, "seconds") > 1)
+        if device.type == "cpu":
+            share = found["ours", "fp32"]["seconds"] / two["seconds"]
+            claim(f"two processes at least 0.9 of one with two threads ({share:.2f})", share >= 0.9)
+        print(f"- noise detection costs {ratio('ours, noise detection', 'bf16', 'seconds'):.2f} × in bf16, "
+              f"{ratio('ours, noise detection', 'fp32', 'seconds'):.2f} × in fp32, on the steps where it is active")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    run_stage(main)
