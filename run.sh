@@ -32,9 +32,6 @@ if [[ ${INSTALL-} != no ]] && ! satisfied "$python"; then
   fi
 fi
 
-# Freed memory stays with the process (glibc): returning it and faulting it in again took an eighth of the time on two cores.
-export MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
-
 if [[ ${1-} == test ]]; then
   exec "$python" -m pytest -q "${@:2}" tests
 fi

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.batches import deal, encode_rows, pack, pair_of, tokens_of
+from data.batches import deal, encode_rows, pack, pair_of, shares_prompt, tokens_of
 from data.machine import (autocast, matmul_flops, memory_gb, merge, restore_state, save_state, start_processes,
                           training_flops)
 from data.rows import (fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage, settings_of,
@@ -61,27 +61,6 @@ def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
 
 
 # ------------------------------------------------------------------------------------------ response log-probabilities
-
-# One sequence for all responses to a prompt needs attention that follows a given mask and given positions and nothing else.
-SHARES_PROMPT = {"llama", "mistral", "phi3", "qwen2"}
-
-
-def shares_prompt(model, encoded: list) -> bool:
-    """Whether the responses of a row may share their prompt's forward pass: in a plain-attention family, and with no sliding
-    window shorter than the rows. Else every response is a sequence of its own, which is said once."""
-    window = getattr(model.config, "sliding_window", None) or math.inf
-    longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
-    shared = model.config.model_type in SHARES_PROMPT and longest <= window
-    if not shared:
-        say_apart(model.config.model_type, window)
-    return shared
-
-
-@functools.cache
-def say_apart(family: str, window: float) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {family}, attention window {window}: one sequence a response, prompts are not shared", file=sys.stderr)
-
 
 def response_hidden(model, batch: dict) -> torch.Tensor:
     """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never count."""
@@ -293,7 +272,7 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     cli.add_argument("--clip", type=positive, default=1.0, help="gradient norm above which gradients are scaled down")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of matrix products; weights stay fp32")
     cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the order of the pairs")
-    cli.add_argument("--micro-tokens", type=natural, default=4096, help="tokens a forward pass and process; memory, not mathematics")
+    cli.add_argument("--micro-tokens", type=natural, default=2048, help="tokens a forward pass and process: memory, not mathematics")
     cli.add_argument("--gradient-checkpointing", action="store_true", help="recompute each layer in backward: less memory, a third more work")
     cli.add_argument("--shard", action="store_true", help="under torchrun: shard weights, gradients and Adam over the processes (FSDP2)")
     cli.add_argument("--save-every", type=ranged(int, 0), default=50, help="steps between checkpoints to go on from after a kill; 0: none")

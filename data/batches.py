@@ -3,8 +3,11 @@
 An encoded row is (prompt ids, [response ids, …]). Only the chat template writes control tokens; what is spelled out in a
 message or a response is text.
 """
+import functools
 import math
+import os
 import re
+import sys
 from collections.abc import Callable
 
 import torch
@@ -56,6 +59,27 @@ def encode_rows(model, tokenizer, rows: list[dict], path: str, responses: Callab
 def pair_of(row: dict) -> list[tuple[str, bool]]:
     """(text, ended) of the chosen, then of the rejected response. Gold rows do not say: theirs ended."""
     return [(row["chosen"], row.get("chosen_ended", True)), (row["rejected"], row.get("rejected_ended", True))]
+
+
+# One sequence for all responses to a prompt needs attention that follows a given mask and given positions and nothing else.
+SHARES_PROMPT = {"llama", "mistral", "phi3", "qwen2"}
+
+
+def shares_prompt(model, encoded: list) -> bool:
+    """Whether the responses of a row may share their prompt's forward pass: in a plain-attention family, and with no sliding
+    window shorter than the rows. Else every response is a sequence of its own, which is said once."""
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
+    shared = model.config.model_type in SHARES_PROMPT and longest <= window
+    if not shared:
+        say_apart(model.config.model_type, window)
+    return shared
+
+
+@functools.cache
+def say_apart(family: str, window: float) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {family}, attention window {window}: one sequence a response, prompts are not shared", file=sys.stderr)
 
 
 def tokens_of(row: tuple, shared: bool) -> int:

@@ -1,4 +1,6 @@
 """The machine: processes, precision, the yardsticks of speed and memory in a training log, and the checkpoint that outlives a kill."""
+import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -19,9 +21,20 @@ def start_processes() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif sys.platform == "linux":
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():  # the limit covers one stage's slowest rank, not one collective: ranks meet only when work is done
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
     return int(os.environ.get("RANK", 0)), world, device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of returning it to the system and faulting it in again page by page, which takes a
+    third of a training step's time on two cores. Elsewhere (musl) nothing changes."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
 
 
 def merge(mine: dict[int, object], world: int) -> dict[int, object]:

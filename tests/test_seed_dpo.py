@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 import seed_dpo
-from data.batches import deal, encode_prompt, encode_response, pack, tokens_of
+from data.batches import deal, encode_prompt, encode_response, pack, shares_prompt, tokens_of
 from data.machine import training_flops
 from seed_dpo import ResponseLogps, dpo_loss, dpo_margin, response_hidden, score, sum_by_response, token_logps
 
@@ -31,7 +31,7 @@ ENCODED = [([5, 6, 7, 8], [[9, 10, 11, 2], [12, 2]]), ([30, 31], [[40, 41, 42, 4
                                     transformers.Qwen2Config, transformers.PhiConfig])
 def test_logps_equal_plain_full_logits(config):
     model = make_model(config, **({"sliding_window": None} if config is not transformers.PhiConfig else {}))
-    assert seed_dpo.shares_prompt(model, ENCODED) == (config is not transformers.PhiConfig)
+    assert shares_prompt(model, ENCODED) == (config is not transformers.PhiConfig)
     ours = score(ResponseLogps(model), ENCODED, "fp32", CPU)
     for (prompt, responses), values in zip(ENCODED, ours):
         assert values == pytest.approx([full_logits_logp(model, prompt, y) for y in responses], abs=2e-4)
@@ -85,7 +85,7 @@ def test_rows_are_dealt_once_within_the_budget(lengths, shared, budget, world):
 def test_sliding_window_decides_on_sharing(capsys):
     """Within the window sharing is exact; with a row beyond it every response gets a sequence, and that is said once."""
     model = make_model(transformers.MistralConfig, sliding_window=10)
-    assert seed_dpo.shares_prompt(model, ENCODED) and not seed_dpo.shares_prompt(model, [([5] * 9, [[6, 7]])])
+    assert shares_prompt(model, ENCODED) and not shares_prompt(model, [([5] * 9, [[6, 7]])])
     long = [([5, 6, 7, 8, 9, 10, 11], [[12, 13, 14, 15, 16, 17, 18], [20, 21]]), *ENCODED]
     for encoded in (ENCODED, long):
         ours = score(ResponseLogps(make_model(transformers.MistralConfig, sliding_window=10)), encoded, "fp32", CPU)
