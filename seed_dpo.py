@@ -24,13 +24,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.batches import deal, encode_rows, pack, pair_of, shares_prompt, tokens_of
-from data.machine import (autocast, matmul_flops, memory_gb, merge, restore_state, save_state, start_processes,
+from data.machine import (autocast, forget, matmul_flops, memory_gb, merge, restore_state, save_state, start_processes,
                           training_flops)
 from data.rows import (fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage, settings_of,
                        write_rows)
@@ -51,7 +52,7 @@ def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         fail(f"{path}: cannot load the model: {str(error).splitlines()[0]}")
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model folder) and an end-of-sequence token")
@@ -127,7 +128,8 @@ def distribute(model, device: torch.device, world: int, args: argparse.Namespace
     net.to(device)
     if world == 1 or not any(p.requires_grad for p in net.parameters()):
         return net
-    return torch.nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    return torch.nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+                                                     gradient_as_bucket_view=True)
 
 
 def model_of(net: torch.nn.Module):
@@ -137,13 +139,13 @@ def model_of(net: torch.nn.Module):
 
 @torch.no_grad()
 def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0, world: int = 1,
-          title: str = "score") -> list[list[float]]:
+          title: str = "score", cache: bool = True) -> list[list[float]]:
     """log-probs of every response of every row, on all processes; the rows are dealt out to them."""
     shared, budget = shares_prompt(model_of(net), encoded), 16384 if device.type == "cuda" else 2048  # tokens that keep it busy
     mine = {}
     for rows in tqdm(deal(encoded, range(len(encoded)), shared, budget, world)[rank], desc=title, unit="batch",
                      disable=None if rank == 0 else True):
-        with autocast(device, precision):
+        with autocast(device, precision, cache):
             values = iter(net(pack([encoded[i] for i in rows or [0]], shared, device))[0].tolist())
         mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})
     merged = merge(mine, world)
@@ -184,13 +186,14 @@ def optimise(net, encoded: list, ids: list[str], losses: Callable, args: argpars
     model, saved = model_of(net), f"{args.out}.checkpoint"
     shared = shares_prompt(model, encoded)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    log = restore_state(saved, net, optimizer, settings)
+    log = restore_state(saved, net, optimizer, settings, rank)
     per_epoch = math.ceil(len(encoded) / args.batch_size)
     total, peak = per_epoch * args.epochs, world * matmul_flops(device, args.precision)
     if rank == 0:
         write_rows(f"{args.out}.log.jsonl", log)
-        if log:
-            print(f"{saved}: going on after step {len(log)} of {total}", flush=True)
+    if log and world > 1 and not args.shard:  # DDP sorts gradients into other buckets after its first pass: not at a later step than before
+        (0 * net(pack(encoded[:1], shared, device))[0].sum()).backward()
+        optimizer.zero_grad(set_to_none=True)
     bar = tqdm(range(len(log), total), desc="train", unit="step", initial=len(log), total=total, disable=None if rank == 0 else True)
     for step in bar:
         (epoch, k), started = divmod(step, per_epoch), time.perf_counter()
@@ -202,7 +205,7 @@ def optimise(net, encoded: list, ids: list[str], losses: Callable, args: argpars
             # DDP sums over processes once, after the last pass. Shards are summed after each: a whole gradient would not fit.
             net.require_backward_grad_sync = number == len(passes)
             batch = pack([encoded[i] for i in rows or everyone[:1]], shared, device)
-            with autocast(device, args.precision):
+            with autocast(device, args.precision, not args.shard):
                 logps, extra = net(batch, also(step, batch))
             if rows:
                 loss, record = losses(log, rows, logps.view(-1, 2), extra if extra is None else extra.view(-1, 2))
@@ -247,17 +250,23 @@ def save_policy(args: argparse.Namespace, net, tokenizer, pairs: int, log: list[
     weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied weights once
 
     def write(tmp: str) -> None:
-        model_of(net).save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
+        try:
+            model_of(net).save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
+        except SafetensorError as error:
+            fail(f"{args.out}: cannot be written; is the disk full? ({error})")
         tokenizer.save_pretrained(tmp)
         write_rows(f"{tmp}/log.jsonl", log)
     last = log[-(len(log) // args.epochs):]
     stats |= {"pairs": pairs, "steps": len(log), **{k: sum(r[k] for r in last) / len(last) for k in ("loss", "accuracy")}}
     if rank == 0:
         publish(args.out, settings, stats, write)
-        for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp"):
-            if os.path.exists(f"{args.out}.{suffix}"):
-                os.remove(f"{args.out}.{suffix}")
+        clean(args.out)
     return stats
+
+
+def clean(out: str) -> None:
+    """Remove what only a run that is not finished needs."""
+    forget(f"{out}.log.jsonl", f"{out}.checkpoint", f"{out}.checkpoint.tmp")
 
 
 def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
@@ -274,7 +283,8 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the order of the pairs")
     cli.add_argument("--micro-tokens", type=natural, default=2048, help="tokens a forward pass and process: memory, not mathematics")
     cli.add_argument("--gradient-checkpointing", action="store_true", help="recompute each layer in backward: less memory, a third more work")
-    cli.add_argument("--shard", action="store_true", help="under torchrun: shard weights, gradients and Adam over the processes (FSDP2)")
+    cli.add_argument("--shard", action="store_true", help="under torchrun: shard weights, gradients and Adam over the processes (FSDP2); "
+                     "best with --gradient-checkpointing")
     cli.add_argument("--save-every", type=ranged(int, 0), default=50, help="steps between checkpoints to go on from after a kill; 0: none")
 
 
@@ -295,10 +305,12 @@ def main() -> None:
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     if is_done(args.out, settings):
-        return
+        return clean(args.out)
     rows, encoded, net, tokenizer, device, rank, world = begin(args, "preferences")
     # The reference is where training starts, and it never changes: its log-probs are computed once, before the first update.
-    reference = torch.tensor(score(net, encoded, args.precision, device, rank, world, "reference"), device=device)
+    reference = torch.tensor(score(net, encoded, args.precision, device, rank, world, "reference", not args.shard), device=device)
+    if args.shard:
+        net.reshard()  # the optimizer is to see shards, not what the last forward pass gathered
 
     def losses(log, indices, logps, extra):
         margin = dpo_margin(logps, reference[indices], args.beta)

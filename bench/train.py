@@ -9,7 +9,6 @@ hour on two cores; a claim that fails gives exit status 1. With a GPU, a random 
 """
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import seed_dpo  # noqa: E402
 from data.batches import encode_prompt, encode_rows, pair_of  # noqa: E402
-from data.machine import autocast, bf16_pays, matmul_flops, memory_gb, training_flops  # noqa: E402
+from data.machine import matmul_flops, memory_gb, training_flops  # noqa: E402
 from data.rows import read_rows, run_stage, write_rows  # noqa: E402
 
 STEPS, BATCH = 4, 4  # the first step warms up

@@ -119,12 +119,12 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
     """
     rows = encoded if shared else [(prompt, [y]) for prompt, ys in encoded for y in ys]
     width = max(len(p) + sum(len(y) - 1 for y in ys) for p, ys in rows)
-    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
+    ids, positions = torch.zeros(len(rows), width, dtype=torch.long), torch.arange(width).repeat(len(rows), 1)
     part = torch.full((len(rows), width), -1)  # 0 the prompt, 1, 2, … its responses, −1 padding
     where, target, lengths = [], [], []
     for b, (prompt, ys) in enumerate(rows):
         n = end = len(prompt)
-        ids[b, :n], positions[b, :n], part[b, :n] = torch.tensor(prompt), torch.arange(n), 0
+        ids[b, :n], part[b, :n] = torch.tensor(prompt), 0
         for j, y in enumerate(ys, 1):
             start, end = end, end + len(y) - 1
             ids[b, start:end], part[b, start:end] = torch.tensor(y[:-1], dtype=torch.long), j

@@ -3,10 +3,12 @@ import contextlib
 import ctypes
 import json
 import os
+import pickle
 import resource
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,12 +49,16 @@ def merge(mine: dict[int, object], world: int) -> dict[int, object]:
 
 def bf16_pays(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than fp32 here: a recent GPU, or a CPU with AVX512-BF16 or AMX."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def autocast(device: torch.device, precision: str):
-    """bf16 matrix products over fp32 weights where `precision` says so; norms, log-softmax and sums stay in fp32 (D8)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or precision == "auto" and bf16_pays(device))
+def autocast(device: torch.device, precision: str, cache: bool = True):
+    """bf16 matrix products over fp32 weights where `precision` says so; norms, log-softmax and sums stay in fp32 (D8).
+
+    `cache` keeps the bf16 weights of a forward pass: where they are gathered from shards, that would be the whole model.
+    """
+    enabled = precision == "bf16" or precision == "auto" and bf16_pays(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
 def training_flops(model, encoded: list, shared: bool) -> float:
@@ -74,13 +80,16 @@ def training_flops(model, encoded: list, shared: bool) -> float:
 
 def matmul_flops(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product here, the yardstick of model-FLOP utilisation (MFU)."""
-    size = 4096 if device.type == "cuda" else 1024
-    x, seconds = torch.randn(size, size, device=device), []
-    for _ in range(4):  # the first warms up
-        start = time.perf_counter()
-        with autocast(device, precision):
-            (x @ x)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
+    size, times = (4096, 10) if device.type == "cuda" else (1024, 3)
+    with autocast(device, precision):
+        x = torch.randn(size, size, device=device)
+        x, seconds = x.to((x @ x).dtype), []  # cast beforehand: only the products are timed
+        for _ in range(4):
+            start = time.perf_counter()
+            for _ in range(times):
+                y = x @ x
+            y[0, 0].item()  # waits for the device
+            seconds.append((time.perf_counter() - start) / times)
     return 2 * size ** 3 / min(seconds)
 
 
@@ -91,6 +100,9 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+MEMORY_ONLY = ("micro_tokens", "gradient_checkpointing", "shard")  # a run may go on with others: they change no mathematics
+
+
 def save_state(path: str, net, optimizer, log: list[dict], settings: dict, rank: int) -> None:
     """Everything that training goes on from, by atomic rename. Nothing is drawn at random while training, so no RNG: the
     order of the pairs follows from (seed, epoch), the position from the length of the log, and so does τ's window."""
@@ -98,21 +110,33 @@ def save_state(path: str, net, optimizer, log: list[dict], settings: dict, rank:
     if rank == 0:
         try:
             torch.save({"settings": json.dumps(settings), "log": json.dumps(log), "weights": weights, "moments": moments}, f"{path}.tmp")
-        except RuntimeError as error:  # what torch makes of a full disk
-            fail(f"{path}: cannot be written ({str(error).splitlines()[0]}); an earlier one, if any, is kept")
+        except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
+            forget(f"{path}.tmp")
+            fail(f"{path}: cannot be written; is the disk full? An earlier one, if any, is kept. ({str(error).splitlines()[0]})")
         os.replace(f"{path}.tmp", path)
 
 
-def restore_state(path: str, net, optimizer, settings: dict) -> list[dict]:
+def restore_state(path: str, net, optimizer, settings: dict, rank: int) -> list[dict]:
     """The log up to where training goes on: weights and optimizer are set from `path` if it is of these settings."""
     if not os.path.isfile(path):
         return []
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, EOFError) as error:
+        old, log = json.loads(state["settings"]), json.loads(state["log"])
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         fail(f"{path}: not a checkpoint of this program ({str(error).splitlines()[0]}); remove it to start again")
-    if json.loads(state["settings"]) != settings:
+    if changed := [key for key in settings if key not in MEMORY_ONLY and old.get(key) != settings[key]]:
+        if rank == 0:
+            print(f"{path}: of other settings ({', '.join(changed)}); starting again", flush=True)
         return []
     set_state_dict(net, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"],
                    options=StateDictOptions(full_state_dict=True))
-    return json.loads(state["log"])
+    if rank == 0:
+        print(f"{path}: going on after step {len(log)}", flush=True)
+    return log
+
+
+def forget(*paths: str) -> None:
+    """Remove files that may be there."""
+    for path in paths:
+        Path(path).unlink(missing_ok=True)

@@ -148,7 +148,13 @@ def run_stage(main: Callable[[], None]) -> None:
     try:
         main()
     except OSError as error:
-        fail(f"{error.filename or ''}: {error.strerror or error}")
+        fail(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}: cannot write; nothing finished is lost")
+    except MemoryError as error:
+        fail(f"out of memory: {error}")
+    except RuntimeError as error:  # torch.OutOfMemoryError, without importing torch
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        fail(f"out of memory; lower --micro-tokens or --batch-size, or see --gradient-checkpointing. ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads can outlive the last collective and abort Python's teardown
