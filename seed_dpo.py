@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.batches import deal, encode_rows, pack, pair_of, shares_prompt, tokens_of
-from data.machine import (autocast, forget, matmul_flops, memory_gb, merge, restore_state, save_state, start_processes,
+from data.machine import (autocast, clean, matmul_flops, memory_gb, merge, restore_state, save_state, start_processes,
                           training_flops)
 from data.rows import (fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage, settings_of,
                        write_rows)
@@ -128,8 +128,8 @@ def distribute(model, device: torch.device, world: int, args: argparse.Namespace
     net.to(device)
     if world == 1 or not any(p.requires_grad for p in net.parameters()):
         return net
-    return torch.nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-                                                     gradient_as_bucket_view=True)
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def model_of(net: torch.nn.Module):
@@ -233,8 +233,7 @@ def optimise(net, encoded: list, ids: list[str], losses: Callable, args: argpars
             "confidence": np.quantile(1 / (1 + np.exp(-margins)), [0.1, 0.5, 0.9]).tolist(), "gradient_norm": gradient, "lr": group["lr"],
             "seconds": seconds, "tokens_per_s": sum(tokens_of(row, shared) for row in rows) / seconds,
             "mfu": training_flops(model, rows, shared) / seconds / peak, "memory_gb": memory_gb(device), **report(log, everyone, records)})
-        bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{log[-1]['accuracy']:.2f}", tok_s=f"{log[-1]['tokens_per_s']:.0f}",
-                        mfu=f"{log[-1]['mfu']:.0%}")
+        bar.set_postfix({key: f"{log[-1][key]:.3g}" for key in ("loss", "accuracy", "tokens_per_s", "mfu")})
         if rank == 0:
             with open(f"{args.out}.log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(log[-1]) + "\n")
@@ -264,11 +263,6 @@ def save_policy(args: argparse.Namespace, net, tokenizer, pairs: int, log: list[
     return stats
 
 
-def clean(out: str) -> None:
-    """Remove what only a run that is not finished needs."""
-    forget(f"{out}.log.jsonl", f"{out}.checkpoint", f"{out}.checkpoint.tmp")
-
-
 def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     """The flags that seed_dpo.py and train.py share."""
     cli.add_argument("--model", required=True, help="where training starts: a Hugging Face folder or hub id; also the reference")
@@ -283,8 +277,7 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the order of the pairs")
     cli.add_argument("--micro-tokens", type=natural, default=2048, help="tokens a forward pass and process: memory, not mathematics")
     cli.add_argument("--gradient-checkpointing", action="store_true", help="recompute each layer in backward: less memory, a third more work")
-    cli.add_argument("--shard", action="store_true", help="under torchrun: shard weights, gradients and Adam over the processes (FSDP2); "
-                     "best with --gradient-checkpointing")
+    cli.add_argument("--shard", action="store_true", help="split weights, gradients and Adam over the processes (FSDP2)")
     cli.add_argument("--save-every", type=ranged(int, 0), default=50, help="steps between checkpoints to go on from after a kill; 0: none")
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of RESULTS.md: five methods on the demo's world, on clean gold labels and with 25 % of them flipped.
 #
-#   bash bench/demo.sh 1 2 3 4 5           one seed after the other, about 45 minutes each on two cores
+#   bash bench/demo.sh 1 2 3 4 5           one seed after the other, about 20 minutes each on two cores
 #   python bench/demo_table.py runs/table  mean ± standard error over the seeds
 #
 # Methods share what they have in common (gold pairs, π_0, the candidates and labels of round 1) by hard links (GNU cp).

@@ -111,7 +111,7 @@ def save_state(path: str, net, optimizer, log: list[dict], settings: dict, rank:
         try:
             torch.save({"settings": json.dumps(settings), "log": json.dumps(log), "weights": weights, "moments": moments}, f"{path}.tmp")
         except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
-            forget(f"{path}.tmp")
+            Path(f"{path}.tmp").unlink(missing_ok=True)
             fail(f"{path}: cannot be written; is the disk full? An earlier one, if any, is kept. ({str(error).splitlines()[0]})")
         os.replace(f"{path}.tmp", path)
 
@@ -136,7 +136,7 @@ def restore_state(path: str, net, optimizer, settings: dict, rank: int) -> list[
     return log
 
 
-def forget(*paths: str) -> None:
-    """Remove files that may be there."""
-    for path in paths:
-        Path(path).unlink(missing_ok=True)
+def clean(out: str) -> None:
+    """Remove what only a run that is not finished needs."""
+    for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp"):
+        Path(f"{out}.{suffix}").unlink(missing_ok=True)
