@@ -48,6 +48,7 @@ SEED_SIZE=${SEED_SIZE:-2000} ROUNDS=${ROUNDS:-8000 20000 30000}              # g
 FLIP=${FLIP:-0}                                             # share of the gold labels turned wrong on purpose
 N=${N:-2} TEMPERATURE=${TEMPERATURE:-0.7} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-300}
 BETA=${BETA:-0.1} LR=${LR:-5e-7} BATCH_SIZE=${BATCH_SIZE:-32} SEED_EPOCHS=${SEED_EPOCHS:-3}
+MICRO_TOKENS=${MICRO_TOKENS:-2048}                          # tokens a training pass and process: memory, not mathematics
 ALPHA=${ALPHA:-0.1} LAMS=${LAMS:-0.5 0.25 0.125} PERCENTILE=${PERCENTILE:-10} # SPA: smoothing, extrapolation by round, flagged share
 EPSILON=${EPSILON:-0.01} PIECES=${PIECES:-6}                # the follower: radius, tangents of −log
 GOLD=${GOLD:-none} GOLD_MODEL=${GOLD_MODEL-}                # judge of unlabelled seeds and of the evaluation: vader, reward-model, none
@@ -57,7 +58,7 @@ launch() {  # a stage on all processes
   if (( NPROC > 1 )); then "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$@"; else "$python" "$@"; fi
 }
 judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
-train=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --seed "$SEED")
+train=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --seed "$SEED" --micro-tokens "$MICRO_TOKENS")
 sample=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED")
 
 # 0. Model and data: a gold seed, unlabelled prompts for each round, prompts for the evaluation; no prompt in two of them.
