@@ -1,203 +1,272 @@
 """Evaluate stage: the policies of a run against each other on held-out prompts, and the labels they learnt from.
 
-    win rate of a policy     share of evaluation samples that the judge scores above π_init's, ties ½; ± standard error
-                             over prompts
+    win rate of a policy     mean preference of the judge for its samples over those of the first policy named, a tie ½;
+                             95 % bootstrap interval over prompts; p: paired test against the policy before it
+    length-controlled        the same at equal length, by AlpacaEval 2's regression, ± standard error
     label accuracy           share of a round's self-labels that the judge agrees with, ties ½
     flag precision           share of the labels flagged as noise that were wrong, beside the share among all (base rate)
 
-The first policy named is the one that the others are compared with. `--judge vader` scores by a sentiment lexicon (the
-demo's gold standard), `--judge reward-model` by a one-logit classifier, `--judge none` reports lengths alone.
-
-Writes OUT/report.md with OUT/report.png, and OUT/eval/NAME.jsonl: what each policy answered.
+`--judge vader` scores by a sentiment lexicon (the demo's gold), `reward-model` by a one-logit classifier; `llm`, `pairrm`
+and `openai` compare two responses in both orders; `none` reports lengths alone. What the numbers mean is in
+data/measures.py, who judges in data/judges.py, how it looks in data/report.py. Writes OUT/report.md with OUT/report.png; OUT/eval/NAME.jsonl, what each
+policy answered; and for AlpacaEval NAME.model_outputs.json and, with a judge, NAME.annotations.json.
 
     python evaluate.py --models init=models/smollm2 seed=runs/demo/seed round1=runs/demo/round1/policy \\
         --labels round1=runs/demo/round1/worst.jsonl --prompts runs/demo/data/eval.jsonl --out runs/demo --judge vader
+    python evaluate.py --annotations annotations.json                      scores of files in AlpacaEval's format
+    python evaluate.py --models gpt4=gpt4_outputs.json mine=pi_3 --prompts alpaca_eval.json --out runs/alpaca \\
+        --judge openai --judge-model NAME --base-url http://localhost:8000/v1
+    python evaluate.py --models mine=pi_3 --mt-bench mt_bench/ --max-new-tokens 1024 --out runs/mt --judge openai …
 """
 import argparse
+import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
+from data.batches import encode_rows, pair_of
+from data.judges import RANKERS, SCORERS, chat, check_judge, compare, judge_flags, parse_rating, wins
 from data.machine import start_processes
-from data.rows import fail, fingerprint, is_done, parser, publish, read_json_lines, read_rows, run_stage
-from generate import generate, sampling_flags
-from label import reward_model_scores, vader_scores
+from data.measures import (bootstrap_interval, label_quality, leaderboard, length_controlled, mean_and_error, mt_bench_scores,
+                           paired_p)
+from data.report import label_table, leaderboard_table, mt_bench_table, plot, policy_table, side_by_side
+from data.rows import (fail, fingerprint, is_done, parser, publish, read_json_lines, read_json_list, read_rows, run_stage,
+                       write_rows)
+from generate import respond, sampling_flags
+from seed_dpo import ResponseLogps, load, score
 
+LABELS = 1000  # pairs of a round that are judged and scored again: enough for ± 0.016, and no round's whole cost a second time
+TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+               "reasoning": 0.0}  # MT-Bench's, as FastChat samples it
+RATING_TOKENS = 2048
 
-def wins(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """1 where a score beats the baseline's, ½ where they tie, else 0; elementwise."""
-    return (scores > baseline) + 0.5 * (scores == baseline)
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean of values [prompts, samples] and its standard error over prompts: samples of one prompt are not independent."""
-    per_prompt = values.mean(axis=1)
-    return float(per_prompt.mean()), float(per_prompt.std(ddof=1) / math.sqrt(len(per_prompt))) if len(per_prompt) > 1 else math.nan
-
-
-def label_quality(chosen: np.ndarray, rejected: np.ndarray, flagged: np.ndarray) -> dict:
-    """How right self-labels are, from gold scores of both sides [N] and which pairs training flagged (bool [N])."""
-    wrong = 1 - wins(chosen, rejected)
-    return {"pairs": len(wrong), "accuracy": float(1 - wrong.mean()), "flagged": int(flagged.sum()),
-            "wrong_among_flagged": float(wrong[flagged].mean()) if flagged.any() else None, "wrong": float(wrong.mean())}
-
-
-def judge_rows(args: argparse.Namespace, rows: list[dict], rank: int, world: int, device) -> np.ndarray:
-    """Gold scores [rows, responses]."""
-    if args.judge == "vader":
-        return np.array(vader_scores(rows))
-    return np.array(reward_model_scores(args.judge_model, rows, args.precision, rank, world, device))
+# ---------------------------------------------------------------------------------------------------------------- inputs
 
 
 def named(pairs: list[str], flag: str) -> dict[str, str]:
     """{name: path} of NAME=PATH arguments."""
     table = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    if len(table) != len(pairs):
-        fail(f"{flag} takes NAME=PATH, each name once; found {' '.join(pairs)}")
+    if len(table) != len(pairs) or any(not name or "/" in name for name in table):
+        fail(f"{flag} takes NAME=PATH, each name once and without '/'; found {' '.join(pairs)}")
     return table
 
 
-def training_log(policy: str) -> list[dict]:
-    """What `policy` logged while it was trained, one row a step; empty for a model that was not trained here."""
-    path = os.path.join(policy, "log.jsonl")
-    return [step for _, step in read_json_lines(path)] if os.path.isfile(path) else []
+def prompts_file(args: argparse.Namespace, rank: int, world: int) -> str:
+    """--prompts as prompt rows; AlpacaEval's list of instructions (.json) is rewritten into OUT/eval/prompts.jsonl."""
+    if not args.prompts.endswith(".json"):
+        return args.prompts
+    path = f"{args.out}/eval/prompts.jsonl"
+    if rank == 0:
+        write_rows(path, [{**row, "id": str(i), "prompt": [{"role": "user", "content": row["instruction"]}]}
+                          for i, row in enumerate(read_json_list(args.prompts, "instruction"))])
+    if world > 1:
+        dist.barrier()
+    return path
 
 
-def table(policies: dict[str, dict], labels: dict[str, dict]) -> str:
-    """The results as a Markdown table, one policy a line."""
-    def cell(value: float | None, form: str = ".3f") -> str:
-        return "–" if value is None or math.isnan(value) else format(value, form)
-    lines = ["| policy | win rate | gold score | characters | label accuracy | flagged: wrong | all: wrong |", "| --- " * 7 + "|"]
-    for name, p in policies.items():
-        q = labels.get(name, {})
-        score, win = ("–" if p.get(k) is None else f"{p[k]:.3f} ± {p[k + '_error']:.3f}" for k in ("score", "win_rate"))
-        lines.append(f"| {name} | {win} | {score} | {p['characters']:.0f} | {cell(q.get('accuracy'))} | "
-                     f"{cell(q.get('wrong_among_flagged'))} | {cell(q.get('wrong'))} |")
-    return "\n".join(lines)
+def instruction(row: dict) -> str:
+    return "\n\n".join(message["content"] for message in row["prompt"])
 
 
-def plot(path: str, policies: dict[str, dict], labels: dict[str, dict], confidences: dict[str, np.ndarray],
-         logs: dict[str, list[dict]]) -> None:
-    """Gold score and win rate over the policies, the training loss, label quality over the rounds, confidences that the follower saw."""
-    import matplotlib  # slow to import, and the report's alone
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, ((left, train), (middle, right)) = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
-    names = list(policies)
-    for key, label in (("win_rate", f"win rate against {names[0]}"), ("score", "mean gold score")):
-        if policies[names[-1]].get(key) is not None:
-            left.errorbar(names, [policies[n][key] if policies[n][key] is not None else 0.5 for n in names],
-                          [policies[n][key + "_error"] or 0 for n in names], marker="o", capsize=3, label=label)
-    left.set(title="policies on held-out prompts (± s.e.)")
-    if left.has_data():
-        left.legend(fontsize=8)
-    start = 0
-    for name, log in logs.items():
-        train.plot(np.arange(start, start + len(log)) + 1, [row["loss"] for row in log], marker=".", label=name)
-        start += len(log)
-    train.set(title="training loss", xlabel="step", ylabel="loss")
-    if start:
-        train.legend(fontsize=8)
-    if labels:
-        rounds, x = list(labels), np.arange(len(labels))
-        bars = (("accuracy", "labels right"), ("wrong", "labels wrong"), ("wrong_among_flagged", "wrong among flagged"))
-        for k, (key, label) in enumerate(bars):
-            middle.bar(x + 0.27 * (k - 1), [labels[r][key] or 0 for r in rounds], 0.25, label=label)
-        middle.set(title="self-labels against gold", xticks=x, xticklabels=rounds, ylim=(0, 1))
-        middle.axhline(0.5, color="gray", lw=0.8, ls=":")
-        middle.legend(fontsize=8)
-    for name, xi in confidences.items():
-        right.hist(xi, bins=np.linspace(0.5, 1, 26), histtype="step", label=name)
-    right.set(title="confidence ξ of the self-labels", xlabel="ξ = σ(margin)", ylabel="pairs")
-    if confidences:
-        right.legend(fontsize=8)
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+def outputs_of(path: str, prompts: list[dict], n: int) -> list[dict]:
+    """Response rows of a model whose outputs a file in AlpacaEval's format holds."""
+    found = {row["instruction"]: row["output"] for row in read_json_list(path, "instruction", "output")}
+    if missing := [row["id"] for row in prompts if instruction(row) not in found]:
+        fail(f"{path}: no output for {len(missing)} of {len(prompts)} prompts, the first with id {missing[0]!r}")
+    return [{**row, "responses": [found[instruction(row)]] * n} for row in prompts]
 
 
-def side_by_side(answers: dict[str, list[dict]], count: int = 3) -> str:
-    """The first `count` prompts, with the first sample of every policy."""
-    parts = []
-    for i, row in enumerate(next(iter(answers.values()))[:count]):
-        quotes = [f"- **{name}**: {' '.join(rows[i]['responses'][0].split())}" for name, rows in answers.items()]
-        parts.append(f"**{' '.join(row['prompt'][-1]['content'].split())}**\n\n" + "\n".join(quotes))
-    return "\n\n".join(parts)
+def trained(policy: str) -> tuple[list[dict], dict]:
+    """(what `policy` logged while it was trained, a row a step; its settings); both empty if it was not trained here."""
+    log, stats = os.path.join(policy, "log.jsonl"), f"{policy}.stats.json"
+    return ([step for _, step in read_json_lines(log)] if os.path.isfile(log) else [],
+            json.loads(Path(stats).read_text())["settings"] if os.path.isfile(stats) else {})
+
+
+# -------------------------------------------------------------------------------------------------------------- measuring
+
+
+def judge_policies(args, answers: dict[str, list[dict]], rank: int, world: int, device) -> tuple[dict, dict]:
+    """(name → measures of a policy, name → annotations of it against the first)."""
+    policies, annotations, before = {}, {}, None
+    baseline, *_ = answers
+    for name, rows in answers.items():
+        shape = len(rows), len(rows[0]["responses"])
+        p = policies[name] = {"characters": float(np.mean([len(text) for row in rows for text in row["responses"]]))}
+        scores = None
+        if args.judge in SCORERS:
+            scores = np.array(SCORERS[args.judge](args, rows, rank, world, device))
+            p["score"], p["score_error"] = mean_and_error(scores)
+            reference = scores if name == baseline else reference
+        if name == baseline or args.judge == "none":
+            continue
+        if scores is None:
+            sides = [(row["prompt"], mine, theirs) for row, other in zip(rows, answers[baseline])
+                     for mine, theirs in zip(row["responses"], other["responses"])]
+            preference, behaviour = compare(args, sides, rank, world, device)
+            preference = preference.reshape(shape)
+            p |= behaviour
+        else:
+            preference = wins(scores, reference)
+        p["win_rate"], p["win_rate_error"] = mean_and_error(preference)
+        p |= {"interval": bootstrap_interval(preference), "ties": float((preference == 0.5).mean()),
+              "p": paired_p(preference, np.full(shape, 0.5) if before is None else before)}
+        before = preference
+        annotations[name] = [{"instruction": instruction(row), "output_1": theirs, "generator_1": baseline, "output_2": mine, "generator_2": name,
+                              "annotator": args.judge_model or args.judge, "preference": 1 + float(preference[i, k])}
+                             for i, (row, other) in enumerate(zip(rows, answers[baseline]))
+                             for k, (mine, theirs) in enumerate(zip(row["responses"], other["responses"]))]
+        p |= length_controlled(annotations[name])
+    return policies, annotations
+
+
+def judge_labels(args, path: str, policy: str, rank: int, world: int, device) -> tuple[dict, np.ndarray, np.ndarray | None]:
+    """(quality of a round's self-labels by the judge, their confidences, and those after training), on up to LABELS pairs.
+
+    After training a pair's confidence is σ(margin + β[(log π_t − log π_{t−1})(y_w) − (…)(y_l)]), against π_init as before (D6).
+    """
+    rows = read_rows(path, "labelled")
+    rows = rows[::math.ceil(len(rows) / LABELS)]
+    margin, after = np.array([row["margin"] for row in rows]), None
+    log, settings = trained(policy)
+    if "beta" in settings:
+        model, tokenizer = load(policy, device)
+        encoded = encode_rows(model, tokenizer, rows, path, pair_of)
+        logps = np.array(score(ResponseLogps(model), encoded, args.precision, device, rank, world, "confidence"))
+        change = logps - np.array([[row["chosen_logp"], row["rejected_logp"]] for row in rows])
+        after = 1 / (1 + np.exp(-(margin + settings["beta"] * (change[:, 0] - change[:, 1]))))
+    quality = {}
+    if args.judge != "none":
+        flags = {i for step in log for i in step.get("flagged", [])}
+        preference, _ = compare(args, [(row["prompt"], row["chosen"], row["rejected"]) for row in rows], rank, world, device)
+        quality = label_quality(preference, np.array([row["id"] in flags for row in rows]))
+    return quality, 1 / (1 + np.exp(-margin)), after
+
+
+def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dict[str, dict]:
+    """Two-turn answers and their ratings, name → scores. Answers and judgements are left in FastChat's format in OUT/mt_bench."""
+    folder = Path(args.mt_bench)
+    questions = [row for _, row in read_json_lines(str(folder / "question.jsonl"))]
+    templates = {row["name"]: row for _, row in read_json_lines(str(folder / "judge_prompts.jsonl"))}
+    references = next((str(f) for f in sorted(folder.rglob("*gpt-4.jsonl")) if "reference" in str(f)), str(folder / "reference_gpt-4.jsonl"))
+    solved = {row["question_id"]: row["choices"][0]["turns"] for _, row in read_json_lines(references)}
+    results = {}
+    for name, path in models.items():
+        turns: list[list[str]] = [[] for _ in questions]
+        for t in (0, 1):
+            prompts = f"{args.out}/mt_bench/{name}.turn{t + 1}.prompts.jsonl"
+            if rank == 0:
+                write_rows(prompts, [{"id": str(q["question_id"]), "temperature": TEMPERATURE.get(q["category"], 0.7), "prompt": [
+                    message for k in range(t + 1) for message in ({"role": "user", "content": q["turns"][k]},
+                                                                  {"role": "assistant", "content": own[k] if k < t else ""})][:-1]}
+                    for q, own in zip(questions, turns)])
+            if world > 1:
+                dist.barrier()
+            for own, row in zip(turns, respond(path, prompts, prompts.replace(".prompts", ""), args, rank, world, device, n=1)):
+                own += row["responses"]
+        cases = []  # (question, turn, name of the judge's prompt, chat with the judge)
+        for q, own in zip(questions, turns):
+            known = solved.get(q["question_id"], [])
+            fields = {"question": q["turns"][0], "answer": own[0]}
+            fields |= {f"{key}_{k + 1}": value for key, both in (("question", q["turns"]), ("answer", own), ("ref_answer", known))
+                       for k, value in enumerate(both)}
+            for t, suffix in ((1, ""), (2, "-multi-turn")):
+                kind = f"single{'-math' if known else ''}-v1{suffix}"
+                cases.append((q, t, kind, [{"role": "system", "content": templates[kind]["system_prompt"]},
+                                           {"role": "user", "content": templates[kind]["prompt_template"].format(**fields)}]))
+        verdicts = chat(args, [messages for *_, messages in cases], RATING_TOKENS, rank, world, device)
+        ratings = [{"category": q["category"], "turn": t, "score": parse_rating(text)} for (q, t, _, _), text in zip(cases, verdicts)]
+        results[name] = mt_bench_scores(ratings)
+        if rank == 0:
+            write_rows(f"{args.out}/mt_bench/model_answer/{name}.jsonl", [
+                {"question_id": q["question_id"], "answer_id": f"{name}-{q['question_id']}", "model_id": name,
+                 "choices": [{"index": 0, "turns": own}]} for q, own in zip(questions, turns)])
+            write_rows(f"{args.out}/mt_bench/model_judgment/{name}.jsonl", [
+                {"question_id": q["question_id"], "model": name, "judge": [args.judge_model, kind], "user_prompt": messages[1]["content"],
+                 "judgment": text, "score": -1 if math.isnan(rating["score"]) else rating["score"], "turn": t}
+                for (q, t, kind, messages), text, rating in zip(cases, verdicts, ratings)])
+    return results
 
 
 def main() -> None:
     cli = parser(__doc__)
-    cli.add_argument("--models", nargs="+", required=True, metavar="NAME=PATH", help="policies; the first is the baseline")
+    cli.add_argument("--models", nargs="+", metavar="NAME=PATH", help="policies, or .json files of AlpacaEval outputs; the first is the baseline")
     cli.add_argument("--labels", nargs="*", default=[], metavar="NAME=FILE", help="rows that the policy NAME was trained on")
-    cli.add_argument("--prompts", required=True, help="evaluation prompts (JSONL)")
-    cli.add_argument("--out", required=True, help="folder for report.md, report.png and eval/")
-    cli.add_argument("--judge", choices=["vader", "reward-model", "none"], default="none", help="who scores")
-    cli.add_argument("--judge-model", help="the classifier of --judge reward-model")
+    cli.add_argument("--prompts", help="evaluation prompts: rows (JSONL), or AlpacaEval's instructions (.json)")
+    cli.add_argument("--mt-bench", help="folder with MT-Bench's question.jsonl, judge_prompts.jsonl and reference answers of gpt-4")
+    cli.add_argument("--annotations", nargs="+", metavar="FILE", help="only print the scores of annotations in AlpacaEval's format")
+    cli.add_argument("--instruction-difficulty", metavar="FILE", help="with --annotations: AlpacaEval's df_gamed.csv (exactly as published) "
+                     "or instruction_difficulty.csv")
+    cli.add_argument("--out", help="folder for report.md, report.png, eval/ and mt_bench/")
+    judge_flags(cli, ["none"], "none")
     sampling_flags(cli, n=1)
     args = cli.parse_args()
+    if args.annotations:
+        print(leaderboard_table(leaderboard(args.annotations, args.instruction_difficulty), bool(args.instruction_difficulty)))
+        return
+    if not (args.models and args.out and (args.prompts or args.mt_bench)):
+        fail("needs --annotations; or --models, --out and --prompts or --mt-bench")
+    check_judge(args)
+    if args.mt_bench and args.judge not in ("llm", "openai"):
+        fail("--mt-bench needs a judge that writes: --judge llm or --judge openai")
     models, labels = named(args.models, "--models"), named(args.labels, "--labels")
-    if args.judge == "reward-model" and not args.judge_model:
-        fail("--judge reward-model needs --judge-model")
     if unknown := set(labels) - set(models):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --models does not")
     prints = {**{n: fingerprint(p) for n, p in models.items()}, **{f"labels of {n}": fingerprint(p) for n, p in labels.items()}}
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "models", "labels")} | prints
-    settings["prompts"] = fingerprint(args.prompts)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "models", "labels", "annotations")} | prints
+    settings |= {key: fingerprint(value) for key, value in (("prompts", args.prompts), ("mt_bench", args.mt_bench)) if value}
     report = f"{args.out}/report.md"
     if is_done(report, settings):
-        with open(report, encoding="utf-8") as file:
-            print(file.read().split("\n\n")[2])
+        print(Path(report).read_text(encoding="utf-8").split("\n\n## ")[0].split("\n\n", 1)[1])
         return
 
     rank, world, device = start_processes()
-    answers = {}
-    for name, path in models.items():
-        out = f"{args.out}/eval/{name}.jsonl"
-        generate(argparse.Namespace(model=path, prompts=args.prompts, out=out, n=args.n, temperature=args.temperature,
-                                    max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, precision=args.precision,
-                                    seed=args.seed), rank, world, device)
-        if world > 1:
-            dist.barrier()
-        answers[name] = read_rows(out, "responses")
-    policies, quality, confidences, baseline = {}, {}, {}, None
-    logs = {name: training_log(path) for name, path in models.items()}
-    for name, rows in answers.items():
-        lengths = np.array([[len(text) for text in row["responses"]] for row in rows])
-        policies[name] = {"characters": float(lengths.mean()), **dict.fromkeys(("score", "score_error", "win_rate", "win_rate_error"))}
-        if args.judge != "none":
-            scores = judge_rows(args, rows, rank, world, device)
-            baseline = scores if baseline is None else baseline
-            p = policies[name]
-            p["score"], p["score_error"] = mean_and_error(scores)
-            if scores is not baseline:
-                p["win_rate"], p["win_rate_error"] = mean_and_error(wins(scores, baseline))
-    for name, path in labels.items():
-        rows = read_rows(path, "labelled")
-        confidences[name] = 1 / (1 + np.exp(-np.array([row["margin"] for row in rows])))
-        if args.judge != "none":
-            pairs = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]]} for r in rows]
-            chosen, rejected = judge_rows(args, pairs, rank, world, device).T
-            flags = {i for step in logs[name] for i in step.get("flagged", [])}
-            quality[name] = label_quality(chosen, rejected, np.array([r["id"] in flags for r in rows]))
+    os.makedirs(f"{args.out}/eval", exist_ok=True)
+    answers, policies, annotations, quality, confidences = {}, {}, {}, {}, {}
+    if args.prompts:
+        path = prompts_file(args, rank, world)
+        for name, model in models.items():
+            answers[name] = (outputs_of(model, read_rows(path, "prompts"), args.n) if model.endswith(".json") else
+                             respond(model, path, f"{args.out}/eval/{name}.jsonl", args, rank, world, device))
+        policies, annotations = judge_policies(args, answers, rank, world, device)
+        for name, rows in labels.items():
+            quality[name], *confidences[name] = judge_labels(args, rows, models[name], rank, world, device)
+    ratings = mt_bench(args, {n: m for n, m in models.items() if not m.endswith(".json")}, rank, world, device) if args.mt_bench else {}
     if rank != 0:
         return
 
-    results = table(policies, quality)
-    count = len(next(iter(answers.values())))
-    plot(f"{args.out}/report.png", policies, quality, confidences, {name: log for name, log in logs.items() if log})
-    text = (f"# Run `{os.path.basename(os.path.normpath(args.out))}`\n\n## Policies\n\n{results}\n\n"
-            f"{count} held-out prompts × {args.n} samples at T = {args.temperature}, judge: {args.judge}, ± one standard error over "
-            f"prompts. Win rate against `{next(iter(models))}`; ties count ½. Label columns: the self-labels that the policy was "
-            "trained on, the share of flagged ones that gold calls wrong, and the share of all.\n\n"
-            f"![policies, training loss, labels and confidences](report.png)\n\n## Responses side by side\n\n{side_by_side(answers)}\n")
-
-    def write(tmp: str) -> None:
-        with open(tmp, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    publish(report, settings, {"policies": policies, "labels": quality}, write)
-    print(f"evaluate: {count} prompts × {args.n} samples, judge {args.judge} → {report}\n\n{results}")
+    tables = ([policy_table(policies)] if policies else []) + ([label_table(quality)] if any(quality.values()) else []) + (
+        [mt_bench_table(ratings)] if ratings else [])
+    logs = {name: trained(path)[0] for name, path in models.items()}
+    plot(f"{args.out}/report.png", policies, quality, confidences, {n: log for n, log in logs.items() if log}, ratings)
+    for name, rows in answers.items():
+        outputs = [{"instruction": instruction(row), "output": row["responses"][0], "generator": name,
+                    **({"dataset": row["dataset"]} if "dataset" in row else {})} for row in rows]
+        for kind, content in (("model_outputs", outputs), ("annotations", annotations.get(name))):
+            if content:
+                Path(f"{args.out}/eval/{name}.{kind}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    count = len(next(iter(answers.values()), []))
+    about = []
+    if policies:
+        about.append(f"{count} held-out prompts × {args.n} samples at T = {args.temperature}, judge: {args.judge_model or args.judge}. Win rate against "
+                     f"`{next(iter(models))}`, ties ½, with a 95 % bootstrap interval over prompts; p: the paired test of the same win rate as the "
+                     "line above (the first: as ½); length-controlled: AlpacaEval 2's regression without instruction difficulty; ± one standard error.")
+        about += [f"`{name}`: the judge's two orders named different winners in {p['order_disagreement']:.1%} of the comparisons; {p['no_verdict']} "
+                  f"of {2 * count * args.n} answers had no verdict and count ½." for name, p in policies.items() if "order_disagreement" in p]
+    if any(quality.values()):
+        about.append(f"Self-labels: on up to {LABELS} of the pairs that the policy was trained on, the share that the judge agrees with, and the share "
+                     "that it calls wrong among those flagged as noise and among all.")
+    if ratings:
+        about.append("MT-Bench: means of the judge's ratings from 1 to 10 by category, by turn and of all; unrated: answers of the judge without a rating.")
+    text = (f"# Run `{os.path.basename(os.path.normpath(args.out))}`\n\n" + "\n\n".join(tables) + "\n\n## What the columns mean\n\n" +
+            "\n\n".join(about) + "\n\n![win rates, lengths, training loss, labels, confidences, MT-Bench](report.png)\n" +
+            (f"\n## Responses side by side\n\n{side_by_side(answers)}\n" if answers else ""))
+    publish(report, settings, {"policies": policies, "labels": quality, "mt_bench": ratings},
+            lambda tmp: Path(tmp).write_text(text, encoding="utf-8") and None)
+    print(f"evaluate: {count} prompts × {args.n} samples, judge {args.judge} → {report}\n\n" + "\n\n".join(tables))
 
 
 if __name__ == "__main__":

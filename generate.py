@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.batches import encode_rows
 from data.machine import bf16_pays, start_processes
-from data.rows import fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage, settings_of, write_rows
+from data.rows import fail, is_done, natural, parser, publish, ranged, read_rows, run_stage, settings_of, write_rows
 from seed_dpo import load
 
 
@@ -36,17 +36,18 @@ def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
     return np.stack([np.random.default_rng([seed, key, sample]).random(length) for sample in range(n)])
 
 
-def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Tokens [B] from logits [B, V]: the smallest token whose cumulative probability exceeds u [B] in [0, 1)."""
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Tokens [B] from logits [B, V] at temperature [B]: the smallest token whose cumulative probability exceeds u [B] in [0, 1)."""
+    cumulative = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1).cumsum(-1)  # 0: the likeliest token
     total = cumulative[:, -1:]
     point = torch.minimum((u[:, None] * total).float(), torch.nextafter(total, torch.zeros_like(total)))  # u·total may round up
     return torch.searchsorted(cumulative, point, right=True)[:, 0]
 
 
 @torch.inference_mode()
-def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: float, stop: torch.Tensor) -> list[list[int]]:
-    """Token lists of the responses, row by row of u [len(prompts) · n, max_new_tokens]; a stop token ends one and stays on it.
+def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor,
+           stop: torch.Tensor) -> list[list[int]]:
+    """Token lists of the responses, row by row of u [R = len(prompts) · n, max_new_tokens] and temperature [R]; a stop token ends one and stays on it.
 
     Each prompt is computed once and its keys and values shared out to its n samples; finished rows leave the batch.
     """
@@ -69,7 +70,7 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: float,
     done = torch.zeros(len(u), dtype=torch.bool, device=device)
     tokens: list[list[int]] = [[] for _ in range(len(u))]
     for t in range(u.shape[1]):
-        token = draw(logits, u[alive, t], temperature)
+        token = draw(logits, u[alive, t], temperature[alive])
         for row, value, over in zip(alive.tolist(), token.tolist(), done.tolist()):
             if not over:
                 tokens[row].append(value)
@@ -133,7 +134,8 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
         file.write(header + "\n" if fresh else "\n")
         for batch in tqdm(todo[rank::world], desc="generate", unit="batch", disable=None if rank == 0 else True):
             u = np.concatenate([uniforms(args.seed, rows[i]["id"], args.n, args.max_new_tokens) for i in batch])
-            tokens = iter(sample(model, [encoded[i] for i in batch], torch.tensor(u, device=device), args.temperature, stop))
+            heat = torch.tensor([rows[i].get("temperature", args.temperature) for i in batch for _ in range(args.n)], device=device)
+            tokens = iter(sample(model, [encoded[i] for i in batch], torch.tensor(u, device=device), heat, stop))
             for i in batch:
                 mine = [next(tokens) for _ in range(args.n)]
                 ended = [bool(y) and y[-1] in stop for y in mine]
@@ -156,10 +158,20 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     return stats
 
 
+def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: int, world: int, device: torch.device, **changes) -> list[dict]:
+    """The rows of `out`, generated with the sampling flags in `args` but for `changes`; for other stages."""
+    flags = {key: getattr(args, key) for key in ("n", "temperature", "max_new_tokens", "batch_size", "precision", "seed")}
+    generate(argparse.Namespace(model=model, prompts=prompts, out=out, **{**flags, **changes}), rank, world, device)
+    if world > 1:
+        dist.barrier()
+    return read_rows(out, "responses")
+
+
 def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
     """The flags that decide what is sampled; evaluate.py has them too."""
     cli.add_argument("-n", type=natural, default=n, help="responses a prompt (papers: 2)")
-    cli.add_argument("--temperature", type=positive, default=0.7, help="sampling temperature (papers: 0.7)")
+    cli.add_argument("--temperature", type=ranged(float, 0), default=0.7, help="sampling temperature (papers: 0.7; 0: greedy), unless "
+                     "a prompt row has a `temperature` of its own")
     cli.add_argument("--max-new-tokens", type=natural, default=300, help="length limit of a response in tokens (papers: 300)")
     cli.add_argument("--batch-size", type=natural, default=128, help="responses sampled together; memory, and at most rounding in the text")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the weights while sampling")

@@ -51,7 +51,10 @@ BETA=${BETA:-0.1} LR=${LR:-5e-7} BATCH_SIZE=${BATCH_SIZE:-32} SEED_EPOCHS=${SEED
 MICRO_TOKENS=${MICRO_TOKENS:-2048}                          # tokens a training pass and process: memory, not mathematics
 ALPHA=${ALPHA:-0.1} LAMS=${LAMS:-0.5 0.25 0.125} PERCENTILE=${PERCENTILE:-10} # SPA: smoothing, extrapolation by round, flagged share
 EPSILON=${EPSILON:-0.01} PIECES=${PIECES:-6}                # the follower: radius, tangents of −log
-GOLD=${GOLD:-none} GOLD_MODEL=${GOLD_MODEL-}                # judge of unlabelled seeds and of the evaluation: vader, reward-model, none
+JUDGE=${JUDGE:-implicit} JUDGE_MODEL=${JUDGE_MODEL-}        # who labels the rounds: implicit (SPA), reward-model, pairrm, llm, openai
+JUDGE_LR=${JUDGE_LR:-2e-5} JUDGE_START=${JUDGE_START:-init} # llm without JUDGE_MODEL is trained on the seed, once or from each π_{t−1} (previous)
+REFERENCE=${REFERENCE:-init} LENGTH_PENALTY=${LENGTH_PENALTY:-0} # of the implicit reward: init, previous or none (SPA, Table 7); S13
+GOLD=${GOLD:-none} GOLD_MODEL=${GOLD_MODEL-}                # judge of unlabelled seeds and of the evaluation: vader, any of the above, none
 EVAL_N=${EVAL_N:-1}
 
 launch() {  # a stage on all processes
@@ -80,18 +83,41 @@ fi
 # 1. Seed: π_0 ← DPO(π_init, gold).
 launch seed_dpo.py --model "$MODEL" --pairs "$gold" --out "$RUN/seed" --epochs "$SEED_EPOCHS" "${train[@]}"
 
+train_judge() {  # an LLM judge from a policy and the gold seed
+  launch seed_dpo.py --objective judge --model "$1" --pairs "$gold" --out "$2" --lr "$JUDGE_LR" --epochs 3 --batch-size 32 --seed "$SEED" \
+    --micro-tokens "$MICRO_TOKENS"
+}
+label() {  # a round's judge labels its responses
+  local judge=(--reference-model "$MODEL" --length-penalty "$LENGTH_PENALTY")
+  case $JUDGE-$REFERENCE in
+    implicit-init) ;;
+    implicit-previous) judge+=(--reference previous --reference-model "$before") ;;
+    implicit-*) judge+=(--reference "$REFERENCE") ;;
+    *) judge=(--judge "$JUDGE" --judge-model "$judge_model") ;;
+  esac
+  launch label.py --model "$policy" "${judge[@]}" --beta "$BETA" "$@"
+}
+judge_model=$JUDGE_MODEL
+if [[ $JUDGE == llm && -z $JUDGE_MODEL && $JUDGE_START == init ]]; then
+  judge_model=$RUN/judge
+  train_judge "$MODEL" "$judge_model"
+fi
+
 # 2. Rounds: π_{t−1} answers fresh prompts, judges its answers, the follower finds the worst case, π_t learns under it.
-policy=$RUN/seed models=(init="$MODEL" seed="$RUN/seed") labels=() lams=($LAMS) t=0
+before=$MODEL policy=$RUN/seed models=(init="$MODEL" seed="$RUN/seed") labels=() lams=($LAMS) t=0
 for _ in $ROUNDS; do
   t=$((t + 1)) round=$RUN/round$t
   launch generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" --out "$round/responses.jsonl" \
     -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
-  launch label.py --model "$policy" --reference-model "$MODEL" --responses "$round/responses.jsonl" --out "$round/labelled.jsonl" \
-    --beta "$BETA"
+  if [[ $JUDGE == llm && -z $JUDGE_MODEL && $JUDGE_START == previous ]]; then
+    judge_model=$round/judge
+    train_judge "$policy" "$judge_model"
+  fi
+  label --responses "$round/responses.jsonl" --out "$round/labelled.jsonl"
   "$python" dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" --epsilon "$EPSILON" --pieces "$PIECES"
   launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" --alpha "$ALPHA" \
     --lam "${lams[t - 1]:-${lams[-1]}}" --percentile "$PERCENTILE" --pieces "$PIECES" "${train[@]}"
-  policy=$round/policy models+=(round$t="$policy") labels+=(round$t="$round/worst.jsonl")
+  before=$policy policy=$round/policy models+=(round$t="$policy") labels+=(round$t="$round/worst.jsonl")
 done
 
 # 3. Evaluate: every policy of the run on prompts that nothing was trained on.

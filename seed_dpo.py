@@ -5,6 +5,8 @@
     margin    M = β[(log π_θ − log π_ref)(y_w) − (log π_θ − log π_ref)(y_l)]
     loss      −log σ(M) = softplus(−M)                       mean over the global batch
 
+`--objective judge` fine-tunes an LLM judge on the same pairs instead: the letter of the better response after SPA's Listing 1.
+
 This file is read first. It owns response log-probabilities, the DPO loss and the optimisation loop; `train.py` runs the
 same loop with another loss. How rows become batches is in `data/batches.py`.
 
@@ -26,13 +28,13 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.batches import deal, encode_rows, pack, pair_of, shares_prompt, tokens_of
-from data.machine import (autocast, clean, matmul_flops, memory_gb, merge, restore_state, save_state, start_processes,
-                          training_flops)
+from data.machine import (autocast, clean, distribute, matmul_flops, memory_gb, merge, model_of, restore_state, save_state,
+                          start_processes, training_flops)
+from data.judges import judge_pairs
 from data.rows import (fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage, settings_of,
                        write_rows)
 
@@ -111,30 +113,6 @@ class ResponseLogps(torch.nn.Module):
         hidden = response_hidden(self.model, batch)
         logps, extra = token_logps(self.model.get_output_embeddings(), hidden, batch["target"], also)
         return sum_by_response(logps, batch), extra if extra is None else sum_by_response(extra, batch)
-
-
-def distribute(model, device: torch.device, world: int, args: argparse.Namespace) -> torch.nn.Module:
-    """`model` as ResponseLogps over all processes: a copy on each, gradients averaged (DDP), or layers in shards (FSDP2)."""
-    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)  # the decoder's
-    if args.gradient_checkpointing:
-        for layer in layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    net = ResponseLogps(model)
-    if args.shard:
-        for layer in layers:
-            fully_shard(layer)
-        register_fsdp_forward_method(fully_shard(net), "hidden")
-        return net
-    net.to(device)
-    if world == 1 or not any(p.requires_grad for p in net.parameters()):
-        return net
-    ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def model_of(net: torch.nn.Module):
-    """The Hugging Face model inside what `distribute` returned."""
-    return getattr(net, "module", net).model
 
 
 @torch.no_grad()
@@ -281,38 +259,43 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     cli.add_argument("--save-every", type=ranged(int, 0), default=50, help="steps between checkpoints to go on from after a kill; 0: none")
 
 
-def begin(args: argparse.Namespace, kind: str) -> tuple:
-    """What both trainers start with: (rows, encoded, net, tokenizer, device, rank, world)."""
-    rows = read_rows(args.pairs, kind)
+def begin(args: argparse.Namespace, kind: str, rows_of: Callable[[list], list] = list) -> tuple:
+    """What both trainers start with: (rows, encoded, net, tokenizer, device, rank, world); `rows_of` may rewrite the rows."""
+    rows = rows_of(read_rows(args.pairs, kind))
     rank, world, device = start_processes()
     if args.shard and world == 1:
         fail("--shard needs several processes: torchrun --nproc_per_node=N …")
     model, tokenizer = load(args.model, torch.device("cpu") if args.shard else device)  # shards leave the CPU one by one
     encoded = encode_rows(model, tokenizer, rows, args.pairs, pair_of)
-    return rows, encoded, distribute(model, device, world, args), tokenizer, device, rank, world
+    return rows, encoded, distribute(ResponseLogps(model), device, world, args), tokenizer, device, rank, world
 
 
 def main() -> None:
     cli = parser(__doc__)
     training_flags(cli, epochs=3)
+    cli.add_argument("--objective", choices=["dpo", "judge"], default="dpo", help="a policy; or an LLM judge (papers: --lr 2e-5)")
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     if is_done(args.out, settings):
         return clean(args.out)
-    rows, encoded, net, tokenizer, device, rank, world = begin(args, "preferences")
-    # The reference is where training starts, and it never changes: its log-probs are computed once, before the first update.
-    reference = torch.tensor(score(net, encoded, args.precision, device, rank, world, "reference", not args.shard), device=device)
-    if args.shard:
-        net.reshard()  # the optimizer is to see shards, not what the last forward pass gathered
+    judge = args.objective == "judge"
+    rows, encoded, net, tokenizer, device, rank, world = begin(args, "preferences", judge_pairs if judge else list)
+    reference = None
+    if not judge:  # the reference is where training starts, and it never changes: its log-probs are computed once, before the first update
+        reference = torch.tensor(score(net, encoded, args.precision, device, rank, world, "reference", not args.shard), device=device)
+        if args.shard:
+            net.reshard()  # the optimizer is to see shards, not what the last forward pass gathered
 
     def losses(log, indices, logps, extra):
+        if judge:  # supervised: −log π(right letter)
+            return -logps[:, 0], {"margin": (logps[:, 0] - logps[:, 1]).detach()}
         margin = dpo_margin(logps, reference[indices], args.beta)
         return dpo_loss(margin), {"margin": margin.detach()}
 
     log = optimise(net, encoded, [r["id"] for r in rows], losses, args, settings, device, rank, world)
     stats = save_policy(args, net, tokenizer, len(rows), log, settings, rank)
     if rank == 0:
-        print(f"seed_dpo: {len(rows)} gold pairs, {len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
+        print(f"seed_dpo: {len(rows)} {'comparisons' if judge else 'gold pairs'}, {len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f} → {args.out}")
 
 

@@ -30,7 +30,7 @@ def main() -> None:
 
     def line(name: str, reports: dict, policy: str) -> None:
         of = [r["policies"][policy] for r in reports.values()]
-        cells = [summary([p["score"] for p in of]), summary([p["win_rate"] for p in of]) if of[0]["win_rate"] is not None else "–",
+        cells = [summary([p["score"] for p in of]), summary([p["win_rate"] for p in of]) if of[0].get("win_rate") is not None else "–",
                  f"{np.mean([p['characters'] for p in of]):.0f}"]
         labels = [[r["labels"][t] for r in reports.values()] for t in ("round1", "round2")] if policy.startswith("round") else []
         cells.append(", ".join(summary([q["accuracy"] for q in own]) for own in labels) or "–")

@@ -1,6 +1,8 @@
 """The machine: processes, precision, the yardsticks of speed and memory in a training log, and the checkpoint that outlives a kill."""
+import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import pickle
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 
 from data.rows import fail
 
@@ -37,6 +41,29 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
+
+
+def distribute(net: torch.nn.Module, device: torch.device, world: int, args: argparse.Namespace) -> torch.nn.Module:
+    """`net` (seed_dpo.ResponseLogps) over all processes: a copy on each, gradients averaged (DDP), or layers in shards (FSDP2)."""
+    layers = max((m for m in net.modules() if isinstance(m, torch.nn.ModuleList)), key=len)  # the decoder's
+    if args.gradient_checkpointing:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.shard:
+        for layer in layers:
+            fully_shard(layer)
+        register_fsdp_forward_method(fully_shard(net), "hidden")
+        return net
+    net.to(device)
+    if world == 1 or not any(p.requires_grad for p in net.parameters()):
+        return net
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def model_of(net: torch.nn.Module):
+    """The Hugging Face model inside what `distribute` returned."""
+    return getattr(net, "module", net).model
 
 
 def merge(mine: dict[int, object], world: int) -> dict[int, object]:

@@ -5,6 +5,7 @@ every stage unchanged. A stage writes beside its output and renames, so a file t
 OUT.stats.json, so the same command again has nothing to do, and a changed one says what changed. Needs no torch.
 """
 import argparse
+import gzip
 import hashlib
 import json
 import math
@@ -62,6 +63,19 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
             yield number, row
+
+
+def read_json_list(path: str, *keys: str) -> list[dict]:
+    """A JSON file (.json or .json.gz) that is a list of objects which hold text under `keys`."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            rows = json.load(file)
+    except (ValueError, EOFError, RecursionError, gzip.BadGzipFile) as error:
+        fail(f"{path}: not JSON in UTF-8 ({error})")
+    for number, row in enumerate(rows if isinstance(rows, list) and rows else [None], 1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+            fail(f"{path}: entry {number}: expected a list of objects with text under {', '.join(keys)}")
+    return rows
 
 
 def iterate_rows(path: str, kind: str) -> Iterator[dict]:

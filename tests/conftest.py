@@ -71,6 +71,15 @@ def other_folder(tmp_path_factory, tokenizer) -> str:
 
 
 @pytest.fixture(scope="session")
+def wide(tmp_path_factory, tokenizer) -> str:
+    """A model whose context takes a judge's prompt."""
+    path = tmp_path_factory.mktemp("model") / "wide"
+    make_model(max_position_embeddings=4096).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def ranker(tmp_path_factory, tokenizer) -> str:
     """A random reward model: one logit from the last token."""
     path = tmp_path_factory.mktemp("model") / "ranker"

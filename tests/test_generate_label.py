@@ -10,21 +10,24 @@ from transformers import LlamaForSequenceClassification
 
 import generate as stage
 from generate import draw, sample, uniforms
-from label import best_and_worst, implicit_reward, vader_scores
+from data.judges import vader
+from label import best_and_worst, implicit_reward
 
 STOP = torch.tensor([2])
 
 
 def test_draw_follows_the_distribution():
     logits, n = torch.tensor([0.0, 1.0, 2.0, -1.0]), 20000
-    tokens = draw(logits.expand(n, 4), torch.tensor(np.random.default_rng(0).random(n)), temperature=0.7)
+    tokens = draw(logits.expand(n, 4), torch.tensor(np.random.default_rng(0).random(n)), temperature=torch.full((n,), 0.7))
     expected = (logits / 0.7).softmax(-1).numpy() * n
     assert chisquare(torch.bincount(tokens, minlength=4).numpy(), expected, sum_check=False).pvalue > 1e-3
 
 
 def test_draw_at_the_ends():
     logits = torch.tensor([[-1e9, 0.0, 0.0, -1e9]])
-    assert [draw(logits, torch.tensor([u]), 1.0).item() for u in (0.0, 0.49, 0.51, 1 - 1e-12)] == [1, 1, 2, 2]
+    assert [draw(logits, torch.tensor([u]), torch.ones(1)).item() for u in (0.0, 0.49, 0.51, 1 - 1e-12)] == [1, 1, 2, 2]
+    greedy = draw(torch.tensor([[0.0, 3.0, 2.99]]).expand(3, 3), torch.tensor([0.0, 0.5, 1 - 1e-12]), torch.tensor([0.0, 0.0, 0.0]))
+    assert greedy.tolist() == [1, 1, 1]
 
 
 def test_sampling_equals_uncached_one_at_a_time():
@@ -33,13 +36,14 @@ def test_sampling_equals_uncached_one_at_a_time():
     prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
     u = np.concatenate([uniforms(0, str(i), 2, 30) for i in range(3)])
     stop = torch.tensor([2, 7, 40, 41, 42, 43, 99, 100, 300, 310])  # enough stop tokens that rows end at different times
-    ours = sample(model, prompts, torch.tensor(u), 0.7, stop)
+    heat = torch.tensor([0.7, 0.7, 0.0, 1.0, 0.7, 0.2])
+    ours = sample(model, prompts, torch.tensor(u), heat, stop)
     for k, tokens in enumerate(ours):
         ids = list(prompts[k // 2])
         for t in range(30):
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, -1:]
-            ids.append(draw(logits, torch.tensor(u[k, t: t + 1]), 0.7).item())
+            ids.append(draw(logits, torch.tensor(u[k, t: t + 1]), heat[k:k + 1]).item())
             if ids[-1] in stop:
                 break
         assert tokens == ids[len(prompts[k // 2]):]
@@ -89,7 +93,8 @@ def test_best_and_worst():
     assert best_and_worst(["a", "b", "c", "d"], [0.1, 0.9, -0.5, 0.2]) == (1, 2)
     assert best_and_worst(["a", "a", "a"], [0.1, 0.1 + 1e-9, 0.1]) is None  # identical text
     assert best_and_worst(["a", "b"], [0.3, 0.3]) is None and best_and_worst(["a"], [0.3]) is None
-    assert implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1) == pytest.approx([0.1, -0.1])
+    assert implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1, [7, 9], 0.0) == pytest.approx([0.1, -0.1])
+    assert implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1, [70, 9], 0.01) == pytest.approx([-0.6, -0.19])  # S13
 
 
 def test_label_stage_by_hand(folder, other_folder, tmp_path):
@@ -119,11 +124,21 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
         assert row["margin"] == pytest.approx(reward[w] - reward[l], abs=1e-4) and row["margin"] > 0 and row["extra"] == 1
         assert (row["chosen_logp"], row["rejected_logp"]) == pytest.approx((logps[0][w], logps[0][l]), abs=1e-4)
         assert json.load(open(f"{out}.stats.json"))["ties"] == 2
+    plain = ["label.py", "--model", other_folder, "--responses", responses, "--beta", "0.2", "--precision", "fp32"]
+    lengths = np.array([len(encode_response(tokenizer, t, e)) for t, e in (("one", True), ("two lines", False), ("three", True))])
+    for name, flags, reward in (("none", ["--reference", "none"], 0.2 * np.array(logps[0])),  # Table 7's last row; S13
+                                ("short", ["--reference-model", folder, "--length-penalty", "0.5"], 0.2 * (np.array(logps[0]) - logps[1]) - 0.5 * lengths)):
+        ok(run(*plain, *flags, "--out", tmp_path / name))
+        (row,) = jsonl(tmp_path / name)
+        assert row["margin"] == pytest.approx(reward.max() - reward.min(), abs=1e-4)
+        assert row["chosen"] == ["one", "two lines", "three"][reward.argmax()]
+    assert run(*plain, "--out", tmp_path / "x").returncode == 2  # a reference forgotten is not `none`
 
 
 def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
     good, bad = "What a wonderful, lovely day.", "A terrible, awful mess."
-    assert vader_scores([{"responses": [good, bad]}])[0][0] > 0.5 > -0.5 > vader_scores([{"responses": [good, bad]}])[0][1]
+    ((high, low),) = vader(None, [{"responses": [good, bad]}], 0, 1, torch.device("cpu"))
+    assert high > 0.5 > -0.5 > low
     ask = [{"role": "user", "content": "Write."}]
     responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ask, "responses": [bad, good]}])
     ok(run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "v.jsonl"))
