@@ -150,11 +150,12 @@ class Endpoint(BaseHTTPRequestHandler):
         with self.lock:
             self.asked.append((body, self.headers["Authorization"]))
             trouble = self.plan.pop(0) if self.plan else 200
-            if trouble == "silence":
-                time.sleep(1.5)
-            if trouble == "hang up":
-                return self.connection.close()
-            if trouble == 200:
+        if trouble in ("silence", "slow"):
+            time.sleep(1.5)
+        if trouble == "hang up":
+            return self.connection.close()
+        with self.lock:
+            if trouble in (200, "slow"):
                 ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
                 out = self.model.generate(**ids, max_new_tokens=min(3, body["max_tokens"]), do_sample=False, pad_token_id=0)
                 text = self.tokenizer.decode(out[0, ids["input_ids"].shape[1]:])
@@ -163,6 +164,8 @@ class Endpoint(BaseHTTPRequestHandler):
             else:
                 answer = {"choices": []} if trouble == "no choice" else {"error": {"message": f"trouble, {self.headers['Authorization']}", "code": trouble}}
         data = b"<html>not json" if trouble == "html" else json.dumps(answer).encode()
+        if trouble == "silence":
+            return  # nobody listens any more
         self.send_response(trouble if isinstance(trouble, int) else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -230,21 +233,22 @@ def test_endpoint_without_key_or_model(tmp_path, monkeypatch):
     assert "OPENAI_API_KEY" in run(*command, "--judge-model", "m").stderr
 
 
-def test_cache_survives_kill_9(endpoint, tmp_path):
+def test_cache_survives_kill_9(endpoint, tmp_path, monkeypatch):
     """A process killed while an endpoint answers: what it was given is kept, and the same command asks for the rest alone."""
+    monkeypatch.setattr(judges, "TIMEOUT", 60.0)
     responses = responses_file(tmp_path, 8)
     command = [sys.executable, "label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint, "--responses", responses, "--out",
                str(tmp_path / "l.jsonl")]
-    Endpoint.plan[:] = [200] * 5 + ["silence"] * 30
+    Endpoint.plan[:] = [200] * 5 + ["slow"] * 30
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     cache = tmp_path / "l.jsonl.judge_cache.jsonl"
     for _ in range(600):
-        if cache.exists() and cache.read_text().count("answer") >= 5:
+        if cache.exists() and cache.read_text().count('"answer":') >= 5:
             break
         time.sleep(0.1)
     process.kill()
     process.wait()
-    kept = cache.read_text().count('"answer"')
+    kept = cache.read_text().count('"answer":')
     Endpoint.plan[:], asked = [], len(Endpoint.asked)
     time.sleep(2)  # requests under way at the kill come to their end
     asked = len(Endpoint.asked)
