@@ -266,7 +266,8 @@ def main() -> None:
             (f"\n## Responses side by side\n\n{side_by_side(answers)}\n" if answers else ""))
     publish(report, settings, {"policies": policies, "labels": quality, "mt_bench": ratings},
             lambda tmp: Path(tmp).write_text(text, encoding="utf-8") and None)
-    print(f"evaluate: {count} prompts × {args.n} samples, judge {args.judge} → {report}\n\n" + "\n\n".join(tables))
+    what = [f"{count} prompts × {args.n} samples"] if policies else []
+    print(f"evaluate: {', '.join([*what, *(['MT-Bench'] if ratings else [])])}, judge {args.judge} → {report}\n\n" + "\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from data.batches import encode_rows, pair_of
 from data.judges import check_judge, judge_flags, rewards
 from data.machine import start_processes
 from data.rows import fail, is_done, parser, positive, publish, ranged, read_rows, run_stage, settings_of, write_rows, wrong
-from seed_dpo import ResponseLogps, load, score
+from seed_dpo import ResponseLogps, load, load_model, score
 
 
 def implicit_reward(policy: list[float], reference: list[float], beta: float, lengths: list[int], alpha: float) -> list[float]:
@@ -82,9 +82,14 @@ def main() -> None:
     rank, world, device = start_processes()
     logps, lengths = [], []
     for model_path in [args.model, *([args.reference_model] if implicit and args.reference != "none" else [])] if args.model else []:
-        model, tokenizer = load(model_path, device)
-        encoded = encode_rows(model, tokenizer, answered, path, lambda row: list(zip(row["responses"], row["ended"])))
-        lengths = [[len(y) for y in ys] for _, ys in encoded]
+        if not logps:  # both models read what the policy's tokenizer wrote: a base model as the reference has no chat template
+            model, tokenizer = load(model_path, device)
+            encoded = encode_rows(model, tokenizer, answered, path, lambda row: list(zip(row["responses"], row["ended"])))
+            lengths = [[len(y) for y in ys] for _, ys in encoded]
+        else:
+            model = load_model(model_path, device)
+            if max(max(ids) for prompt, ys in encoded for ids in (prompt, *ys)) >= model.get_input_embeddings().num_embeddings:
+                fail(f"{model_path}: has fewer tokens than {args.model} writes; the reference of a judgement must share its vocabulary")
         logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world, f"score {model_path}"))
         del model
     if implicit:

@@ -3,13 +3,15 @@
 #
 #   bash run.sh                        the demo: a real 135 M model, two CPU cores, about ten minutes     → runs/demo/report.md
 #   bash run.sh configs/NAME.env       another setting; a config sets only what differs from the papers' values below
+#   bash run.sh configs/NAME.env --tiny   the same with a tiny random model of its architecture and 36 pairs: would the launch work?
 #   MODEL=… DATA=… bash run.sh         any causal LM and any preference data, with the papers' values
-#   EPSILON=0 bash run.sh              SPA;  EPSILON=0 ALPHA=0 bash run.sh  iterative DPO on self-labels
+#   METHOD=spa bash run.sh             SPA;  METHOD=spa ALPHA=0 bash run.sh  iterative DPO on self-labels
 #   bash run.sh test                   the tests
 #
 # Every variable below can be set on the command line, before a config, before the default. A stage whose complete output
 # from the same settings lies there is skipped, so the same command goes on after a stop.
 set -euo pipefail
+shopt -s extglob
 cd "$(dirname "$0")"
 
 # The interpreter: the one at hand if it has what requirements.txt pins, else a .venv of our own. INSTALL=no takes it as it is.
@@ -42,14 +44,20 @@ if [[ -n ${1-} || -z ${DATA-} ]]; then
   source "$config"
 fi
 RUN=${RUN:-runs/$(basename "${config:-custom.env}" .env)}   # where everything of this run goes
-NPROC=${NPROC:-1}                                           # processes (GPUs) of this machine
+NPROC=${NPROC:-1} NNODES=${NNODES:-1}                       # processes (GPUs) a machine; machines, which share this folder
+EACH_NODE=${EACH_NODE:-srun --nodes=$NNODES --ntasks-per-node=1} # what runs a command on every machine; with NNODES > 1
+SHARD=${SHARD:-no}                                          # yes: weights, gradients, Adam split over all processes, layers recomputed
+METHOD=${METHOD:-worst-case}                                # worst-case (SSAPO, the thesis), or spa
 SEED=${SEED:-42}                                            # data split, order, sampling
 SEED_SIZE=${SEED_SIZE:-2000} ROUNDS=${ROUNDS:-8000 20000 30000}              # gold pairs; prompts of each round
+SEED_FRACTION=${SEED_FRACTION-} SELECT=${SELECT:-random}    # instead of SEED_SIZE: share of all prompts; how gold is chosen: random, farthest
 FLIP=${FLIP:-0}                                             # share of the gold labels turned wrong on purpose
+SEED_POLICY=${SEED_POLICY-}                                 # an aligned model in the place of π_0, and no gold seed; MODEL is π_init
 N=${N:-2} TEMPERATURE=${TEMPERATURE:-0.7} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-300}
 BETA=${BETA:-0.1} LR=${LR:-5e-7} BATCH_SIZE=${BATCH_SIZE:-32} SEED_EPOCHS=${SEED_EPOCHS:-3}
 MICRO_TOKENS=${MICRO_TOKENS:-2048}                          # tokens a training pass and process: memory, not mathematics
 ALPHA=${ALPHA:-0.1} LAMS=${LAMS:-0.5 0.25 0.125} PERCENTILE=${PERCENTILE:-10} # SPA: smoothing, extrapolation by round, flagged share
+[[ $METHOD == spa ]] && EPSILON=${EPSILON:-0}
 EPSILON=${EPSILON:-0.01} PIECES=${PIECES:-6}                # the follower: radius, tangents of −log
 JUDGE=${JUDGE:-implicit} JUDGE_MODEL=${JUDGE_MODEL-}        # who labels the rounds: implicit (SPA), reward-model, pairrm, llm, openai
 JUDGE_LR=${JUDGE_LR:-2e-5} JUDGE_START=${JUDGE_START:-init} # llm without JUDGE_MODEL is trained on the seed, once or from each π_{t−1} (previous)
@@ -57,11 +65,30 @@ REFERENCE=${REFERENCE:-init} LENGTH_PENALTY=${LENGTH_PENALTY:-0} # of the implic
 GOLD=${GOLD:-none} GOLD_MODEL=${GOLD_MODEL-}                # judge of unlabelled seeds and of the evaluation: vader, any of the above, none
 EVAL_N=${EVAL_N:-1}
 
-launch() {  # a stage on all processes
-  if (( NPROC > 1 )); then "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$@"; else "$python" "$@"; fi
+if [[ ${2-} == --tiny ]]; then  # the same stages on a tiny model of the same architecture
+  RUN=$RUN-tiny
+  "$python" data/tiny.py --architecture "${ARCHITECTURE:?is not set in $config}" --out "$RUN/tiny"
+  MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl SEED_SIZE=8 ROUNDS=${ROUNDS//+([0-9])/6} MAX_NEW_TOKENS=8 BATCH_SIZE=4
+  [[ -z $SEED_POLICY ]] || SEED_POLICY=$MODEL MODEL=$RUN/tiny/base
+fi
+
+launch() {  # a stage on all processes of all machines
+  local torchrun=("$python" -m torch.distributed.run --nproc_per_node "$NPROC")
+  if (( NNODES > 1 )); then
+    $EACH_NODE "${torchrun[@]}" --nnodes "$NNODES" --rdzv_backend c10d --rdzv_id "$RANDOM" \
+      --rdzv_endpoint "${MASTER_ADDR:-$(hostname)}:${MASTER_PORT:-29500}" "$@"
+  elif (( NPROC > 1 )); then
+    "${torchrun[@]}" --standalone "$@"
+  else
+    "$python" "$@"
+  fi
 }
 judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
 train=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --seed "$SEED" --micro-tokens "$MICRO_TOKENS")
+if [[ $SHARD == yes ]]; then
+  train+=(--gradient-checkpointing)
+  (( NPROC * NNODES == 1 )) || train+=(--shard)
+fi
 sample=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED")
 
 # 0. Model and data: a gold seed, unlabelled prompts for each round, prompts for the evaluation; no prompt in two of them.
@@ -69,7 +96,11 @@ if [[ -z ${MODEL-} ]]; then
   MODEL=models/smollm2
   "$python" data/demo.py --out "$MODEL"
 fi
-"$python" data/prepare.py --data "$DATA" --out "$RUN/data" --seed-size "$SEED_SIZE" --rounds $ROUNDS --flip "$FLIP" --seed "$SEED"
+size=(--seed-size "$SEED_SIZE")
+[[ -z $SEED_FRACTION ]] || size=(--seed-fraction "$SEED_FRACTION")
+[[ -z $SEED_POLICY ]] || size=(--seed-size 0)
+[[ $SELECT == random ]] || size+=(--select "$SELECT" --model "$MODEL")
+"$python" data/prepare.py --data "$DATA" --out "$RUN/data" "${size[@]}" --rounds $ROUNDS --flip "$FLIP" --seed "$SEED"
 gold=$RUN/data/seed.jsonl
 if [[ -f $RUN/data/seed_prompts.jsonl ]]; then  # prompts without preferences: the model answers, the gold judge labels, once
   launch generate.py --model "$MODEL" --prompts "$RUN/data/seed_prompts.jsonl" --out "$RUN/gold/responses.jsonl" \
@@ -81,7 +112,12 @@ if [[ -f $RUN/data/seed_prompts.jsonl ]]; then  # prompts without preferences: t
 fi
 
 # 1. Seed: π_0 ← DPO(π_init, gold).
-launch seed_dpo.py --model "$MODEL" --pairs "$gold" --out "$RUN/seed" --epochs "$SEED_EPOCHS" "${train[@]}"
+if [[ -n $SEED_POLICY ]]; then
+  policy=$SEED_POLICY models=(seed="$SEED_POLICY")
+else
+  policy=$RUN/seed models=(init="$MODEL" seed="$RUN/seed")
+  launch seed_dpo.py --model "$MODEL" --pairs "$gold" --out "$RUN/seed" --epochs "$SEED_EPOCHS" "${train[@]}"
+fi
 
 train_judge() {  # an LLM judge from a policy and the gold seed
   launch seed_dpo.py --objective judge --model "$1" --pairs "$gold" --out "$2" --lr "$JUDGE_LR" --epochs 3 --batch-size 32 --seed "$SEED" \
@@ -104,7 +140,7 @@ if [[ $JUDGE == llm && -z $JUDGE_MODEL && $JUDGE_START == init ]]; then
 fi
 
 # 2. Rounds: π_{t−1} answers fresh prompts, judges its answers, the follower finds the worst case, π_t learns under it.
-before=$MODEL policy=$RUN/seed models=(init="$MODEL" seed="$RUN/seed") labels=() lams=($LAMS) t=0
+before=$MODEL labels=() lams=($LAMS) t=0
 for _ in $ROUNDS; do
   t=$((t + 1)) round=$RUN/round$t
   launch generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" --out "$round/responses.jsonl" \

@@ -44,23 +44,32 @@ if not sys.stderr.isatty():
 # ------------------------------------------------------------------------------------------------------------- the model
 
 
-def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) of a causal LM from a folder or the hub: safetensors only, no remote code, dropout off.
+def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
+    """A causal LM from a folder or the hub: safetensors only, no remote code, dropout off.
 
     Dropout stays off in training too: policy and reference must be the same function of the same tokens (D8).
     """
     if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") != 1):
         fail(f"{path}: no such model folder, and not the id of a model on the hub")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         fail(f"{path}: cannot load the model: {str(error).splitlines()[0]}")
-    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model folder) and an end-of-sequence token")
     if any(getattr(model.config, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
         fail(f"{path}: not supported, because the logits of {model.config.model_type} are not lm_head(hidden)")
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
+
+
+def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer); the tokenizer must know how a chat is written and where a turn ends."""
+    model = load_model(path, device, dtype)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot load the tokenizer: {str(error).splitlines()[0]}")
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model folder) and an end-of-sequence token")
+    return model, tokenizer
 
 
 # ------------------------------------------------------------------------------------------ response log-probabilities

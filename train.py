@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from data.machine import autocast, clean, distribute, model_of
 from data.rows import fail, is_done, natural, parser, ranged, run_stage, settings_of, share
-from seed_dpo import ResponseLogps, begin, dpo_margin, load, optimise, save_policy, training_flags
+from seed_dpo import ResponseLogps, begin, dpo_margin, load_model, optimise, save_policy, training_flags
 
 WINDOW, QUIET = 50, 0.2  # τ looks back on 50 pairs; no label is flagged in the first 20 % of the steps (SPA, B.4)
 
@@ -106,7 +106,7 @@ def main() -> None:
     detect = args.alpha > 0 and args.percentile > 0
     net_ref = None
     if detect and args.lam > 0:  # nothing else needs the reference model: its log-probs are in the rows
-        model_ref = load(args.model, torch.device("cpu") if args.shard else device)[0].requires_grad_(False)
+        model_ref = load_model(args.model, torch.device("cpu") if args.shard else device).requires_grad_(False)
         net_ref = distribute(ResponseLogps(model_ref), device, world, args)
 
     def also(step, batch):

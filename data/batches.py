@@ -43,7 +43,7 @@ def encode_rows(model, tokenizer, rows: list[dict], path: str, responses: Callab
     """[(prompt ids, [response ids, …]), …] of rows whose `responses(row)` are (text, ended) pairs; too long a row fails."""
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     encoded = []
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         try:
             prompt = encode_prompt(tokenizer, row["prompt"])
         except Exception as error:  # templates raise whatever they like, e.g. for a system turn that they do not know
@@ -51,7 +51,7 @@ def encode_rows(model, tokenizer, rows: list[dict], path: str, responses: Callab
         answers = [encode_response(tokenizer, text, ended) for text, ended in responses(row)]
         longest = len(prompt) + max(map(len, answers), default=0)
         if longest > limit:
-            fail(f"{path}: id {row['id']!r} (row {number}) has {longest} tokens; the model's context is {limit}. Shorten or remove it")
+            fail(f"{path}: id {row['id']!r} has {longest} tokens; the model's context is {limit}. Shorten or remove it")
         encoded.append((prompt, answers))
     return encoded
 

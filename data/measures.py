@@ -167,8 +167,8 @@ def leaderboard(paths: list[str], difficulty_path: str | None) -> dict[str, dict
 def mt_bench_scores(ratings: list[dict]) -> dict:
     """Means of ratings {category, turn, score}: by category, by turn and of all; what the judge left unrated is counted."""
     groups = defaultdict(list)
-    for row in ratings:
-        for key in (row["category"], f"turn {row['turn']}", "average"):
-            groups[key].append(row["score"])
+    for key in (lambda r: r["category"], lambda r: f"turn {r['turn']}", lambda r: "average"):
+        for row in ratings:
+            groups[key(row)].append(row["score"])
     means = {key: float(np.nanmean(v)) if not np.isnan(v).all() else math.nan for key, v in groups.items()}
     return {**means, "rated": sum(not math.isnan(r["score"]) for r in ratings), "unrated": sum(math.isnan(r["score"]) for r in ratings)}

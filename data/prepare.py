@@ -7,6 +7,9 @@ Reads a JSONL file, or whatever `datasets` loads (a hub id, a folder, parquet, J
     instruction (+ input) + chosen + rejected
     prompt alone                      the seed part becomes seed_prompts.jsonl, for a gold judge to label (see run.sh)
 
+`--select farthest` takes as the seed the prompts that differ most: each next one the farthest, by cosine of the model's last
+hidden state at the end of the prompt, from those chosen before (SSAPO's seed selection).
+
 Writes OUT/seed.jsonl (id, prompt, chosen, rejected), OUT/prompts_1.jsonl … and, from the rest, OUT/eval.jsonl. A prompt is
 in one part only; prompts that differ in case or white space alone are one prompt. Papers: 2 000 gold pairs of 60 000 (3.3 %).
 
@@ -17,11 +20,11 @@ import hashlib
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this script lies below the root that imports start from
-from data.rows import fail, is_done, natural, parser, publish, read_json_lines, run_stage, settings_of, share, write_rows, wrong
+from data.rows import fail, is_done, natural, parser, publish, ranged, read_json_lines, run_stage, settings_of, share, write_rows, wrong
 
 
 def load_any(source: str) -> Iterator[tuple[str, dict]]:
@@ -33,7 +36,7 @@ def load_any(source: str) -> Iterator[tuple[str, dict]]:
     import datasets  # slow to import, and not needed for JSONL
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    kind = {".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(Path(source).suffix)
+    kind = next((kind for kind in ("json", "parquet", "csv") if re.search(rf"\.{kind}l?(\.\w+)?$", source)), None)  # .jsonl.gz, …
     try:
         loaded = datasets.load_dataset(kind, data_files=source) if kind else datasets.load_dataset(source)
     except Exception as error:  # `datasets` raises many kinds
@@ -89,10 +92,48 @@ def collect(source: str) -> tuple[list[dict], int, int]:
     return list(rows.values()), repeated, empty
 
 
-def split(rows: list[dict], seed_size: int, rounds: list[int], seed: int, flip: float) -> dict[str, list[dict]]:
-    """File name → rows: a shuffled partition. `flip` of the gold labels, rounded to whole pairs, have their sides exchanged."""
+def embed(rows: list[dict], path: str, source: str):
+    """Unit vectors [N, H] (fp16: 0.5 GB at N = 60 000, H = 4 096) of a model's last hidden states at the end of each prompt."""
+    import torch  # slow to import, and needed here alone
+    from tqdm import tqdm
+
+    from data.batches import deal, encode_rows, pack
+    from data.machine import autocast, start_processes
+    from seed_dpo import load, response_hidden
+    *_, device = start_processes()
+    model, tokenizer = load(path, device)
+    vectors = torch.empty(len(rows), model.config.hidden_size, dtype=torch.float16, device=device)
+    for start in tqdm(range(0, len(rows), 1024), desc="embed", unit="block"):
+        encoded = encode_rows(model, tokenizer, rows[start:start + 1024], source, lambda row: [])
+        encoded = [(prompt, [[0]]) for prompt, _ in encoded]  # the position that predicts a response of one token
+        for batch in deal(encoded, range(len(encoded)), False, 16384 if device.type == "cuda" else 2048, 1)[0]:
+            with torch.no_grad(), autocast(device, "auto"):
+                hidden = response_hidden(model, pack([encoded[i] for i in batch], False, device))
+            vectors[[start + i for i in batch]] = torch.nn.functional.normalize(hidden.float(), dim=-1).half()
+    return vectors
+
+
+def farthest(vectors, k: int) -> list[int]:
+    """k row numbers of unit vectors [N, H]: the first row, then always the one with the lowest cosine to its nearest chosen. O(N·k)."""
+    import torch
+    from tqdm import tqdm
+    nearest = torch.full((len(vectors),), -torch.inf, device=vectors.device)
+    chosen = [0]
+    for _ in tqdm(range(1, k), desc="farthest", unit="prompt"):
+        nearest = torch.maximum(nearest, (vectors @ vectors[chosen[-1]]).float())
+        nearest[chosen[-1]] = torch.inf
+        chosen.append(int(nearest.argmin()))
+    return chosen
+
+
+def split(rows: list[dict], seed_size: int, rounds: list[int], seed: int, flip: float, select: Callable[[list], list] | None = None) -> dict[str, list[dict]]:
+    """File name → rows: a shuffled partition. `flip` of the gold labels, rounded to whole pairs, have their sides exchanged.
+    `select` names the rows of the seed, where they are not just the first."""
     dice = random.Random(seed)
     rows = dice.sample(rows, len(rows))
+    if select and seed_size:
+        first = dict.fromkeys(select(rows))
+        rows = [rows[i] for i in first] + [row for i, row in enumerate(rows) if i not in first]
     parts, start = {}, 0
     for name, size in [("seed", seed_size), *((f"prompts_{t}", n) for t, n in enumerate(rounds, 1)), ("eval", len(rows))]:
         parts[name], start = rows[start:start + size], start + size
@@ -108,21 +149,29 @@ def split(rows: list[dict], seed_size: int, rounds: list[int], seed: int, flip: 
 
 def main() -> None:
     cli = parser(__doc__)
-    cli.add_argument("--data", required=True, help="JSONL file, or hub id, folder or file for `datasets`")
+    cli.add_argument("--data", required=True, help="JSONL file, or hub id, folder or file (.json, .parquet, .csv, .jsonl.gz) for `datasets`")
     cli.add_argument("--out", required=True, help="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
-    cli.add_argument("--seed-size", type=natural, default=2000, help="gold-labelled pairs (papers: 2 000; SPA also 500, 1 000, 6 000)")
+    size = cli.add_mutually_exclusive_group()
+    size.add_argument("--seed-size", type=ranged(int, 0), default=2000, help="gold-labelled pairs (papers: 2 000; 0 for SPA without a seed)")
+    size.add_argument("--seed-fraction", type=share, help="gold-labelled share of all prompts instead (SPA, Table 2: 0.008, 0.017, 0.033, 0.1)")
+    cli.add_argument("--select", choices=["random", "farthest"], default="random", help="how the seed is chosen")
+    cli.add_argument("--model", help="whose hidden states --select farthest compares: π_init")
     cli.add_argument("--rounds", type=natural, nargs="*", default=[8000, 20000, 30000], help="prompts of each round (papers: the default)")
     cli.add_argument("--flip", type=share, default=0.0, help="share of the gold labels to turn wrong on purpose (SSAPO: 0.25)")
     cli.add_argument("--seed", type=int, default=42, help="decides the split")
     args = cli.parse_args()
-    settings = settings_of(args, "data")
+    if args.select == "farthest" and not args.model:
+        fail("--select farthest needs --model")
+    settings = settings_of(args, "data", "model")
     if is_done(args.out, settings):
         return
     rows, repeated, empty = collect(args.data)
-    needed = args.seed_size + sum(args.rounds)
-    if len(rows) < needed:
-        fail(f"{args.data}: {len(rows)} distinct prompts; --seed-size and --rounds need {needed}")
-    parts = split(rows, args.seed_size, args.rounds, args.seed, args.flip)
+    seed_size = args.seed_size if args.seed_fraction is None else round(args.seed_fraction * len(rows))
+    needed = seed_size + sum(args.rounds)
+    if len(rows) < max(needed, 1):
+        fail(f"{args.data}: {len(rows)} distinct prompts; the seed and --rounds need {needed}")
+    parts = split(rows, seed_size, args.rounds, args.seed, args.flip,
+                  (lambda rows: farthest(embed(rows, args.model, args.data), seed_size)) if args.select == "farthest" else None)
 
     def write(tmp: str) -> None:
         for name, part in parts.items():

@@ -11,28 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.rows import run_stage
+from data.tiny import PROMPTS, make_tokenizer
 
 torch.set_num_threads(2)
 
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-CORPUS = [json.loads(line)["prompt"] for line in open(ROOT / "data/prompts.jsonl")]
-
-
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=384, special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
-                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>",
-                                                     pad_token="<|pad|>")
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+CORPUS = PROMPTS
 
 
 def make_model(config=transformers.LlamaConfig, seed: int = 0, **changes) -> transformers.PreTrainedModel:

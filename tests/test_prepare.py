@@ -2,11 +2,15 @@
 import json
 import os
 
+import pandas
 import pytest
+import torch
+import transformers
 from conftest import CORPUS, dump, gold_rows, jsonl, make_model, ok, run
 from hypothesis import given, settings, strategies as st
 
-from data.prepare import normalise, split
+from data.batches import encode_prompt
+from data.prepare import embed, farthest, normalise, split
 from data.rows import publish
 
 
@@ -49,12 +53,69 @@ def test_stage_reads_files(tmp_path, kind):
     elif kind == "json":
         path.write_text(json.dumps(rows))
     else:
-        import pandas
         pandas.DataFrame(rows).to_parquet(path)
     ok(run("data/prepare.py", "--data", path, "--out", tmp_path / "out", "--seed-size", "3", "--rounds", "4", "2"))
     sizes = {f.stem: len(jsonl(f)) for f in (tmp_path / "out").iterdir()}
     assert sizes == {"seed": 3, "prompts_1": 4, "prompts_2": 2, "eval": 3}
     assert json.load(open(tmp_path / "out.stats.json"))["repeated"] == 1
+
+
+def test_hub_layouts(tmp_path):
+    """The folders of HuggingFaceH4/ultrafeedback_binarized and Anthropic/hh-rlhf as the hub lays them out."""
+    uf, hh = tmp_path / "uf/data", tmp_path / "hh/harmless-base"
+    uf.mkdir(parents=True), hh.mkdir(parents=True)
+    rows = [{"prompt": r["prompt"], "prompt_id": str(i), "score_chosen": 8.0, **{k: [
+        {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r[k]}] for k in ("chosen", "rejected")}}
+            for i, r in enumerate(plain(9))]
+    for name, part in (("train_sft", rows[:5]), ("train_prefs", rows[:7]), ("test_prefs", rows[7:])):
+        pandas.DataFrame(part).to_parquet(uf / f"{name}-00000-of-00001.parquet")
+    turns = [{k: f"\n\nHuman: {r['prompt']}\n\nAssistant: Hm?\n\nHuman: Go on.\n\nAssistant: {r[k]}" for k in ("chosen", "rejected")}
+             for r in plain(9)]
+    for name, part in (("train", turns[:7]), ("test", turns[7:])):
+        pandas.DataFrame(part).to_json(hh / f"{name}.jsonl.gz", orient="records", lines=True)
+    for folder, messages in (("uf", 1), ("hh", 3)):
+        ok(run("data/prepare.py", "--data", tmp_path / folder, "--out", tmp_path / f"out-{folder}", "--seed-size", "3", "--rounds", "4"))
+        seed = jsonl(tmp_path / f"out-{folder}/seed.jsonl")
+        assert all(len(r["prompt"]) == messages and r["chosen"].startswith("good") and r["rejected"].startswith("bad") for r in seed)
+        assert len(seed) + len(jsonl(tmp_path / f"out-{folder}/prompts_1.jsonl")) == 7
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(-3, 3)] * 3), min_size=1, max_size=12), st.integers(1, 12))
+def test_farthest_against_brute_force(points, k):
+    k, chosen = min(k, len(points)), [0]
+    while len(chosen) < k:
+        nearest = {i: max(sum(a * b for a, b in zip(points[i], points[c])) for c in chosen) for i in range(len(points)) if i not in chosen}
+        chosen.append(min(nearest, key=nearest.get))
+    assert farthest(torch.tensor(points, dtype=torch.float16), k) == chosen
+
+
+@pytest.mark.parametrize("config", [transformers.LlamaConfig, transformers.PhiConfig])
+def test_embedding_is_the_last_hidden_state_of_the_last_prompt_token(config, tokenizer, tmp_path):
+    model = make_model(config)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows = gold_rows(8)
+    for row, vector in zip(rows, embed(rows, str(tmp_path / "m"), "here")):
+        hidden = model.base_model(torch.tensor([encode_prompt(tokenizer, row["prompt"])])).last_hidden_state[0]
+        cosine = torch.nn.functional.cosine_similarity(vector.float(), hidden)
+        assert cosine.argmax() == len(hidden) - 1 and cosine[-1] > 0.9999 and abs(vector.float().norm() - 1) < 1e-3  # bf16 where it pays
+
+
+def test_seed_fraction_and_farthest_seed(folder, tmp_path):
+    path = dump(tmp_path / "p.jsonl", plain(40))
+    flags = ["--data", path, "--rounds", "4", "--seed-fraction", "0.1", "--model", folder]
+    ok(run("data/prepare.py", *flags, "--out", tmp_path / "random"))
+    ok(run("data/prepare.py", *flags, "--out", tmp_path / "far", "--select", "farthest"))
+    ids = {name: [[r["id"] for r in jsonl(tmp_path / name / f"{part}.jsonl")] for part in ("seed", "prompts_1", "eval")] for name in ("random", "far")}
+    assert [len(part) for part in ids["far"]] == [len(part) for part in ids["random"]] == [4, 4, 32]
+    assert sorted(sum(ids["far"], [])) == sorted(sum(ids["random"], [])) and ids["far"][0] != ids["random"][0]
+
+    def closest(name):  # the highest cosine between two prompts of the seed
+        vectors = embed(jsonl(tmp_path / name / "seed.jsonl"), folder, "here").float()
+        return (vectors @ vectors.T - 2 * torch.eye(4)).max()
+    assert closest("far") < closest("random")
+    one_line(run("data/prepare.py", *flags[:-2], "--out", tmp_path / "x", "--select", "farthest"), "--model")
 
 
 def test_prompts_without_preferences_become_seed_prompts(tmp_path):

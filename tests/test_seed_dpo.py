@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import seed_dpo
 from data.batches import deal, encode_prompt, encode_response, pack, shares_prompt, tokens_of
-from data.machine import training_flops
+from data.machine import distribute, training_flops
 from seed_dpo import ResponseLogps, dpo_loss, dpo_margin, response_hidden, score, sum_by_response, token_logps
 
 CPU = torch.device("cpu")
@@ -187,7 +187,7 @@ def test_gradient_checkpointing_recomputes_each_layer():
     args = argparse.Namespace(gradient_checkpointing=True, shard=False)
     model, calls = make_model(), []
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
-    seed_dpo.distribute(model, CPU, 1, args)(pack(ENCODED, True, CPU))[0].sum().backward()
+    distribute(ResponseLogps(model), CPU, 1, args)(pack(ENCODED, True, CPU))[0].sum().backward()
     assert len(calls) == 2
 
 
