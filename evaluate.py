@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int, device) ->
     log, settings = trained(policy)
     if "beta" in settings:
         model, tokenizer = load(policy, device)
-        encoded = encode_rows(model, tokenizer, rows, path, pair_of)
+        encoded = encode_rows(model.config, tokenizer, rows, path, pair_of)
         logps = np.array(score(ResponseLogps(model), encoded, args.precision, device, rank, world, "confidence"))
         change = logps - np.array([[row["chosen_logp"], row["rejected_logp"]] for row in rows])
         after = 1 / (1 + np.exp(-(margin + settings["beta"] * (change[:, 0] - change[:, 1]))))
@@ -146,13 +147,31 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int, device) ->
     return quality, 1 / (1 + np.exp(-margin)), after
 
 
+def by_key(path: str, key: str, fits: Callable[[dict], bool], needs: str) -> dict:
+    """key → row of a JSONL file of MT-Bench."""
+    rows: dict = {}
+    for number, row in read_json_lines(path):
+        if not isinstance(row.get(key), (str, int)) or row[key] in rows or not fits(row):
+            fail(f"{path}:{number}: needs a {key} of its own and {needs}")
+        rows[row[key]] = row
+    return rows
+
+
+def two_texts(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
 def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dict[str, dict]:
     """Two-turn answers and their ratings, name → scores. Answers and judgements are left in FastChat's format in OUT/mt_bench."""
     folder = Path(args.mt_bench)
-    questions = [row for _, row in read_json_lines(str(folder / "question.jsonl"))]
-    templates = {row["name"]: row for _, row in read_json_lines(str(folder / "judge_prompts.jsonl"))}
+    questions = list(by_key(str(folder / "question.jsonl"), "question_id", lambda q: isinstance(q.get("category"), str) and two_texts(q.get("turns")),
+                            "a category and two turns").values())
+    prompts_path = str(folder / "judge_prompts.jsonl")
+    templates = by_key(prompts_path, "name", lambda t: all(isinstance(t.get(k), str) for k in ("system_prompt", "prompt_template")),
+                       "a system_prompt and a prompt_template")
     references = next((str(f) for f in sorted(folder.rglob("*gpt-4.jsonl")) if "reference" in str(f)), str(folder / "reference_gpt-4.jsonl"))
-    solved = {row["question_id"]: row["choices"][0]["turns"] for _, row in read_json_lines(references)}
+    solved = by_key(references, "question_id", lambda r: isinstance(r.get("choices"), list) and r["choices"] and isinstance(r["choices"][0], dict)
+                    and two_texts(r["choices"][0].get("turns")), "choices whose first has two turns")
     results = {}
     for name, path in models.items():
         turns: list[list[str]] = [[] for _ in questions]
@@ -169,14 +188,17 @@ def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dic
                 own += row["responses"]
         cases = []  # (question, turn, name of the judge's prompt, chat with the judge)
         for q, own in zip(questions, turns):
-            known = solved.get(q["question_id"], [])
+            known = solved[q["question_id"]]["choices"][0]["turns"] if q["question_id"] in solved else []
             fields = {"question": q["turns"][0], "answer": own[0]}
             fields |= {f"{key}_{k + 1}": value for key, both in (("question", q["turns"]), ("answer", own), ("ref_answer", known))
                        for k, value in enumerate(both)}
             for t, suffix in ((1, ""), (2, "-multi-turn")):
                 kind = f"single{'-math' if known else ''}-v1{suffix}"
-                cases.append((q, t, kind, [{"role": "system", "content": templates[kind]["system_prompt"]},
-                                           {"role": "user", "content": templates[kind]["prompt_template"].format(**fields)}]))
+                try:
+                    cases.append((q, t, kind, [{"role": "system", "content": templates[kind]["system_prompt"]},
+                                               {"role": "user", "content": templates[kind]["prompt_template"].format(**fields)}]))
+                except (KeyError, IndexError, ValueError) as error:
+                    fail(f"{prompts_path}: the prompt {kind} is missing, or asks for what there is not: {error}")
         verdicts = chat(args, [messages for *_, messages in cases], RATING_TOKENS, rank, world, device)
         ratings = [{"category": q["category"], "turn": t, "score": parse_rating(text)} for (q, t, _, _), text in zip(cases, verdicts)]
         results[name] = mt_bench_scores(ratings)

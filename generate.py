@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.batches import encode_rows
 from data.machine import bf16_pays, start_processes
 from data.rows import fail, is_done, natural, parser, publish, ranged, read_rows, run_stage, settings_of, write_rows
-from seed_dpo import load
+from seed_dpo import load, load_tokenizer
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
@@ -86,6 +86,36 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
     return tokens
 
 
+def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor, stop: torch.Tensor) -> list[list[int]]:
+    """As `sample`, by a vllm.LLM; the first uniform number of a response seeds its request."""
+    from vllm import SamplingParams
+    n = len(u) // len(prompts)
+    settings = [SamplingParams(temperature=t, max_tokens=u.shape[1], seed=int(first * 2 ** 31), stop_token_ids=stop.tolist(), detokenize=False)
+                for t, first in zip(temperature.tolist(), u[:, 0].tolist())]
+    done = engine.generate([{"prompt_token_ids": p} for p in prompts for _ in range(n)], settings, use_tqdm=False)
+    return [list(request.outputs[0].token_ids) for request in done]
+
+
+def start_vllm(path: str, bf16: bool, world: int):
+    """(vllm.LLM over all GPUs of this machine, tokenizer)."""
+    try:
+        import vllm  # never needed but for --backend vllm
+    except ImportError:
+        fail("--backend vllm needs the vllm package (pip install vllm)")
+    if world > 1:
+        fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
+    return vllm.LLM(path, dtype="bfloat16" if bf16 else "float32", tensor_parallel_size=max(1, torch.cuda.device_count())), load_tokenizer(path)
+
+
+def stop_tokens(path: str, config, tokenizer) -> list[int]:
+    """What ends a response: the tokenizer's end of sequence, and what the model's generation_config.json or config.json names."""
+    try:
+        more = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        more = config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
+
+
 def finished(out: str, header: str) -> dict[str, dict]:
     """id → row of every row that earlier runs with the same settings left in `out`.part*; a line cut by a kill is skipped."""
     rows = {}
@@ -109,17 +139,20 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
         return None
     rows = read_rows(args.prompts, "prompts")
     bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
-    model, tokenizer = load(args.model, device, torch.bfloat16 if bf16 else torch.float32)
-    encoded = [prompt for prompt, _ in encode_rows(model, tokenizer, rows, args.prompts, lambda row: [])]
-    limit = getattr(model.config, "max_position_embeddings", None)
+    if args.backend == "vllm":
+        draw_responses, (model, tokenizer), together = sample_vllm, start_vllm(args.model, bf16, world), 4096  # it makes its own batches
+    else:
+        draw_responses, (model, tokenizer), together = sample, load(args.model, device, torch.bfloat16 if bf16 else torch.float32), args.batch_size
+    config = transformers.AutoConfig.from_pretrained(args.model)
+    encoded = [prompt for prompt, _ in encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])]
+    limit = getattr(config, "max_position_embeddings", None)
     if limit and max(map(len, encoded)) + args.max_new_tokens > limit:
         fail(f"{args.prompts}: the longest prompt ({max(map(len, encoded))} tokens) and --max-new-tokens {args.max_new_tokens} "
              f"exceed the model's context of {limit}")
-    stop = model.generation_config.eos_token_id or []
-    stop = torch.tensor(sorted({tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])}), device=device)
+    stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
 
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))
-    size = max(1, args.batch_size // args.n)
+    size = max(1, together // args.n)
     header = json.dumps(settings)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     done = finished(args.out, header)
@@ -135,7 +168,7 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
         for batch in tqdm(todo[rank::world], desc="generate", unit="batch", disable=None if rank == 0 else True):
             u = np.concatenate([uniforms(args.seed, rows[i]["id"], args.n, args.max_new_tokens) for i in batch])
             heat = torch.tensor([rows[i].get("temperature", args.temperature) for i in batch for _ in range(args.n)], device=device)
-            tokens = iter(sample(model, [encoded[i] for i in batch], torch.tensor(u, device=device), heat, stop))
+            tokens = iter(draw_responses(model, [encoded[i] for i in batch], torch.tensor(u, device=device), heat, stop))
             for i in batch:
                 mine = [next(tokens) for _ in range(args.n)]
                 ended = [bool(y) and y[-1] in stop for y in mine]
@@ -160,7 +193,7 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
 
 def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: int, world: int, device: torch.device, **changes) -> list[dict]:
     """The rows of `out`, generated with the sampling flags in `args` but for `changes`; for other stages."""
-    flags = {key: getattr(args, key) for key in ("n", "temperature", "max_new_tokens", "batch_size", "precision", "seed")}
+    flags = {key: getattr(args, key) for key in ("n", "temperature", "max_new_tokens", "batch_size", "precision", "backend", "seed")}
     generate(argparse.Namespace(model=model, prompts=prompts, out=out, **{**flags, **changes}), rank, world, device)
     if world > 1:
         dist.barrier()
@@ -175,6 +208,7 @@ def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
     cli.add_argument("--max-new-tokens", type=natural, default=300, help="length limit of a response in tokens (papers: 300)")
     cli.add_argument("--batch-size", type=natural, default=128, help="responses sampled together; memory, and at most rounding in the text")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the weights while sampling")
+    cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers", help="vllm: if installed; all GPUs of one machine, no torchrun")
     cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the text, together with the prompt's id")
 
 

@@ -24,7 +24,7 @@ import torch
 from data.batches import encode_rows, pair_of
 from data.judges import check_judge, judge_flags, rewards
 from data.machine import start_processes
-from data.rows import fail, is_done, parser, positive, publish, ranged, read_rows, run_stage, settings_of, write_rows, wrong
+from data.rows import fail, is_done, parser, positive, publish, ranged, read_rows, run_stage, settings_of, write_rows
 from seed_dpo import ResponseLogps, load, load_model, score
 
 
@@ -47,7 +47,7 @@ def read_candidates(args: argparse.Namespace) -> list[dict]:
         if args.pairs:
             row["responses"], row["ended"] = map(list, zip(*pair_of(row)))
         ended = row.pop("ended", [True] * len(row["responses"]))
-        if wrong("ended", ended) or len(ended) != len(row["responses"]):
+        if len(ended) != len(row["responses"]):
             fail(f"{path}: id {row['id']!r}: 'ended' must hold true or false for each of its responses")
         keep = [(text, e) for text, e in zip(row["responses"], ended) if text.strip()]
         row["responses"], row["ended"] = [text for text, _ in keep], [e for _, e in keep]
@@ -84,7 +84,7 @@ def main() -> None:
     for model_path in [args.model, *([args.reference_model] if implicit and args.reference != "none" else [])] if args.model else []:
         if not logps:  # both models read what the policy's tokenizer wrote: a base model as the reference has no chat template
             model, tokenizer = load(model_path, device)
-            encoded = encode_rows(model, tokenizer, answered, path, lambda row: list(zip(row["responses"], row["ended"])))
+            encoded = encode_rows(model.config, tokenizer, answered, path, lambda row: list(zip(row["responses"], row["ended"])))
             lengths = [[len(y) for y in ys] for _, ys in encoded]
         else:
             model = load_model(model_path, device)

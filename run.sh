@@ -46,6 +46,7 @@ fi
 RUN=${RUN:-runs/$(basename "${config:-custom.env}" .env)}   # where everything of this run goes
 NPROC=${NPROC:-1} NNODES=${NNODES:-1}                       # processes (GPUs) a machine; machines, which share this folder
 EACH_NODE=${EACH_NODE:-srun --nodes=$NNODES --ntasks-per-node=1} # what runs a command on every machine; with NNODES > 1
+BACKEND=${BACKEND:-transformers}                            # of sampling: transformers, or vllm (all GPUs of this machine)
 SHARD=${SHARD:-no}                                          # yes: weights, gradients, Adam split over all processes, layers recomputed
 METHOD=${METHOD:-worst-case}                                # worst-case (SSAPO, the thesis), or spa
 SEED=${SEED:-42}                                            # data split, order, sampling
@@ -65,6 +66,8 @@ REFERENCE=${REFERENCE:-init} LENGTH_PENALTY=${LENGTH_PENALTY:-0} # of the implic
 GOLD=${GOLD:-none} GOLD_MODEL=${GOLD_MODEL-}                # judge of unlabelled seeds and of the evaluation: vader, any of the above, none
 EVAL_N=${EVAL_N:-1}
 
+[[ $METHOD == @(worst-case|spa) ]] || { echo "error: METHOD=$METHOD: must be worst-case or spa" >&2; exit 2; }
+[[ ${2-} == @(|--tiny) ]] || { echo "error: $2: the one option after a config is --tiny" >&2; exit 2; }
 if [[ ${2-} == --tiny ]]; then  # the same stages on a tiny model of the same architecture
   RUN=$RUN-tiny
   "$python" data/tiny.py --architecture "${ARCHITECTURE:?is not set in $config}" --out "$RUN/tiny"
@@ -82,6 +85,9 @@ launch() {  # a stage on all processes of all machines
   else
     "$python" "$@"
   fi
+}
+sampling() {  # a stage that samples; vLLM has processes of its own
+  if [[ $BACKEND == vllm ]]; then "$python" "$@" --backend vllm; else launch "$@"; fi
 }
 judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
 train=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --seed "$SEED" --micro-tokens "$MICRO_TOKENS")
@@ -103,7 +109,7 @@ size=(--seed-size "$SEED_SIZE")
 "$python" data/prepare.py --data "$DATA" --out "$RUN/data" "${size[@]}" --rounds $ROUNDS --flip "$FLIP" --seed "$SEED"
 gold=$RUN/data/seed.jsonl
 if [[ -f $RUN/data/seed_prompts.jsonl ]]; then  # prompts without preferences: the model answers, the gold judge labels, once
-  launch generate.py --model "$MODEL" --prompts "$RUN/data/seed_prompts.jsonl" --out "$RUN/gold/responses.jsonl" \
+  sampling generate.py --model "$MODEL" --prompts "$RUN/data/seed_prompts.jsonl" --out "$RUN/gold/responses.jsonl" \
     -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
   launch label.py "${judge[@]}" --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl"
   "$python" data/prepare.py --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" --seed "$SEED" \
@@ -143,7 +149,7 @@ fi
 before=$MODEL labels=() lams=($LAMS) t=0
 for _ in $ROUNDS; do
   t=$((t + 1)) round=$RUN/round$t
-  launch generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" --out "$round/responses.jsonl" \
+  sampling generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" --out "$round/responses.jsonl" \
     -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
   if [[ $JUDGE == llm && -z $JUDGE_MODEL && $JUDGE_START == previous ]]; then
     judge_model=$round/judge
@@ -157,5 +163,5 @@ for _ in $ROUNDS; do
 done
 
 # 3. Evaluate: every policy of the run on prompts that nothing was trained on.
-launch evaluate.py --models "${models[@]}" --labels "${labels[@]}" --prompts "$RUN/data/eval.jsonl" --out "$RUN" "${judge[@]}" \
+sampling evaluate.py --models "${models[@]}" --labels "${labels[@]}" --prompts "$RUN/data/eval.jsonl" --out "$RUN" "${judge[@]}" \
   -n "$EVAL_N" "${sample[@]}"

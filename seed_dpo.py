@@ -60,16 +60,20 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
     return model.to(device).eval()
 
 
-def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer); the tokenizer must know how a chat is written and where a turn ends."""
-    model = load_model(path, device, dtype)
+def load_tokenizer(path: str):
+    """A tokenizer that knows how a chat is written and where a turn ends."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot load the tokenizer: {str(error).splitlines()[0]}")
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model folder) and an end-of-sequence token")
-    return model, tokenizer
+    return tokenizer
+
+
+def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer)."""
+    return load_model(path, device, dtype), load_tokenizer(path)
 
 
 # ------------------------------------------------------------------------------------------ response log-probabilities
@@ -275,7 +279,7 @@ def begin(args: argparse.Namespace, kind: str, rows_of: Callable[[list], list] =
     if args.shard and world == 1:
         fail("--shard needs several processes: torchrun --nproc_per_node=N …")
     model, tokenizer = load(args.model, torch.device("cpu") if args.shard else device)  # shards leave the CPU one by one
-    encoded = encode_rows(model, tokenizer, rows, args.pairs, pair_of)
+    encoded = encode_rows(model.config, tokenizer, rows, args.pairs, pair_of)
     return rows, encoded, distribute(ResponseLogps(model), device, world, args), tokenizer, device, rank, world
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from data.machine import autocast, clean, distribute, model_of
-from data.rows import fail, is_done, natural, parser, ranged, run_stage, settings_of, share
+from data.rows import fail, is_done, is_number, natural, parser, ranged, run_stage, settings_of, share
 from seed_dpo import ResponseLogps, begin, dpo_margin, load_model, optimise, save_policy, training_flags
 
 WINDOW, QUIET = 50, 0.2  # τ looks back on 50 pairs; no label is flagged in the first 20 % of the steps (SPA, B.4)
@@ -63,7 +63,7 @@ def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
     atoms = [row.get("atoms", [[1.0, 0.0]]) for row in rows]
     for number, own in enumerate(atoms, 1):
         try:
-            sound = abs(sum(w for w, _ in own) - 1) < 1e-6 and all(w >= 0 and math.isfinite(s) for w, s in own)
+            sound = all(is_number(w) and is_number(s) and w >= 0 for w, s in own) and abs(sum(w for w, _ in own) - 1) < 1e-6
         except (TypeError, ValueError):
             sound = False
         if not sound:
@@ -90,7 +90,7 @@ def main() -> None:
     rows, encoded, net, tokenizer, device, rank, world = begin(args, "labelled")
     weight, shift = atoms_of(rows, args.pairs)
     spaces = {row.get("space", "confidence") for row in rows}
-    if len(spaces) > 1 or not spaces <= {"confidence", "margin"}:
+    if len(spaces) > 1:
         fail(f"{args.pairs}: 'space' must be margin in all rows or in none")
     worst_case = bool(((shift != 0) & (weight > 0)).any())
     anchor = args.anchor or ("init" if worst_case else "previous")

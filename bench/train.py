@@ -58,7 +58,7 @@ def make_pairs(model_path: str, folder: Path, device: torch.device) -> None:
     for name, count, length in (("long", STEPS * BATCH, 256), ("short", 20 * BATCH, 24), ("wide", 2 * WIDE, 256)):
         rows = [{"id": str(i), "prompt": [{"role": "user", "content": text(length)}], "chosen": text(length), "rejected": text(length)}
                 for i in range(count)]
-        encoded = encode_rows(model, tokenizer, rows, name, pair_of)
+        encoded = encode_rows(model.config, tokenizer, rows, name, pair_of)
         for precision in ("fp32", "bf16"):
             logps = seed_dpo.score(seed_dpo.ResponseLogps(model), encoded, precision, device)
             write_rows(str(folder / f"{name}_{precision}.jsonl"), [
@@ -91,7 +91,7 @@ def theirs(model_path: str, pairs: str, precision: str, out: str, precomputed: b
     rows = read_rows(pairs, "preferences")
     rows = [rows[i] for i in np.random.default_rng([42, 0]).permutation(len(rows))]
     plain = [{"prompt": tokenizer.decode(encode_prompt(tokenizer, r["prompt"])), "chosen": r["chosen"], "rejected": r["rejected"]} for r in rows]
-    encoded, total = encode_rows(model, tokenizer, rows, pairs, pair_of), len(rows) // BATCH
+    encoded, total = encode_rows(model.config, tokenizer, rows, pairs, pair_of), len(rows) // BATCH
 
     class InOrder(DPOTrainer):
         def _get_train_sampler(self, *_):
@@ -125,7 +125,7 @@ def margin_noise(model_path: str, pairs: str) -> dict:
     """D8: by how much bf16 moves a margin, and the change of a margin by an update of 5e-7; standard deviations over pairs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = seed_dpo.load(model_path, device)
-    encoded = encode_rows(model, tokenizer, read_rows(pairs, "preferences"), pairs, pair_of)
+    encoded = encode_rows(model.config, tokenizer, read_rows(pairs, "preferences"), pairs, pair_of)
     net, values = seed_dpo.ResponseLogps(model), {}
     for moment in ("before", "after"):
         for precision in ("fp32", "bf16"):

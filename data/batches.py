@@ -39,9 +39,9 @@ def encode_response(tokenizer, text: str, ended: bool = True) -> list[int]:
     return ids + [tokenizer.eos_token_id] if ended else ids
 
 
-def encode_rows(model, tokenizer, rows: list[dict], path: str, responses: Callable[[dict], list[tuple[str, bool]]]) -> list:
+def encode_rows(config, tokenizer, rows: list[dict], path: str, responses: Callable[[dict], list[tuple[str, bool]]]) -> list:
     """[(prompt ids, [response ids, …]), …] of rows whose `responses(row)` are (text, ended) pairs; too long a row fails."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     encoded = []
     for row in rows:
         try:

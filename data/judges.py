@@ -106,7 +106,7 @@ def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torc
     from seed_dpo import ResponseLogps, load, score  # which imports this module to train such a judge
     model, tokenizer = load(args.judge_model, device)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
-    encoded = encode_rows(model, tokenizer, rows, "comparisons", lambda row: [("A", False), ("B", False)])
+    encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: [("A", False), ("B", False)])
     if any(len(letter) != 1 for letter in encoded[0][1]):
         fail(f"{args.judge_model}: its tokenizer does not write A and B as one token each")
     logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")

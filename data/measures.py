@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from data.rows import fail, read_json_list
+from data.rows import fail, is_number, read_json_list
 
 # ---------------------------------------------------------------------------------------------------- means and their errors
 
@@ -53,7 +53,7 @@ def read_annotations(path: str) -> list[dict]:
     rows = read_json_list(path, "output_1", "output_2", "generator_1", "generator_2")
     for number, row in enumerate(rows, 1):
         value = row.get("preference")
-        if value is not None and not (isinstance(value, (int, float)) and (1 <= value <= 2 or value == 0 or math.isnan(value))):
+        if value is not None and value == value and not (is_number(value) and (1 <= value <= 2 or value == 0)):  # NaN: no verdict
             fail(f"{path}: entry {number}: 'preference' must be from 1 to 2, 0 for a draw or null, found {value!r:.60}")
     if len({(row["generator_1"], row["generator_2"]) for row in rows}) > 1:
         fail(f"{path}: holds several pairs of generators; one baseline and one model are compared")

@@ -104,7 +104,7 @@ def embed(rows: list[dict], path: str, source: str):
     model, tokenizer = load(path, device)
     vectors = torch.empty(len(rows), model.config.hidden_size, dtype=torch.float16, device=device)
     for start in tqdm(range(0, len(rows), 1024), desc="embed", unit="block"):
-        encoded = encode_rows(model, tokenizer, rows[start:start + 1024], source, lambda row: [])
+        encoded = encode_rows(model.config, tokenizer, rows[start:start + 1024], source, lambda row: [])
         encoded = [(prompt, [[0]]) for prompt, _ in encoded]  # the position that predicts a response of one token
         for batch in deal(encoded, range(len(encoded)), False, 16384 if device.type == "cuda" else 2048, 1)[0]:
             with torch.no_grad(), autocast(device, "auto"):

@@ -5,6 +5,7 @@ every stage unchanged. A stage writes beside its output and renames, so a file t
 OUT.stats.json, so the same command again has nothing to do, and a changed one says what changed. Needs no torch.
 """
 import argparse
+import contextlib
 import gzip
 import hashlib
 import json
@@ -28,6 +29,12 @@ ROWS = {  # what each kind of file must hold, key by key; extra keys pass throug
     "responses": ["prompt", "responses"],
     "labelled": ["prompt", "chosen", "rejected", "margin", "chosen_logp", "rejected_logp"],
 }
+OPTIONAL = ["temperature", "ended", "chosen_ended", "rejected_ended", "space"]  # checked where a row has them
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number that a float can hold: neither NaN nor infinite, nor an integer of 400 digits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def wrong(key: str, value: object) -> str | None:
@@ -42,10 +49,13 @@ def wrong(key: str, value: object) -> str | None:
         return None if isinstance(value, list) and value and all(isinstance(r, str) for r in value) else "a list of strings"
     if key == "ended":
         return None if isinstance(value, list) and all(isinstance(e, bool) for e in value) else "a list of true and false"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if key == "margin":
-        return None if number and value >= 0 else "a finite number ≥ 0"
-    return None if number else "a finite number"
+    if key in ("chosen_ended", "rejected_ended"):
+        return None if isinstance(value, bool) else "true or false"
+    if key == "space":
+        return None if value in ("confidence", "margin") else "confidence or margin"
+    if key in ("margin", "temperature"):
+        return None if is_number(value) and value >= 0 else "a finite number ≥ 0"
+    return None if is_number(value) else "a finite number"
 
 
 def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
@@ -85,7 +95,8 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
         for key in ["id", *ROWS[kind]]:
             if key not in row:
                 fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need id, {', '.join(ROWS[kind])}")
-            if (expected := wrong(key, row[key])) is not None:
+        for key in ["id", *ROWS[kind], *OPTIONAL]:
+            if key in row and (expected := wrong(key, row[key])) is not None:
                 fail(f"{path}:{number}: '{key}' must be {expected}, found {json.dumps(row[key])[:60]}")
         if row["id"] in seen:
             fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; ids must differ")
@@ -100,12 +111,33 @@ def read_rows(path: str, kind: str) -> list[dict]:
     return list(iterate_rows(path, kind))
 
 
+@contextlib.contextmanager
+def beside(path: str) -> Iterator[str]:
+    """A path to write to, beside `path`; what was written there is removed if anything goes wrong."""
+    tmp = f"{path}.tmp"
+    Path(tmp).parent.mkdir(parents=True, exist_ok=True)
+    remove(tmp)
+    try:
+        yield tmp
+    except BaseException:
+        remove(tmp)
+        raise
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder, if there is one."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
 def write_rows(path: str, rows: Iterable[dict]) -> None:
     """Write JSONL beside `path`, then rename: a file that exists is whole."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(f"{path}.tmp", path)
+    with beside(path) as tmp:
+        with open(tmp, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(tmp, path)
 
 
 # ------------------------------------------------------------------------------- a stage: settings, skipping, stats
@@ -144,17 +176,13 @@ def is_done(out: str, settings: dict) -> bool:
 
 def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None]) -> None:
     """`write(tmp)`, rename to `out`, then write `out`.stats.json: at no moment do stats describe another output."""
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{out}.stats.json").unlink(missing_ok=True)
-    tmp = f"{out}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    write(tmp)
-    if os.path.isdir(out):
-        shutil.rmtree(out)
-    os.replace(tmp, out)
-    text = json.dumps({**stats, "settings": settings}, indent=1, ensure_ascii=False)
-    Path(f"{tmp}.stats").write_text(text + "\n")
-    os.replace(f"{tmp}.stats", f"{out}.stats.json")
+    with beside(out) as tmp, beside(f"{out}.stats.json") as tmp_stats:
+        write(tmp)
+        Path(tmp_stats).write_text(json.dumps({**stats, "settings": settings}, indent=1, ensure_ascii=False) + "\n")
+        remove(f"{out}.stats.json")
+        remove(out)
+        os.replace(tmp, out)
+        os.replace(tmp_stats, f"{out}.stats.json")
 
 
 def run_stage(main: Callable[[], None]) -> None:

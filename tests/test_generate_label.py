@@ -1,12 +1,15 @@
 """Sampling (distribution, seeding, resuming, processes) and labelling (implicit reward, best against worst)."""
+import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import dump, jsonl, make_model, ok, run
 from scipy.stats import chisquare
-from transformers import LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import generate as stage
 from generate import draw, sample, uniforms
@@ -83,10 +86,43 @@ def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path
 def test_ended_says_whether_the_model_stopped(folder, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "sample", lambda model, prompts, u, t, stop: [[50, 51, 2] if k % 2 else [50, 51] for k in range(len(u))])
     args = stage.argparse.Namespace(model=folder, prompts=prompts, out=str(tmp_path / "o.jsonl"), n=2, temperature=1.0, max_new_tokens=3,
-                                    batch_size=4, precision="fp32", seed=0)
+                                    batch_size=4, precision="fp32", backend="transformers", seed=0)
     stage.generate(args, 0, 1, torch.device("cpu"))
     row = jsonl(tmp_path / "o.jsonl")[0]
     assert row["ended"] == [False, True] and row["responses"][0] == row["responses"][1]
+
+
+def test_vllm_backend_writes_the_same_rows(folder, prompts, tmp_path, monkeypatch):
+    """A stand-in with vLLM's interface that is transformers' own greedy search."""
+    asked = []
+
+    @dataclasses.dataclass
+    class SamplingParams:
+        temperature: float
+        max_tokens: int
+        seed: int
+        stop_token_ids: list
+        detokenize: bool
+
+    class LLM:
+        def __init__(self, model, dtype, tensor_parallel_size):
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+
+        def generate(self, prompts, settings, use_tqdm):
+            for prompt, own in zip(prompts, settings, strict=True):
+                ids = torch.tensor([prompt["prompt_token_ids"]])
+                out = self.model.generate(ids, do_sample=False, max_new_tokens=own.max_tokens, eos_token_id=own.stop_token_ids, pad_token_id=0)
+                asked.append(own)
+                yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(out[0, ids.shape[1]:].tolist()))])
+
+    flags = ["--model", folder, "--prompts", prompts, "-n", "2", "--max-new-tokens", "12", "--temperature", "0", "--precision", "fp32"]
+    error = run("generate.py", *flags, "--backend", "vllm", "--out", tmp_path / "none.jsonl")
+    assert error.returncode == 2 and error.stderr.endswith("--backend vllm needs the vllm package (pip install vllm)\n")
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
+    ok(run("generate.py", *flags, "--backend", "vllm", "--out", tmp_path / "vllm.jsonl"))
+    ok(run("generate.py", *flags, "--out", tmp_path / "own.jsonl"))
+    assert jsonl(tmp_path / "vllm.jsonl") == jsonl(tmp_path / "own.jsonl") and {a.temperature for a in asked} == {0.0}
+    assert len({a.seed for a in asked}) == len(asked) == 2 * len(jsonl(prompts)) and all(a.stop_token_ids == [2] for a in asked)
 
 
 def test_best_and_worst():

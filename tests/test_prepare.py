@@ -1,6 +1,7 @@
 """Splits, schemas, and what every stage says to input that it cannot use."""
 import json
 import os
+import resource
 
 import pandas
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import given, settings, strategies as st
 
 from data.batches import encode_prompt
 from data.prepare import embed, farthest, normalise, split
-from data.rows import publish
 
 
 def plain(count):
@@ -189,15 +189,20 @@ def test_bad_input_is_one_clear_line(folder, tokenizer, tmp_path):
 
 
 def test_full_disk_leaves_the_previous_output(tmp_path):
-    out = tmp_path / "out.jsonl"
-    publish(str(out), {"a": 1}, {}, lambda tmp: open(tmp, "w").write("whole"))
-
-    def full(tmp):
-        open(tmp, "w").write("par")
-        raise OSError(28, "No space left on device", tmp)
-    with pytest.raises(OSError):
-        publish(str(out), {"a": 2}, {}, full)
-    assert out.read_text() == "whole"
+    """A limit on the size of files stands in for it, at every size from nothing to nearly all of the output."""
+    rows = [{**r, "margin": 0.1 * i, "chosen_logp": -9.0, "rejected_logp": -9.5} for i, r in enumerate(gold_rows(8))]
+    command = ["dro.py", "--pairs", dump(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "out.jsonl"]
+    ok(run(*command))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in range(0, len(before["out.jsonl"]), 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            done = run(*command, "--epsilon", "0.2")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nothing finished is lost" in done.stderr
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("script", ["data/prepare.py", "data/demo.py", "seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"])
