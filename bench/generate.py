@@ -3,7 +3,7 @@
 SmolLM2-135M (`python data/demo.py --out models/smollm2` first); prompts of log-normal length, median 100 tokens, as in
 UltraFeedback; n = 2 responses of at most 128 tokens at temperature 0.7; as many responses a batch for all. `generate` is
 model.generate in the order of the input, `continuous` transformers' continuous batching, `vllm` only where it is installed.
-About ten minutes on two cores; a claim that fails gives exit status 1.
+A quarter of an hour on two cores; a claim that fails gives exit status 1.
 
     python bench/generate.py
     python bench/generate.py --prompts 512 --batch-size 256     # for a GPU
