@@ -119,7 +119,7 @@ fi
 
 # 1. Seed: π_0 ← DPO(π_init, gold).
 if [[ -n $SEED_POLICY ]]; then
-  policy=$SEED_POLICY models=(seed="$SEED_POLICY")
+  policy=$SEED_POLICY models=(start="$SEED_POLICY")
 else
   policy=$RUN/seed models=(init="$MODEL" seed="$RUN/seed")
   launch seed_dpo.py --model "$MODEL" --pairs "$gold" --out "$RUN/seed" --epochs "$SEED_EPOCHS" "${train[@]}"

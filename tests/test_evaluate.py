@@ -10,6 +10,7 @@ import torch
 from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
 
 import evaluate
+from data import mt_bench
 from data.judges import wins
 from data.measures import (bootstrap_interval, label_quality, leaderboard, length_controlled, mean_and_error, mt_bench_scores, paired_p,
                            read_difficulty, win_rate)
@@ -241,14 +242,14 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
     dump(bench / "judge_prompts.jsonl", [{"name": f"single{m}-v1{s}", "system_prompt": "Judge.", "prompt_template": t + r} for m, r1 in (("", ""), ("-math", " R {ref_answer_1}"))
                                          for s, t, r in (("", single, r1), ("-multi-turn", multi, r1 and r1 + " {ref_answer_2}"))])
     asked = []
-    real = evaluate.chat
+    real = mt_bench.chat
 
     def chat(args, chats, *rest):
         asked.extend(chats)
         assert len(real(args, chats, *rest)) == 4  # the local model writes nonsense: the ratings below stand for a judge's
         return ["Rating: [[8]]", "[[2.5]]", "no idea", "[[10]]"]
-    monkeypatch.setattr(evaluate, "chat", chat)
-    monkeypatch.setattr(evaluate, "RATING_TOKENS", 4)
+    monkeypatch.setattr(mt_bench, "chat", chat)
+    monkeypatch.setattr("data.mt_bench.RATING_TOKENS", 4)
     flags = ["--models", f"mine={folder}", "--mt-bench", bench, "--out", tmp_path / "run", "--max-new-tokens", "6", "--precision", "fp32"]
     assert "--judge llm or --judge openai" in run("evaluate.py", *flags, "--judge", "vader").stderr
     printed = ok(run("evaluate.py", *flags, "--judge", "llm", "--judge-model", wide)).stdout

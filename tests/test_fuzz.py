@@ -113,8 +113,7 @@ def test_mutated_annotations(tmp_path):
 
 
 def test_mutated_questions(wide, tmp_path, monkeypatch):
-    import evaluate
-    monkeypatch.setattr(evaluate, "RATING_TOKENS", 2)
+    monkeypatch.setattr("data.mt_bench.RATING_TOKENS", 2)
     bench = tmp_path / "bench"
     bench.mkdir()
     dump(bench / "judge_prompts.jsonl", [{"name": f"single-v1{s}", "system_prompt": "Judge.", "prompt_template": "{%s}" % q} for s, q in (
