@@ -1,11 +1,16 @@
 """A tiny random model with a real tokenizer and chat template, in the layout of any Hugging Face folder."""
+import atexit
 import contextlib
+import functools
 import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -96,11 +101,29 @@ def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())
 
 
+@functools.cache
+def warm_python() -> str:
+    """An interpreter whose scripts, and torchrun's processes, start in forks of one that has torch imported (see forkserver.py)."""
+    folder = tempfile.mkdtemp()
+    shim, socket, server = f"{folder}/python", f"{folder}/socket", str(ROOT / "tests/forkserver.py")
+    Path(shim).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{server}" "{socket}" "$@"\n')
+    os.chmod(shim, 0o755)
+    process = subprocess.Popen([sys.executable, server, "serve", socket])
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(process.kill)
+    while not os.path.exists(socket):
+        assert process.poll() is None
+        time.sleep(0.1)
+    return shim
+
+
 def launch(*commands: list, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
     """Stages by their command lines, one after the other in one launch (see launch.py)."""
+    python = sys.executable if processes > 1 and "DIE" in environment else warm_python()  # torchrun's signals do not reach a fork
     script = [str(ROOT / "tests/launch.py"), json.dumps([[str(part) for part in command] for command in commands])]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run([sys.executable, *launcher, *script], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run([python, *launcher, *script], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHON_EXEC": python, **environment})
 
 
 def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

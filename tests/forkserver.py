@@ -37,7 +37,7 @@ def serve(path: str) -> None:
     child = os.fork()
     if not child:
         return start(json.loads(message), fds)
-    connection.sendall(b"%d" % (os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256))
+    connection.sendall(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     os._exit(0)
 
 
@@ -64,7 +64,10 @@ def main() -> None:
         connection.connect(path)
         request = json.dumps({"argv": [a for a in argv if a != "-u"], "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
         socket.send_fds(connection, [request], [0, 1, 2])
-        sys.exit(int(connection.recv(16) or b"1"))
+        code = int(connection.recv(16))
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -4,43 +4,27 @@ import os
 import socket
 import subprocess
 
-import sys
-import time
 
 import pytest
-from conftest import ROOT, dump, gold_rows, jsonl
+from conftest import ROOT, dump, gold_rows, jsonl, warm_python
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """An interpreter for run.sh that and torchrun that starts their processes in forks (see forkserver.py)."""
-    folder = tmp_path_factory.mktemp("python")
-    shim = folder / "python"
-    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{ROOT}/tests/forkserver.py" "{folder}/socket" "$@"\n')
-    shim.chmod(0o755)
-    server = subprocess.Popen([sys.executable, ROOT / "tests/forkserver.py", "serve", folder / "socket"])
-    while not (folder / "socket").exists():
-        assert server.poll() is None
-        time.sleep(0.1)
-    yield shim
-    server.kill()
-
-
-def run_sh(python, *arguments, **variables) -> str:
+def run_sh(*arguments, **variables) -> str:
+    python = warm_python()
     env = {**os.environ, "PYTHON": python, "PYTHON_EXEC": python, "INSTALL": "no", "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
     done = subprocess.run(["bash", "run.sh", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_demo_on_a_tiny_model(python, folder, ranker, tmp_path):
+def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     config = tmp_path / "tiny.env"
     config.write_text((ROOT / "configs/demo.env").read_text().replace(":=40}", ":=6}").replace(":=96 96}", ":=6 5}")
                       .replace(":=48}", ":=8}"))
     data = dump(tmp_path / "prompts.jsonl", jsonl(ROOT / "data/prompts.jsonl")[:24])
     # the babble of a random model means nothing to VADER, so a random reward model stands in for gold
     variables = dict(MODEL=folder, DATA=data, RUN=tmp_path / "run", GOLD="reward-model", GOLD_MODEL=ranker)
-    first = run_sh(python, config, **variables)
+    first = run_sh(config, **variables)
     assert "| round2 |" in first and "dro: " in first
     assert [l["anchor"] for l in (json.load(open(tmp_path / f"run/round{t}/policy.stats.json")) for t in (1, 2))] == ["init", "init"]
     assert {n: len(jsonl(tmp_path / f"run/data/{n}.jsonl")) for n in ("seed_prompts", "prompts_1", "prompts_2", "eval")} == \
@@ -48,16 +32,16 @@ def test_demo_on_a_tiny_model(python, folder, ranker, tmp_path):
     assert json.load(open(tmp_path / "run/round1/policy.stats.json"))["settings"]["lam"] == 0.5
     assert json.load(open(tmp_path / "run/round2/policy.stats.json"))["settings"]["lam"] == 0.25
 
-    changed = run_sh(python, config, **variables, EPSILON=0)
+    changed = run_sh(config, **variables, EPSILON=0)
     assert "worst.jsonl: changed since it was written: epsilon 0.01 → 0.0. Redoing." in changed
     assert "run/seed: complete, skipped" in changed and "round1/labelled.jsonl: complete, skipped" in changed
     assert "round2/responses.jsonl: changed" in changed
     assert json.load(open(tmp_path / "run/round2/policy.stats.json"))["anchor"] == "previous"
 
 
-def test_own_preference_data_and_judge_on_two_processes(python, wide, tmp_path):
+def test_own_preference_data_and_judge_on_two_processes(wide, tmp_path):
     data = dump(tmp_path / "pairs.jsonl", [{k: v for k, v in r.items() if k != "id"} for r in gold_rows(24)])
-    out = run_sh(python, MODEL=wide, DATA=data, RUN=tmp_path / "run", SEED_SIZE=6, ROUNDS=5, MAX_NEW_TOKENS=8, NPROC=2, EPSILON=0, ALPHA=0, JUDGE="llm",
+    out = run_sh(MODEL=wide, DATA=data, RUN=tmp_path / "run", SEED_SIZE=6, ROUNDS=5, MAX_NEW_TOKENS=8, NPROC=2, EPSILON=0, ALPHA=0, JUDGE="llm",
                  JUDGE_START="previous")
     assert "12 comparisons" in out and "5 pairs by llm" in out
     assert "| round1 |" in out and (tmp_path / "run/report.md").exists() and not (tmp_path / "run/gold").exists()
@@ -67,8 +51,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.env") if path.
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_launches(python, tmp_path, name):
-    run_sh(python, f"configs/{name}.env", "--tiny", RUN=tmp_path / "run")
+def test_every_config_launches(tmp_path, name):
+    run_sh(f"configs/{name}.env", "--tiny", RUN=tmp_path / "run")
     run = tmp_path / "run-tiny"
     rounds = {"phi-2": 1, "llama3-8b": 2, "phi-3-14b": 2}.get(name, 3)
     assert sorted(p.name for p in run.glob("round*")) == [f"round{t}" for t in range(1, rounds + 1)]
@@ -80,7 +64,7 @@ def test_every_config_launches(python, tmp_path, name):
     assert (run / "seed").exists() == (run / "data/seed.jsonl").exists() == (name != "mistral-instruct-noseed")
 
 
-def test_spa_variant_on_two_machines(python, tmp_path):
+def test_spa_variant_on_two_machines(tmp_path):
     """EACH_NODE, here two copies on the loopback in the place of srun; sharded over both."""
     twice = tmp_path / "twice"
     twice.write_text('#!/bin/bash\n"$@" & other=$!\n"$@" && wait $other\n')
@@ -88,7 +72,7 @@ def test_spa_variant_on_two_machines(python, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run_sh(python, "configs/llama3-8b.env", "--tiny", RUN=tmp_path / "run", METHOD="spa", ROUNDS=8000, NNODES=2, EACH_NODE=twice,
+    run_sh("configs/llama3-8b.env", "--tiny", RUN=tmp_path / "run", METHOD="spa", ROUNDS=8000, NNODES=2, EACH_NODE=twice,
            MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     stats = json.load(open(tmp_path / "run-tiny/round1/policy.stats.json"))
     assert [stats["settings"][k] for k in ("lr", "beta", "shard")] == [1e-5, 0.01, True] and stats["anchor"] == "previous"
