@@ -23,6 +23,7 @@ Writes each row with `xi` and `atoms` [[weight, shift], …] (T2-5): the adversa
 
     python dro.py --pairs labelled.jsonl --out worst.jsonl --epsilon 0.01 --pieces 6 --plot follower.png
 """
+import os
 import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -218,7 +219,7 @@ def with_atoms(path: str, xi: np.ndarray, solution: WorstCase, margin_space: boo
 def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
-    cli.add_argument("--out", required=True, help="worst-case rows (JSONL)")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
     cli.add_argument("--epsilon", type=ranged(float, 0), default=0.01, help="radius of the ball (papers: 0.01; also 0 to 0.1)")
     cli.add_argument("--pieces", type=natural, default=6, help="K, tangents of the loss (papers: 6; also 5 and 7)")
     cli.add_argument("--solver", choices=["exact", "lp"], default="exact", help="closed form, or HiGHS")

@@ -33,7 +33,7 @@ from data.machine import start_processes
 from data.measures import bootstrap_interval, label_quality, leaderboard, length_controlled, mean_and_error, paired_p
 from data.mt_bench import mt_bench
 from data.report import label_table, leaderboard_table, mt_bench_table, plot, policy_table, side_by_side
-from data.rows import (fail, fingerprint, is_done, parser, publish, read_json_lines, read_json_list, read_rows, run_stage,
+from data.rows import (beside, fail, fingerprint, is_done, parser, publish, read_json_lines, read_json_list, read_rows, run_stage,
                        write_rows)
 from generate import respond, sampling_flags
 from seed_dpo import ResponseLogps, load, score
@@ -152,7 +152,7 @@ def main() -> None:
     cli.add_argument("--annotations", nargs="+", metavar="FILE", help="only print the scores of annotations in AlpacaEval's format")
     cli.add_argument("--instruction-difficulty", metavar="FILE", help="with --annotations: AlpacaEval's df_gamed.csv (exactly as published) "
                      "or instruction_difficulty.csv")
-    cli.add_argument("--out", help="folder for report.md, report.png, eval/ and mt_bench/")
+    cli.add_argument("--out", type=os.path.normpath, help="folder for report.md, report.png, eval/ and mt_bench/")
     judge_flags(cli, ["none"], "none")
     sampling_flags(cli, n=1)
     args = cli.parse_args()
@@ -169,10 +169,12 @@ def main() -> None:
         fail(f"--labels names {', '.join(sorted(unknown))}, which --models does not")
     prints = {**{n: fingerprint(p) for n, p in models.items()}, **{f"labels of {n}": fingerprint(p) for n, p in labels.items()}}
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "models", "labels", "annotations")} | prints
-    settings |= {key: fingerprint(value) for key, value in (("prompts", args.prompts), ("mt_bench", args.mt_bench)) if value}
+    settings |= {key: fingerprint(value) for key, value in (("prompts", args.prompts), ("mt_bench", args.mt_bench),
+                                                         ("judge_model", args.judge_model)) if value}
     report = f"{args.out}/report.md"
     if is_done(report, settings):
-        print(Path(report).read_text(encoding="utf-8").split("\n\n## ")[0].split("\n\n", 1)[1])
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(Path(report).read_text(encoding="utf-8").split("\n\n## ")[0].split("\n\n", 1)[1])
         return
 
     rank, world, device = start_processes()
@@ -199,7 +201,9 @@ def main() -> None:
                     **({"dataset": row["dataset"]} if "dataset" in row else {})} for row in rows]
         for kind, content in (("model_outputs", outputs), ("annotations", annotations.get(name))):
             if content:
-                Path(f"{args.out}/eval/{name}.{kind}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                with beside(f"{args.out}/eval/{name}.{kind}.json") as tmp:
+                    Path(tmp).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                    os.replace(tmp, f"{args.out}/eval/{name}.{kind}.json")
     count = len(next(iter(answers.values()), []))
     about = []
     if policies:

@@ -16,6 +16,7 @@ import glob
 import hashlib
 import inspect
 import json
+import math
 import os
 
 import numpy as np
@@ -24,10 +25,10 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data.batches import encode_rows
+from data.batches import encode_rows, end_of_turn
 from data.machine import bf16_pays, start_processes
 from data.rows import fail, is_done, natural, parser, publish, ranged, read_rows, run_stage, settings_of, write_rows
-from seed_dpo import load, load_tokenizer
+from seed_dpo import load, load_config, load_tokenizer
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
@@ -37,11 +38,12 @@ def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Tokens [B] from logits [B, V] at temperature [B]: the smallest token whose cumulative probability exceeds u [B] in [0, 1)."""
-    cumulative = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1).cumsum(-1)  # 0: the likeliest token
+    """Tokens [B] from logits [B, V] at temperature [B]: the smallest token whose cumulative probability exceeds u [B] in [0, 1);
+    at temperature 0 the likeliest token."""
+    cumulative = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1).cumsum(-1)
     total = cumulative[:, -1:]
     point = torch.minimum((u[:, None] * total).float(), torch.nextafter(total, torch.zeros_like(total)))  # u·total may round up
-    return torch.searchsorted(cumulative, point, right=True)[:, 0]
+    return torch.where(temperature > 0, torch.searchsorted(cumulative, point, right=True)[:, 0], logits.argmax(-1))
 
 
 @torch.inference_mode()
@@ -96,31 +98,33 @@ def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: 
     return [list(request.outputs[0].token_ids) for request in done]
 
 
-def start_vllm(path: str, bf16: bool, world: int):
-    """(vllm.LLM over all GPUs of this machine, tokenizer)."""
+def start_vllm(path: str, config, bf16: bool, world: int):
+    """(vllm.LLM over as many GPUs of this machine as divide the attention heads, tokenizer)."""
     try:
         import vllm  # never needed but for --backend vllm
     except ImportError:
         fail("--backend vllm needs the vllm package (pip install vllm)")
     if world > 1:
         fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
-    return vllm.LLM(path, dtype="bfloat16" if bf16 else "float32", tensor_parallel_size=max(1, torch.cuda.device_count())), load_tokenizer(path)
+    heads = math.gcd(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    gpus = max(n for n in range(1, max(1, torch.cuda.device_count()) + 1) if heads % n == 0)
+    return vllm.LLM(path, dtype="bfloat16" if bf16 else "float32", tensor_parallel_size=gpus), load_tokenizer(path)
 
 
 def stop_tokens(path: str, config, tokenizer) -> list[int]:
-    """What ends a response: the tokenizer's end of sequence, and what the model's generation_config.json or config.json names."""
+    """What ends a response: the end of a turn or of the sequence, and what the model's generation_config.json or config.json names."""
     try:
         more = transformers.GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
         more = config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
+    return sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
 
 
 def finished(out: str, header: str) -> dict[str, dict]:
     """id → row of every row that earlier runs with the same settings left in `out`.part*; a line cut by a kill is skipped."""
     rows = {}
     for path in glob.glob(f"{glob.escape(out)}.part*"):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:  # a kill may cut a character too
             if file.readline().rstrip("\n") != header:
                 continue
             for line in file:
@@ -139,11 +143,11 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
         return None
     rows = read_rows(args.prompts, "prompts")
     bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
+    config = load_config(args.model)
     if args.backend == "vllm":
-        draw_responses, (model, tokenizer), together = sample_vllm, start_vllm(args.model, bf16, world), 4096  # it makes its own batches
+        draw_responses, (model, tokenizer), together = sample_vllm, start_vllm(args.model, config, bf16, world), 4096  # it makes its own batches
     else:
         draw_responses, (model, tokenizer), together = sample, load(args.model, device, torch.bfloat16 if bf16 else torch.float32), args.batch_size
-    config = transformers.AutoConfig.from_pretrained(args.model)
     encoded = [prompt for prompt, _ in encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])]
     limit = getattr(config, "max_position_embeddings", None)
     if limit and max(map(len, encoded)) + args.max_new_tokens > limit:
@@ -162,7 +166,7 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     if world > 1:
         dist.barrier()  # nobody writes until everybody has read
     part = f"{args.out}.part{rank}"
-    fresh = not os.path.exists(part) or open(part, encoding="utf-8").readline().rstrip("\n") != header
+    fresh = not os.path.exists(part) or open(part, encoding="utf-8", errors="replace").readline().rstrip("\n") != header
     with open(part, "w" if fresh else "a", encoding="utf-8") as file:
         file.write(header + "\n" if fresh else "\n")
         for batch in tqdm(todo[rank::world], desc="generate", unit="batch", disable=None if rank == 0 else True):
@@ -216,7 +220,7 @@ def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
-    cli.add_argument("--out", required=True, help="response rows (JSONL)")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="response rows (JSONL)")
     sampling_flags(cli, n=2)
     args = cli.parse_args()
     generate(args, *start_processes())

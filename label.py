@@ -18,6 +18,7 @@ again and reports how often the judge agrees with them.
 """
 import argparse
 import math
+import os
 
 import torch
 
@@ -59,7 +60,7 @@ def main() -> None:
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
     source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
-    cli.add_argument("--out", required=True, help="labelled rows (JSONL)")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="labelled rows (JSONL)")
     judge_flags(cli, ["implicit"], "implicit")
     cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
     cli.add_argument("--reference", choices=["init", "previous", "none"], default="init", help="of the judgement (SPA, Table 7)")

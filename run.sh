@@ -43,12 +43,14 @@ if [[ -n ${1-} || -z ${DATA-} ]]; then
   [[ -f $config ]] || { echo "error: $config: no such config file" >&2; exit 2; }
   source "$config"
 fi
-RUN=${RUN:-runs/$(basename "${config:-custom.env}" .env)}   # where everything of this run goes
 NPROC=${NPROC:-1} NNODES=${NNODES:-1}                       # processes (GPUs) a machine; machines, which share this folder
 EACH_NODE=${EACH_NODE:-srun --nodes=$NNODES --ntasks-per-node=1} # what runs a command on every machine; with NNODES > 1
 BACKEND=${BACKEND:-transformers}                            # of sampling: transformers, or vllm (all GPUs of this machine)
 SHARD=${SHARD:-no}                                          # yes: weights, gradients, Adam split over all processes, layers recomputed
 METHOD=${METHOD:-worst-case}                                # worst-case (SSAPO, the thesis), or spa
+name=$(basename "${config:-custom.env}" .env)
+[[ $METHOD == worst-case ]] || name+=-$METHOD
+RUN=${RUN:-runs/$name}                                      # where everything of this run goes
 SEED=${SEED:-42}                                            # data split, order, sampling
 SEED_SIZE=${SEED_SIZE:-2000} ROUNDS=${ROUNDS:-8000 20000 30000}              # gold pairs; prompts of each round
 SEED_FRACTION=${SEED_FRACTION-} SELECT=${SELECT:-random}    # instead of SEED_SIZE: share of all prompts; how gold is chosen: random, farthest
@@ -64,9 +66,13 @@ JUDGE=${JUDGE:-implicit} JUDGE_MODEL=${JUDGE_MODEL-}        # who labels the rou
 JUDGE_LR=${JUDGE_LR:-2e-5} JUDGE_START=${JUDGE_START:-init} # llm without JUDGE_MODEL is trained on the seed, once or from each π_{t−1} (previous)
 REFERENCE=${REFERENCE:-init} LENGTH_PENALTY=${LENGTH_PENALTY:-0} # of the implicit reward: init, previous or none (SPA, Table 7); S13
 GOLD=${GOLD:-none} GOLD_MODEL=${GOLD_MODEL-}                # judge of unlabelled seeds and of the evaluation: vader, any of the above, none
-EVAL_N=${EVAL_N:-1}
+EVAL_N=${EVAL_N:-1} EVAL_SIZE=${EVAL_SIZE:-805}             # answers a prompt; prompts at most (AlpacaEval has as many)
 
 [[ $METHOD == @(worst-case|spa) ]] || { echo "error: METHOD=$METHOD: must be worst-case or spa" >&2; exit 2; }
+if [[ $JUDGE != implicit && "$EPSILON $REFERENCE $LENGTH_PENALTY" != "0 init 0" ]]; then
+  echo "error: JUDGE=$JUDGE has no confidences against π_init: it goes with METHOD=spa (EPSILON=0), and without REFERENCE and LENGTH_PENALTY" >&2
+  exit 2
+fi
 [[ ${2-} == @(|--tiny) ]] || { echo "error: $2: the one option after a config is --tiny" >&2; exit 2; }
 if [[ ${2-} == --tiny ]]; then  # the same stages on a tiny model of the same architecture
   RUN=$RUN-tiny
@@ -91,10 +97,12 @@ sampling() {  # a stage that samples; vLLM has processes of its own
 }
 judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
 train=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --seed "$SEED" --micro-tokens "$MICRO_TOKENS")
+spread=()
 if [[ $SHARD == yes ]]; then
-  train+=(--gradient-checkpointing)
-  (( NPROC * NNODES == 1 )) || train+=(--shard)
+  spread+=(--gradient-checkpointing)
+  (( NPROC * NNODES == 1 )) || spread+=(--shard)
 fi
+train+=("${spread[@]}")
 sample=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED")
 
 # 0. Model and data: a gold seed, unlabelled prompts for each round, prompts for the evaluation; no prompt in two of them.
@@ -105,8 +113,8 @@ fi
 size=(--seed-size "$SEED_SIZE")
 [[ -z $SEED_FRACTION ]] || size=(--seed-fraction "$SEED_FRACTION")
 [[ -z $SEED_POLICY ]] || size=(--seed-size 0)
-[[ $SELECT == random ]] || size+=(--select "$SELECT" --model "$MODEL")
-"$python" data/prepare.py --data "$DATA" --out "$RUN/data" "${size[@]}" --rounds $ROUNDS --flip "$FLIP" --seed "$SEED"
+"$python" data/prepare.py --data "$DATA" --out "$RUN/data" "${size[@]}" --select "$SELECT" --rounds $ROUNDS --eval-size "$EVAL_SIZE" \
+  --model "${SEED_POLICY:-$MODEL}" --max-new-tokens "$MAX_NEW_TOKENS" --flip "$FLIP" --seed "$SEED"
 gold=$RUN/data/seed.jsonl
 if [[ -f $RUN/data/seed_prompts.jsonl ]]; then  # prompts without preferences: the model answers, the gold judge labels, once
   sampling generate.py --model "$MODEL" --prompts "$RUN/data/seed_prompts.jsonl" --out "$RUN/gold/responses.jsonl" \
@@ -127,7 +135,7 @@ fi
 
 train_judge() {  # an LLM judge from a policy and the gold seed
   launch seed_dpo.py --objective judge --model "$1" --pairs "$gold" --out "$2" --lr "$JUDGE_LR" --epochs 3 --batch-size 32 --seed "$SEED" \
-    --micro-tokens "$MICRO_TOKENS"
+    --micro-tokens "$MICRO_TOKENS" "${spread[@]}"
 }
 label() {  # a round's judge labels its responses
   local judge=(--reference-model "$MODEL" --length-penalty "$LENGTH_PENALTY")

@@ -44,13 +44,22 @@ if not sys.stderr.isatty():
 # ------------------------------------------------------------------------------------------------------------- the model
 
 
+def load_config(path: str):
+    """A model's config.json, from a folder or the hub."""
+    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") != 1):
+        fail(f"{path}: no such model folder, and not the id of a model on the hub")
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot load the model: {str(error).splitlines()[0]}")
+
+
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
     """A causal LM from a folder or the hub: safetensors only, no remote code, dropout off.
 
     Dropout stays off in training too: policy and reference must be the same function of the same tokens (D8).
     """
-    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") != 1):
-        fail(f"{path}: no such model folder, and not the id of a model on the hub")
+    load_config(path)  # says so if there is no model
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -258,7 +267,7 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     """The flags that seed_dpo.py and train.py share."""
     cli.add_argument("--model", required=True, help="where training starts: a Hugging Face folder or hub id; also the reference")
     cli.add_argument("--pairs", required=True, help="preference rows (JSONL)")
-    cli.add_argument("--out", required=True, help="folder of the trained policy")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the trained policy")
     cli.add_argument("--beta", type=positive, default=0.1, help="weight of the KL term (papers: 0.1; LLaMA-3 0.01 or 0.05)")
     cli.add_argument("--lr", type=positive, default=5e-7, help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
     cli.add_argument("--epochs", type=natural, default=epochs, help=f"passes over the pairs (papers: {epochs})")

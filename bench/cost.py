@@ -3,8 +3,9 @@
     python bench/cost.py                                # 8 × A100/A800 80 GB
     python bench/cost.py --gpus 16 --tflops 989         # 16 × H100
 
-Computed, not measured, from: a prompt of 200 tokens and responses of 256; `--mfu`, which bench/train.py measured on two CPU
-cores in bf16 with gradient checkpointing, for want of a GPU; and nothing for loading, saving and waiting.
+Computed, not measured, from: a prompt of 200 tokens and responses of 256; `--mfu`, the share of a matrix product's speed that
+bench/train.py measured on two CPU cores in bf16 with gradient checkpointing, for want of a GPU, taken here of the data sheet's
+peak; and nothing for sampling, loading, saving and waiting.
 """
 import argparse
 import os
@@ -29,9 +30,9 @@ SHAPES = {  # as in the published config.json: layers, hidden, intermediate, hea
 
 
 def settings(config: str) -> tuple[str, list[int], int]:
-    """(architecture, prompts of each round, gold pairs × seed epochs) of a config with run.sh's defaults."""
+    """(architecture, prompts of each round, steps' worth of pairs in the seed stage, its reference pass included) of a config."""
     script = (f"source configs/{config}.env; echo ${{ARCHITECTURE:-llama}}; echo ${{ROUNDS:-8000 20000 30000}}; "
-              "echo $((${SEED_SIZE:-2000} * ${SEED_EPOCHS:-3})); echo ${SEED_POLICY-}")
+              "echo $((${SEED_SIZE:-2000} * (3 * ${SEED_EPOCHS:-3} + 1) / 3)); echo ${SEED_POLICY-}")
     architecture, rounds, seed, policy = subprocess.run(["bash", "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     return architecture, [int(n) for n in rounds.split()], 0 if policy else int(seed)
 
@@ -39,7 +40,7 @@ def settings(config: str) -> tuple[str, list[int], int]:
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--gpus", type=int, default=8)
-    cli.add_argument("--tflops", type=float, default=312, help="dense bf16 peak of one GPU (A100, A800: 312; H100, H200: 989)")
+    cli.add_argument("--tflops", type=float, default=312, help="dense bf16 peak of one GPU in the data sheet (A100, A800: 312; H100, H200: 989)")
     cli.add_argument("--mfu", type=float, default=0.27)
     args = cli.parse_args()
     rate = args.gpus * args.tflops * 1e12 * args.mfu
@@ -52,14 +53,17 @@ def main() -> None:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         count = sum(p.numel() for p in model.parameters())
-        # fp32 weights and gradients, two Adam moments; the reference in fp32 on the rounds. A layer's weights in bf16 while it runs.
-        whole, layer = 20 * count / 1e9, 6 * count / layers / 1e9
-        # what gradient checkpointing keeps of every layer, one layer at work, and logits of 1 024 tokens with softmax and gradient
-        activations = TOKENS * (4 * hidden * layers + 4 * (8 * hidden + 3 * inner)) / 1e9 + 3 * 1024 * vocabulary * 4 / 1e9
+        # weights, gradients and two Adam moments in fp32, the reference in fp32 on the rounds, weights in bf16 while a pass runs
+        whole = 22 * count / 1e9
+        # sharded, a whole layer (fp32, bf16, gradient) while it runs, and always the whole embedding and head: policy's, reference's, gradient
+        ends = (1 if config.tie_word_embeddings else 2) * vocabulary * hidden
+        sharded = (20 * count / args.gpus + 10 * (count - ends) / layers + 12 * ends) / 1e9
+        # what gradient checkpointing keeps of every layer, one layer at work, and some six copies of the logits of 1 024 tokens
+        activations = TOKENS * (4 * hidden * layers + 4 * (8 * hidden + 3 * inner)) / 1e9 + 6 * 1024 * vocabulary * 4 / 1e9
         pair = training_flops(model, [([0] * PROMPT, [[0] * RESPONSE] * 2)], architecture in SHARES_PROMPT)
         train, label = (1 + 0.8 / 3) * pair * 1e4, 2 / 3 * pair * 1e4  # the reference runs in the last 80 % of the steps; labelling is two forward passes
-        total = (sum(rounds) / 1e4 * (train + label) + seed * 4 / 3 * pair) / rate / 3600
-        print(f"| {name} | {count / 1e9:.2f} B | {whole:.1f} | {whole / args.gpus + layer:.1f} | {activations:.1f} | {train / 1e15:.0f}, {label / 1e15:.0f} | "
+        total = (sum(rounds) / 1e4 * (train + label) + seed * pair) / rate / 3600
+        print(f"| {name} | {count / 1e9:.2f} B | {whole:.1f} | {sharded:.1f} | {activations:.1f} | {train / 1e15:.0f}, {label / 1e15:.0f} | "
               f"{train / rate / 3600:.2f}, {label / rate / 3600:.2f} | {total:.1f} |")
     print(f"\nComputed at {args.mfu:.0%} of {args.tflops:.0f} TFLOP/s on {args.gpus} GPUs.")
 

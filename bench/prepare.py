@@ -24,7 +24,7 @@ def measured(*command: str) -> tuple[float, float, str]:
     started = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code, sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     *_, last, peak = out.splitlines()
-    return time.perf_counter() - started, int(peak) / 1e6, last
+    return time.perf_counter() - started, int(peak) * 1024 / 1e9, last
 
 
 def main() -> None:

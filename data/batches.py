@@ -15,8 +15,8 @@ import torch
 from data.rows import fail
 
 
-def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation in the model's chat template, up to where the response begins.
+def encode_prompt(tokenizer, messages: list[dict], generation: bool = True) -> list[int]:
+    """Token ids of a conversation in the model's chat template, up to where the response begins if `generation`.
 
     Only the template writes control tokens. One that is spelled out in a message is swapped for a private-use character
     while the template renders, and put back as ordinary text.
@@ -27,16 +27,25 @@ def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     hidden = messages
     for char, control in stand_in.items():
         hidden = [{**m, "content": m["content"].replace(control, char)} for m in hidden]
-    text = tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=generation)
     pieces = re.split(f"([{''.join(stand_in)}])", text) if stand_in else [text]
     return [i for piece in pieces if piece for i in tokenizer(
         stand_in.get(piece, piece), add_special_tokens=False, split_special_tokens=piece in stand_in).input_ids]
 
 
+@functools.cache
+def end_of_turn(tokenizer) -> int:
+    """The token that the chat template writes after an assistant's turn, e.g. Phi-3's <|end|>; if none, the end-of-sequence token."""
+    mark = "\uf8ff"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}], tokenize=False)
+    ids = tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False).input_ids
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+
+
 def encode_response(tokenizer, text: str, ended: bool = True) -> list[int]:
     """Token ids of a response as plain text, then the end-of-turn token, unless the response was cut at a length limit."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [tokenizer.eos_token_id] if ended else ids
+    return ids + [end_of_turn(tokenizer)] if ended else ids
 
 
 def encode_rows(config, tokenizer, rows: list[dict], path: str, responses: Callable[[dict], list[tuple[str, bool]]]) -> list:

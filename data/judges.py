@@ -28,7 +28,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data.batches import encode_rows
+from data.batches import encode_prompt, encode_rows
 from data.machine import autocast, merge
 from data.rows import fail, write_rows
 
@@ -74,10 +74,9 @@ def reward_model(args, rows: list[dict], rank: int, world: int, device: torch.de
     for i in tqdm(range(rank, len(rows), world), desc="reward model", unit="prompt", disable=None if rank == 0 else True):
         mine[i] = []
         for text in rows[i]["responses"]:
-            chat = [*rows[i]["prompt"], {"role": "assistant", "content": text}]
-            ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt").to(device)
+            ids = encode_prompt(tokenizer, [*rows[i]["prompt"], {"role": "assistant", "content": text}], False)
             with autocast(device, args.precision):
-                mine[i].append(model(**ids).logits.float().item())
+                mine[i].append(model(torch.tensor([ids], device=device)).logits.float().item())
     merged = merge(mine, world)
     return [merged[i] for i in range(len(rows))]
 
@@ -118,7 +117,7 @@ def pairrm(args, comparisons: list[Comparison], rank: int, world: int, device: t
     try:
         import llm_blender
     except ImportError as error:
-        fail(f"--judge pairrm needs the package llm-blender (pip install llm-blender): {error}")
+        fail(f"--judge pairrm needs the package llm-blender, importable beside transformers {transformers.__version__}: {error}")
 
     def ask() -> list[float]:
         blender = llm_blender.Blender()
@@ -190,7 +189,7 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
     cache, known, errors = Path(f"{args.out}{'/' if os.path.isdir(args.out) else '.'}judge_cache.jsonl"), {}, []
     lock = threading.Lock()
     cache.parent.mkdir(parents=True, exist_ok=True)
-    for line in cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []:
+    for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
         try:
             row = json.loads(line)
             known[row["request"]] = row["answer"]
@@ -212,7 +211,7 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
             file.write(json.dumps({"request": request, "answer": answer}, ensure_ascii=False) + "\n")
             file.flush()
     with open(cache, "a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL) as pool:
-        file.write("\n" if known else "")
+        file.write("\n" if cache.stat().st_size else "")  # the last line may have been cut
         todo = [request for request in dict.fromkeys(requests) if request not in known]
         for _ in tqdm(pool.map(ask, todo), desc="judge", total=len(todo), unit="request", disable=None):
             pass

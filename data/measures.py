@@ -112,9 +112,9 @@ def length_controlled(annotations: list[dict], difficulty: tuple[np.ndarray, lis
     own = [np.tanh(delta / (delta.std(ddof=1) or 1.0)), np.ones(len(delta))]
     p, gamed = preferences_of(annotations), []
     if difficulty is not None:
-        if len(difficulty[0]) < len(own[0]):
-            fail(f"{len(own[0])} annotations, but the difficulty of {len(difficulty[0])} instructions")
-        own.insert(1, difficulty[0][:len(delta)])
+        if len(difficulty[0]) != len(own[0]):
+            fail(f"{len(own[0])} annotations, but the difficulty of {len(difficulty[0])} instructions, which must be theirs in their order")
+        own.insert(1, difficulty[0])
         gamed = [[math.tanh(row["std_delta_len"]), row["instruction_difficulty"], 0.0] for row in difficulty[1]]
     at_equal_length = np.column_stack([np.zeros(len(delta)), *own[1:]])
     x = np.vstack([*([gamed] if gamed else []), np.column_stack(own)])

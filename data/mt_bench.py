@@ -37,7 +37,7 @@ def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dic
     prompts_path = str(folder / "judge_prompts.jsonl")
     templates = by_key(prompts_path, "name", lambda t: all(isinstance(t.get(k), str) for k in ("system_prompt", "prompt_template")),
                        "a system_prompt and a prompt_template")
-    references = next((str(f) for f in sorted(folder.rglob("*gpt-4.jsonl")) if "reference" in str(f)), str(folder / "reference_gpt-4.jsonl"))
+    references = next((str(f) for f in sorted(folder.rglob("*gpt-4.jsonl")) if "reference" in str(f.relative_to(folder))), str(folder / "reference_gpt-4.jsonl"))
     solved = by_key(references, "question_id", lambda r: isinstance(r.get("choices"), list) and r["choices"] and isinstance(r["choices"][0], dict)
                     and two_texts(r["choices"][0].get("turns")), "choices whose first has two turns")
     results = {}

@@ -7,7 +7,7 @@ Reads a JSONL file, or whatever `datasets` loads (a hub id, a folder, parquet, J
     instruction (+ input) + chosen + rejected
     prompt alone                      the seed part becomes seed_prompts.jsonl, for a gold judge to label (see run.sh)
 
-`--select farthest` takes as the seed the prompts that differ most: each next one the farthest, by cosine of the model's last
+With `--model`, rows that do not fit its context are left out, and counted. `--select farthest` takes as the seed the prompts that differ most: each next one the farthest, by cosine of the model's last
 hidden state at the end of the prompt, from those chosen before (SSAPO's seed selection).
 
 Writes OUT/seed.jsonl (id, prompt, chosen, rejected), OUT/prompts_1.jsonl … and, from the rest, OUT/eval.jsonl. A prompt is
@@ -17,6 +17,7 @@ in one part only; prompts that differ in case or white space alone are one promp
     python data/prepare.py --data data/prompts.jsonl --out runs/demo/data --seed-size 40 --rounds 96 96
 """
 import hashlib
+import os
 import random
 import re
 import sys
@@ -74,7 +75,8 @@ def collect(source: str) -> tuple[list[dict], int, int]:
     rows, repeated, empty, gold = {}, 0, 0, None
     for where, raw in load_any(source):
         row = normalise(raw)
-        if row is None and all(isinstance(raw.get(k), (str, list)) for k in ("chosen", "rejected")):
+        if row is None and all(isinstance(raw.get(k), (str, list)) for k in ("chosen", "rejected")) and (
+                {"prompt", "instruction"} & raw.keys() or "Human:" in raw["chosen"] or isinstance(raw["chosen"], list)):
             empty += 1  # an empty response, or two transcripts that part before the last turn
             continue
         if row is None:
@@ -90,6 +92,22 @@ def collect(source: str) -> tuple[list[dict], int, int]:
         else:
             rows[key] = {"id": key, **row}
     return list(rows.values()), repeated, empty
+
+
+def fitting(rows: list[dict], path: str, room: int) -> list[dict]:
+    """Rows whose prompt leaves room for `room` new tokens, and for both gold responses, in the context of the model at `path`."""
+    from data.batches import encode_prompt, encode_response  # torch is slow to import
+    from seed_dpo import load_config, load_tokenizer
+    limit, tokenizer = getattr(load_config(path), "max_position_embeddings", None), load_tokenizer(path)
+
+    def fits(row: dict) -> bool:
+        answers = [row[key] for key in ("chosen", "rejected") if key in row]
+        parts = [*(m["content"] for m in row["prompt"]), max(answers, key=len, default="")]
+        if sum(len(part.encode(errors="replace")) + 64 for part in parts) + room <= limit:
+            return True  # no token is shorter than a byte, no turn's frame longer than 64
+        prompt = len(encode_prompt(tokenizer, row["prompt"]))
+        return prompt + max(room, *(len(encode_response(tokenizer, text)) for text in answers), 0) <= limit
+    return [row for row in rows if fits(row)] if limit else rows
 
 
 def embed(rows: list[dict], path: str, source: str):
@@ -126,7 +144,8 @@ def farthest(vectors, k: int) -> list[int]:
     return chosen
 
 
-def split(rows: list[dict], seed_size: int, rounds: list[int], seed: int, flip: float, select: Callable[[list], list] | None = None) -> dict[str, list[dict]]:
+def split(rows: list[dict], seed_size: int, rounds: list[int], seed: int, flip: float, select: Callable[[list], list] | None = None,
+          eval_size: int | None = None) -> dict[str, list[dict]]:
     """File name → rows: a shuffled partition. `flip` of the gold labels, rounded to whole pairs, have their sides exchanged.
     `select` names the rows of the seed, where they are not just the first."""
     dice = random.Random(seed)
@@ -135,7 +154,7 @@ def split(rows: list[dict], seed_size: int, rounds: list[int], seed: int, flip: 
         first = dict.fromkeys(select(rows))
         rows = [rows[i] for i in first] + [row for i, row in enumerate(rows) if i not in first]
     parts, start = {}, 0
-    for name, size in [("seed", seed_size), *((f"prompts_{t}", n) for t, n in enumerate(rounds, 1)), ("eval", len(rows))]:
+    for name, size in [("seed", seed_size), *((f"prompts_{t}", n) for t, n in enumerate(rounds, 1)), ("eval", eval_size or len(rows))]:
         parts[name], start = rows[start:start + size], start + size
     if "chosen" not in rows[0]:
         parts = {"seed_prompts": parts.pop("seed"), **parts}
@@ -150,13 +169,15 @@ def split(rows: list[dict], seed_size: int, rounds: list[int], seed: int, flip: 
 def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--data", required=True, help="JSONL file, or hub id, folder or file (.json, .parquet, .csv, .jsonl.gz) for `datasets`")
-    cli.add_argument("--out", required=True, help="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
     size = cli.add_mutually_exclusive_group()
     size.add_argument("--seed-size", type=ranged(int, 0), default=2000, help="gold-labelled pairs (papers: 2 000; 0 for SPA without a seed)")
-    size.add_argument("--seed-fraction", type=share, help="gold-labelled share of all prompts instead (SPA, Table 2: 0.008, 0.017, 0.033, 0.1)")
+    size.add_argument("--seed-fraction", type=share, help="gold-labelled share of all prompts instead (SPA, Table 3: 0.008, 0.017, 0.033, 0.1)")
     cli.add_argument("--select", choices=["random", "farthest"], default="random", help="how the seed is chosen")
-    cli.add_argument("--model", help="whose hidden states --select farthest compares: π_init")
+    cli.add_argument("--model", help="whose context all rows must fit, and whose hidden states --select farthest compares")
+    cli.add_argument("--max-new-tokens", type=natural, default=300, help="with --model: what every prompt must leave room for")
     cli.add_argument("--rounds", type=natural, nargs="*", default=[8000, 20000, 30000], help="prompts of each round (papers: the default)")
+    cli.add_argument("--eval-size", type=natural, help="at most so many prompts for the evaluation; default: the rest")
     cli.add_argument("--flip", type=share, default=0.0, help="share of the gold labels to turn wrong on purpose (SSAPO: 0.25)")
     cli.add_argument("--seed", type=int, default=42, help="decides the split")
     args = cli.parse_args()
@@ -166,21 +187,25 @@ def main() -> None:
     if is_done(args.out, settings):
         return
     rows, repeated, empty = collect(args.data)
+    distinct = len(rows)
+    rows = fitting(rows, args.model, args.max_new_tokens) if args.model else rows
     seed_size = args.seed_size if args.seed_fraction is None else round(args.seed_fraction * len(rows))
-    needed = seed_size + sum(args.rounds)
-    if len(rows) < max(needed, 1):
-        fail(f"{args.data}: {len(rows)} distinct prompts; the seed and --rounds need {needed}")
+    needed = seed_size + sum(args.rounds) + (1 if args.rounds or not seed_size else 0)
+    if len(rows) < needed:
+        fail(f"{args.data}: {len(rows)} distinct prompts"
+             f"{f' ({distinct - len(rows)} more are too long for {args.model})' if distinct > len(rows) else ''}; "
+             f"the seed, --rounds and one for the evaluation need {needed}")
     parts = split(rows, seed_size, args.rounds, args.seed, args.flip,
-                  (lambda rows: farthest(embed(rows, args.model, args.data), seed_size)) if args.select == "farthest" else None)
+                  (lambda rows: farthest(embed(rows, args.model, args.data), seed_size)) if args.select == "farthest" else None, args.eval_size)
 
     def write(tmp: str) -> None:
         for name, part in parts.items():
             write_rows(f"{tmp}/{name}.jsonl", part)
 
     sizes = {name: len(part) for name, part in parts.items()}
-    publish(args.out, settings, {**sizes, "repeated": repeated, "without_preference": empty}, write)
-    print(f"prepare: {', '.join(f'{k} {v}' for k, v in sizes.items())}; {repeated} repeated prompts and {empty} rows without "
-          f"a preference left out → {args.out}")
+    publish(args.out, settings, {**sizes, "repeated": repeated, "without_preference": empty, "too_long": distinct - len(rows)}, write)
+    print(f"prepare: {', '.join(f'{k} {v}' for k, v in sizes.items())}; {repeated} repeated prompts, {empty} rows without "
+          f"a preference and {distinct - len(rows)} too long left out → {args.out}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit status 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -126,7 +126,7 @@ def beside(path: str) -> Iterator[str]:
 
 def remove(path: str) -> None:
     """Remove a file or a folder, if there is one."""
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
         Path(path).unlink(missing_ok=True)
@@ -180,7 +180,8 @@ def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None])
         write(tmp)
         Path(tmp_stats).write_text(json.dumps({**stats, "settings": settings}, indent=1, ensure_ascii=False) + "\n")
         remove(f"{out}.stats.json")
-        remove(out)
+        if os.path.isdir(out):  # a file is replaced at once
+            remove(out)
         os.replace(tmp, out)
         os.replace(tmp_stats, f"{out}.stats.json")
 

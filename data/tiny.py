@@ -3,6 +3,7 @@
     bash run.sh configs/mistral-7b.env --tiny                  every stage of a config in half a minute on a laptop
     python data/tiny.py --architecture mistral --out tiny      OUT/model, OUT/base (other weights, no chat template), OUT/pairs.jsonl
 """
+import os
 import json
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def make_tokenizer():
 def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--architecture", required=True, help="model_type of transformers: mistral, llama, phi, phi3, …")
-    cli.add_argument("--out", required=True, help="folder for model/, base/ and pairs.jsonl")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder for model/, base/ and pairs.jsonl")
     args = cli.parse_args()
     settings = settings_of(args)
     if is_done(args.out, settings):

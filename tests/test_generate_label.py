@@ -1,4 +1,5 @@
 """Sampling (distribution, seeding, resuming, processes) and labelling (implicit reward, best against worst)."""
+import copy
 import dataclasses
 import json
 import sys
@@ -12,7 +13,8 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import generate as stage
-from generate import draw, sample, uniforms
+from data.batches import encode_response, end_of_turn
+from generate import draw, sample, stop_tokens, uniforms
 from data.judges import vader
 from label import best_and_worst, implicit_reward
 
@@ -29,7 +31,7 @@ def test_draw_follows_the_distribution():
 def test_draw_at_the_ends():
     logits = torch.tensor([[-1e9, 0.0, 0.0, -1e9]])
     assert [draw(logits, torch.tensor([u]), torch.ones(1)).item() for u in (0.0, 0.49, 0.51, 1 - 1e-12)] == [1, 1, 2, 2]
-    greedy = draw(torch.tensor([[0.0, 3.0, 2.99]]).expand(3, 3), torch.tensor([0.0, 0.5, 1 - 1e-12]), torch.tensor([0.0, 0.0, 0.0]))
+    greedy = draw(torch.tensor([[0.0, 3.0, 3.0]]).expand(3, 3), torch.tensor([0.0, 0.5, 1 - 1e-12]), torch.tensor([0.0, 0.0, 0.0]))
     assert greedy.tolist() == [1, 1, 1]
 
 
@@ -77,7 +79,7 @@ def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path
     # what a kill leaves: some finished rows, the last line cut; also parts of a run with other settings
     header = json.dumps(json.load(open(tmp_path / "one.jsonl.stats.json"))["settings"])
     lines = [json.dumps(r) for r in whole]
-    (tmp_path / "three.jsonl.part0").write_text("\n".join([header, *lines[3:6], lines[7][:20]]))
+    (tmp_path / "three.jsonl.part0").write_bytes("\n".join([header, *lines[3:6], lines[7][:20] + "é"]).encode()[:-1])  # cut in a character
     (tmp_path / "three.jsonl.part1").write_text("\n".join([header.replace('"seed": 42', '"seed": 1'), lines[0].replace("word", "old")]))
     assert "3 of 11 prompts were done before" in ok(run(*command, "--out", tmp_path / "three.jsonl")).stdout
     assert jsonl(tmp_path / "three.jsonl") == whole and not list(tmp_path.glob("*.part*"))
@@ -123,6 +125,18 @@ def test_vllm_backend_writes_the_same_rows(folder, prompts, tmp_path, monkeypatc
     ok(run("generate.py", *flags, "--out", tmp_path / "own.jsonl"))
     assert jsonl(tmp_path / "vllm.jsonl") == jsonl(tmp_path / "own.jsonl") and {a.temperature for a in asked} == {0.0}
     assert len({a.seed for a in asked}) == len(asked) == 2 * len(jsonl(prompts)) and all(a.stop_token_ids == [2] for a in asked)
+
+
+def test_a_turn_ends_as_the_template_says(tokenizer, folder):
+    """Phi-3's way: the template writes another token after a turn than the tokenizer's end of sequence."""
+    phi = copy.deepcopy(tokenizer)
+    phi.eos_token = "<|pad|>"
+    assert end_of_turn(tokenizer) == 2 and end_of_turn(phi) == 2 != phi.eos_token_id
+    assert encode_response(phi, "x")[-1] == 2 and encode_response(phi, "x", False)[-1] != 2
+    assert stop_tokens(folder, None, phi) == [0, 2]
+    phi = copy.deepcopy(phi)
+    phi.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert end_of_turn(phi) == phi.eos_token_id
 
 
 def test_best_and_worst():

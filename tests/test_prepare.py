@@ -74,10 +74,10 @@ def test_hub_layouts(tmp_path):
     for name, part in (("train", turns[:7]), ("test", turns[7:])):
         pandas.DataFrame(part).to_json(hh / f"{name}.jsonl.gz", orient="records", lines=True)
     for folder, messages in (("uf", 1), ("hh", 3)):
-        ok(run("data/prepare.py", "--data", tmp_path / folder, "--out", tmp_path / f"out-{folder}", "--seed-size", "3", "--rounds", "4"))
+        ok(run("data/prepare.py", "--data", tmp_path / folder, "--out", tmp_path / f"out-{folder}", "--seed-size", "2", "--rounds", "4"))
         seed = jsonl(tmp_path / f"out-{folder}/seed.jsonl")
         assert all(len(r["prompt"]) == messages and r["chosen"].startswith("good") and r["rejected"].startswith("bad") for r in seed)
-        assert len(seed) + len(jsonl(tmp_path / f"out-{folder}/prompts_1.jsonl")) == 7
+        assert len(seed) + len(jsonl(tmp_path / f"out-{folder}/prompts_1.jsonl")) + len(jsonl(tmp_path / f"out-{folder}/eval.jsonl")) == 7
 
 
 @settings(max_examples=100, deadline=None)
@@ -104,7 +104,7 @@ def test_embedding_is_the_last_hidden_state_of_the_last_prompt_token(config, tok
 
 def test_seed_fraction_and_farthest_seed(folder, tmp_path):
     path = dump(tmp_path / "p.jsonl", plain(40))
-    flags = ["--data", path, "--rounds", "4", "--seed-fraction", "0.1", "--model", folder]
+    flags = ["--data", path, "--rounds", "4", "--seed-fraction", "0.1", "--max-new-tokens", "8", "--model", folder]
     ok(run("data/prepare.py", *flags, "--out", tmp_path / "random"))
     ok(run("data/prepare.py", *flags, "--out", tmp_path / "far", "--select", "farthest"))
     ids = {name: [[r["id"] for r in jsonl(tmp_path / name / f"{part}.jsonl")] for part in ("seed", "prompts_1", "eval")] for name in ("random", "far")}
@@ -116,6 +116,23 @@ def test_seed_fraction_and_farthest_seed(folder, tmp_path):
         return (vectors @ vectors.T - 2 * torch.eye(4)).max()
     assert closest("far") < closest("random")
     one_line(run("data/prepare.py", *flags[:-2], "--out", tmp_path / "x", "--select", "farthest"), "--model")
+
+
+def test_rows_that_do_not_fit_the_context_are_counted(folder, tokenizer, tmp_path):
+    """Exactly: a prompt of 256 − 20 tokens leaves room for 20 new ones, a longer one does not; nor does too long a response."""
+    rows = plain(8)
+    frame = len(encode_prompt(tokenizer, [{"role": "user", "content": ""}]))
+    word = len(tokenizer(" q").input_ids)
+    rows[0]["prompt"] = " q" * ((256 - 20 - frame) // word)
+    assert len(encode_prompt(tokenizer, [{"role": "user", "content": rows[0]["prompt"]}])) == 256 - 20
+    rows[1]["prompt"] = rows[0]["prompt"] + " q"
+    rows[2]["rejected"] = "x " * 300
+    ok(run("data/prepare.py", "--data", dump(tmp_path / "p.jsonl", rows), "--out", tmp_path / "out", "--model", folder, "--max-new-tokens", "20",
+           "--seed-size", "2", "--rounds", "1", "--eval-size", "2"))
+    stats = json.load(open(tmp_path / "out.stats.json"))
+    assert stats["too_long"] == 2 and stats["eval"] == 2
+    bare = ["data/prepare.py", "--data", tmp_path / "p.jsonl", "--out", tmp_path / "none", "--model", folder]
+    one_line(run(*bare, "--seed-size", "2", "--rounds", "1"), "0 distinct", "8 more are too long")
 
 
 def test_prompts_without_preferences_become_seed_prompts(tmp_path):
@@ -182,7 +199,7 @@ def test_bad_input_is_one_clear_line(folder, tokenizer, tmp_path):
     one_line(run("generate.py", "--model", folder, "--prompts", prompts, "--out", tmp_path / "r.jsonl"), "300", "context of 256")
     one_line(run("label.py", "--responses", prompts, "--out", tmp_path / "l.jsonl", "--judge", "vader"), "'responses' is missing")
     one_line(run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl"), "'margin' is missing")
-    one_line(run("data/prepare.py", "--data", pairs, "--out", tmp_path / "d", "--seed-size", "3", "--rounds", "4"), "2 distinct", "need 7")
+    one_line(run("data/prepare.py", "--data", pairs, "--out", tmp_path / "d", "--seed-size", "3", "--rounds", "4"), "2 distinct", "need 8")
     strange = dump(tmp_path / "strange.jsonl", [{"question": "x", "answer": "y"}])
     one_line(run("data/prepare.py", "--data", strange, "--out", tmp_path / "d"), "strange.jsonl:1", "question, answer", "chosen")
     one_line(run("evaluate.py", "--models", "x", "--prompts", prompts, "--out", tmp_path / "e"), "NAME=PATH")
@@ -203,6 +220,18 @@ def test_full_disk_leaves_the_previous_output(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nothing finished is lost" in done.stderr
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_output_folder_with_a_slash_or_behind_a_link(tmp_path):
+    path = dump(tmp_path / "p.jsonl", plain(9))
+    command = ["data/prepare.py", "--data", path, "--seed-size", "3", "--rounds", "4"]
+    ok(run(*command, "--out", f"{tmp_path}/out/"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    ok(run(*command, "--out", tmp_path / "link"))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "link").iterdir()} == {
+        "seed.jsonl", "prompts_1.jsonl", "eval.jsonl"}
+    assert "complete, skipped" in ok(run(*command, "--out", f"{tmp_path}/out")).stdout
 
 
 @pytest.mark.parametrize("script", ["data/prepare.py", "data/demo.py", "seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"])
