@@ -13,6 +13,10 @@
 set -euo pipefail
 shopt -s extglob
 cd "$(dirname "$0")"
+if [[ ${1-} == @(-h|--help) ]]; then
+  sed -n '2,/^$/{/^#/s/^# \?//p}' run.sh
+  exit
+fi
 
 # The interpreter: the one at hand if it has what requirements.txt pins, else a .venv of our own. INSTALL=no takes it as it is.
 python=${PYTHON:-python3}
@@ -68,15 +72,33 @@ REFERENCE=${REFERENCE:-init} LENGTH_PENALTY=${LENGTH_PENALTY:-0} # of the implic
 GOLD=${GOLD:-none} GOLD_MODEL=${GOLD_MODEL-}                # judge of unlabelled seeds and of the evaluation: vader, any of the above, none
 EVAL_N=${EVAL_N:-1} EVAL_SIZE=${EVAL_SIZE:-805}             # answers a prompt; prompts at most (AlpacaEval has as many)
 
-[[ $METHOD == @(worst-case|spa) ]] || { echo "error: METHOD=$METHOD: must be worst-case or spa" >&2; exit 2; }
+one_of() {  # NAME CHOICES…
+  local name=$1 choice
+  shift
+  for choice in "$@"; do [[ ${!name} == "$choice" ]] && return; done
+  echo "error: $name=${!name}: must be one of: $*" >&2
+  exit 2
+}
+one_of METHOD worst-case spa
+one_of BACKEND transformers vllm
+one_of SHARD no yes
+one_of SELECT random farthest
+one_of REFERENCE init previous none
+one_of JUDGE implicit reward-model pairrm llm openai
+one_of GOLD none vader reward-model pairrm llm openai
+if (( NNODES > 1 )) && ! command -v ${EACH_NODE%% *} >/dev/null; then
+  echo "error: ${EACH_NODE%% *}: no such command; EACH_NODE must run a command once on each of NNODES=$NNODES machines" >&2
+  exit 2
+fi
 if [[ $JUDGE != implicit && "$EPSILON $REFERENCE $LENGTH_PENALTY" != "0 init 0" ]]; then
   echo "error: JUDGE=$JUDGE has no confidences against π_init: it goes with METHOD=spa (EPSILON=0), and without REFERENCE and LENGTH_PENALTY" >&2
   exit 2
 fi
-[[ ${2-} == @(|--tiny) ]] || { echo "error: $2: the one option after a config is --tiny" >&2; exit 2; }
+[[ ${*:2} == @(|--tiny) ]] || { echo "error: ${*:2}: the one thing that may follow a config is --tiny" >&2; exit 2; }
 if [[ ${2-} == --tiny ]]; then  # the same stages on a tiny model of the same architecture
+  [[ -n ${ARCHITECTURE-} ]] || { echo "error: $config: names no ARCHITECTURE for --tiny" >&2; exit 2; }
   RUN=$RUN-tiny
-  "$python" data/tiny.py --architecture "${ARCHITECTURE:?is not set in $config}" --out "$RUN/tiny"
+  "$python" data/tiny.py --architecture "$ARCHITECTURE" --out "$RUN/tiny"
   MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl SEED_SIZE=8 ROUNDS=${ROUNDS//+([0-9])/6} MAX_NEW_TOKENS=8 BATCH_SIZE=4
   [[ -z $SEED_POLICY ]] || SEED_POLICY=$MODEL MODEL=$RUN/tiny/base
 fi

@@ -21,6 +21,7 @@ import transformers  # noqa: E402
 
 from data.batches import SHARES_PROMPT  # noqa: E402
 from data.machine import training_flops  # noqa: E402
+from data.rows import natural  # noqa: E402
 
 PROMPT, RESPONSE, TOKENS = 200, 256, 2048  # tokens a pass: run.sh's MICRO_TOKENS
 SHAPES = {  # as in the published config.json: layers, hidden, intermediate, heads, key-value heads, vocabulary
@@ -39,7 +40,7 @@ def settings(config: str) -> tuple[str, list[int], int]:
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--gpus", type=int, default=8)
+    cli.add_argument("--gpus", type=natural, default=8)
     cli.add_argument("--tflops", type=float, default=312, help="dense bf16 peak of one GPU in the data sheet (A100, A800: 312; H100, H200: 989)")
     cli.add_argument("--mfu", type=float, default=0.27)
     args = cli.parse_args()

@@ -1,6 +1,6 @@
 """A model that a launch can be checked with: the architecture of the real one, tiny and random, and a few made-up pairs.
 
-    bash run.sh configs/mistral-7b.env --tiny                  every stage of a config in half a minute on a laptop
+    bash run.sh configs/mistral-7b.env --tiny                  every stage of a config in a minute on two cores
     python data/tiny.py --architecture mistral --out tiny      OUT/model, OUT/base (other weights, no chat template), OUT/pairs.jsonl
 """
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this script lies below the root that imports start from
-from data.rows import is_done, parser, publish, run_stage, settings_of, write_rows
+from data.rows import fail, is_done, parser, publish, run_stage, settings_of, write_rows
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -41,6 +41,8 @@ def main() -> None:
         return
     import torch
     import transformers
+    if args.architecture not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        fail(f"--architecture {args.architecture}: transformers {transformers.__version__} knows no such model_type")
     config = transformers.AutoConfig.for_model(args.architecture, vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1,
                                                eos_token_id=2, pad_token_id=0, initializer_range=0.2)
