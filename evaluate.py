@@ -28,15 +28,15 @@ import numpy as np
 import torch.distributed as dist
 
 from data.batches import encode_rows, pair_of
-from data.judges import RANKERS, SCORERS, check_judge, compare, judge_flags, wins
-from data.machine import start_processes
+from data.judges import SCORERS, check_judge, compare, judge_flags, wins
+from data.machine import load, start_processes
 from data.measures import bootstrap_interval, label_quality, leaderboard, length_controlled, mean_and_error, paired_p
 from data.mt_bench import mt_bench
 from data.report import label_table, leaderboard_table, mt_bench_table, plot, policy_table, side_by_side
 from data.rows import (beside, fail, fingerprint, is_done, parser, publish, read_json_lines, read_json_list, read_rows, run_stage,
                        write_rows)
 from generate import respond, sampling_flags
-from seed_dpo import ResponseLogps, load, score
+from seed_dpo import ResponseLogps, score
 
 LABELS = 1000  # pairs of a round that are judged and scored again: enough for ± 0.016, and no round's whole cost a second time
 

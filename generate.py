@@ -26,9 +26,8 @@ import transformers
 from tqdm import tqdm
 
 from data.batches import encode_rows, end_of_turn
-from data.machine import bf16_pays, start_processes
+from data.machine import bf16_pays, load, load_config, load_tokenizer, start_processes
 from data.rows import fail, is_done, natural, parser, publish, ranged, read_rows, run_stage, settings_of, write_rows
-from seed_dpo import load, load_config, load_tokenizer
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:

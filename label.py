@@ -20,13 +20,11 @@ import argparse
 import math
 import os
 
-import torch
-
 from data.batches import encode_rows, pair_of
 from data.judges import check_judge, judge_flags, rewards
-from data.machine import start_processes
+from data.machine import load, load_model, start_processes
 from data.rows import fail, is_done, parser, positive, publish, ranged, read_rows, run_stage, settings_of, write_rows
-from seed_dpo import ResponseLogps, load, load_model, score
+from seed_dpo import ResponseLogps, score
 
 
 def implicit_reward(policy: list[float], reference: list[float], beta: float, lengths: list[int], alpha: float) -> list[float]:

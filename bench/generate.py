@@ -8,7 +8,6 @@ A quarter of an hour on two cores; a claim that fails gives exit status 1.
     python bench/generate.py
     python bench/generate.py --prompts 512 --batch-size 256     # for a GPU
 """
-import argparse
 import json
 import subprocess
 import sys
@@ -23,9 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 from data.batches import encode_prompt  # noqa: E402
-from data.machine import bf16_pays, memory_gb, start_processes  # noqa: E402
+from data.machine import bf16_pays, load, memory_gb, start_processes  # noqa: E402
 from data.rows import natural, parser, run_stage  # noqa: E402
-from seed_dpo import load  # noqa: E402
 
 N, LENGTH, TEMPERATURE, CLAIM = 2, 128, 0.7, 1.5
 

@@ -29,7 +29,7 @@ import transformers
 from tqdm import tqdm
 
 from data.batches import encode_prompt, encode_rows
-from data.machine import autocast, merge
+from data.machine import autocast, load, merge
 from data.rows import fail, write_rows
 
 Comparison = tuple[list[dict], str, str]
@@ -102,7 +102,7 @@ def judge_pairs(rows: list[dict]) -> list[dict]:
 
 def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> list[float]:
     """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA, B.2)."""
-    from seed_dpo import ResponseLogps, load, score  # which imports this module to train such a judge
+    from seed_dpo import ResponseLogps, score  # which imports this module to train such a judge
     model, tokenizer = load(args.judge_model, device)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
     encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: [("A", False), ("B", False)])

@@ -97,7 +97,7 @@ def collect(source: str) -> tuple[list[dict], int, int]:
 def fitting(rows: list[dict], path: str, room: int) -> list[dict]:
     """Rows whose prompt leaves room for `room` new tokens, and for both gold responses, in the context of the model at `path`."""
     from data.batches import encode_prompt, encode_response  # torch is slow to import
-    from seed_dpo import load_config, load_tokenizer
+    from data.machine import load_config, load_tokenizer
     limit, tokenizer = getattr(load_config(path), "max_position_embeddings", None), load_tokenizer(path)
 
     def fits(row: dict) -> bool:
@@ -116,8 +116,8 @@ def embed(rows: list[dict], path: str, source: str):
     from tqdm import tqdm
 
     from data.batches import deal, encode_rows, pack
-    from data.machine import autocast, start_processes
-    from seed_dpo import load, response_hidden
+    from data.machine import autocast, load, start_processes
+    from seed_dpo import response_hidden
     *_, device = start_processes()
     model, tokenizer = load(path, device)
     vectors = torch.empty(len(rows), model.config.hidden_size, dtype=torch.float16, device=device)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, ok, run
 
 import evaluate
 from data import mt_bench
