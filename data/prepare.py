@@ -102,7 +102,7 @@ def fitting(rows: list[dict], path: str, room: int) -> list[dict]:
 
     def fits(row: dict) -> bool:
         answers = [row[key] for key in ("chosen", "rejected") if key in row]
-        parts = [*(m["content"] for m in row["prompt"]), max(answers, key=len, default="")]
+        parts = [*(m["content"] for m in row["prompt"]), max(answers, key=lambda text: len(text.encode(errors="replace")), default="")]
         if sum(len(part.encode(errors="replace")) + 64 for part in parts) + room <= limit:
             return True  # no token is shorter than a byte, no turn's frame longer than 64
         prompt = len(encode_prompt(tokenizer, row["prompt"]))
