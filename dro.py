@@ -23,8 +23,8 @@ Writes each row with `xi` and `atoms` [[weight, shift], …] (T2-5): the adversa
 
     python dro.py --pairs labelled.jsonl --out worst.jsonl --epsilon 0.01 --pieces 6 --plot follower.png
 """
-import os
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -33,7 +33,8 @@ import scipy.sparse as sp
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from data.rows import fail, is_done, iterate_rows, natural, parser, publish, ranged, run_stage, settings_of
+from core.rows import fail, iterate_rows
+from core.stage import is_done, natural, parser, publish, ranged, run_stage, settings_of
 
 LP_PAIRS = 1000  # how many pairs the linear program checks: about a second
 

@@ -8,7 +8,7 @@
 
 `--judge vader` scores by a sentiment lexicon (the demo's gold), `reward-model` by a one-logit classifier; `llm`, `pairrm`
 and `openai` compare two responses in both orders; `none` reports lengths alone. What the numbers mean is in
-data/measures.py, who judges in data/judges.py, how it looks in data/report.py. Writes OUT/report.md with OUT/report.png;
+judges/measures.py, who judges in judges/judge.py, how it looks in judges/report.py. Writes OUT/report.md with OUT/report.png;
 OUT/eval/NAME.jsonl, what each policy answered; and for AlpacaEval NAME.model_outputs.json and, with a judge, NAME.annotations.json.
 
     python evaluate.py --models init=models/smollm2 seed=runs/demo/seed round1=runs/demo/round1/policy \\
@@ -27,16 +27,31 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from data.batches import encode_rows, pair_of
-from data.judges import SCORERS, check_judge, compare, judge_flags, wins
-from data.machine import load, start_processes
-from data.measures import bootstrap_interval, label_quality, leaderboard, length_controlled, mean_and_error, paired_p
-from data.mt_bench import mt_bench
-from data.report import label_table, leaderboard_table, mt_bench_table, plot, policy_table, side_by_side
-from data.rows import (beside, fail, fingerprint, is_done, parser, publish, read_json_lines, read_json_list, read_rows, run_stage,
-                       write_rows)
-from generate import respond, sampling_flags
-from seed_dpo import ResponseLogps, score
+from core.chat import encode_rows, pair_of
+from core.models import load
+from core.parallel import start_processes
+from core.policy import ResponseLogps, score
+from core.rows import beside, fail, read_json_lines, read_json_list, read_rows, write_rows
+from core.sampling import respond, sampling_flags
+from core.stage import fingerprint, is_done, parser, publish, run_stage
+from judges.judge import SCORERS, check_judge, compare, judge_flags, wins
+from judges.measures import (
+    bootstrap_interval,
+    label_quality,
+    leaderboard,
+    length_controlled,
+    mean_and_error,
+    paired_p,
+)
+from judges.mt_bench import mt_bench
+from judges.report import (
+    label_table,
+    leaderboard_table,
+    mt_bench_table,
+    plot,
+    policy_table,
+    side_by_side,
+)
 
 LABELS = 1000  # pairs of a round that are judged and scored again: enough for ± 0.016, and no round's whole cost a second time
 

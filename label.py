@@ -8,7 +8,7 @@ which also has `--reference previous` and `none`: β log π_{t−1} alone). |y| 
 log π_{t−1}(y) is computed here anyway and goes into the row: it is the training reference, so train.py needs no
 reference forward for it. One model is in memory at a time.
 
-Other judges (data/judges.py) write the same rows; give them --model too if train.py is to follow. Identical responses
+Other judges (judges/judge.py) write the same rows; give them --model too if train.py is to follow. Identical responses
 or equal rewards carry no preference: such rows are dropped and counted. `--pairs` judges the two sides of gold pairs
 again and reports how often the judge agrees with them.
 
@@ -20,11 +20,13 @@ import argparse
 import math
 import os
 
-from data.batches import encode_rows, pair_of
-from data.judges import check_judge, judge_flags, rewards
-from data.machine import load, load_model, start_processes
-from data.rows import fail, is_done, parser, positive, publish, ranged, read_rows, run_stage, settings_of, write_rows
-from seed_dpo import ResponseLogps, score
+from core.chat import encode_rows, pair_of
+from core.models import load, load_model
+from core.parallel import start_processes
+from core.policy import ResponseLogps, score
+from core.rows import fail, read_rows, write_rows
+from core.stage import is_done, parser, positive, publish, ranged, run_stage, settings_of
+from judges.judge import check_judge, judge_flags, rewards
 
 
 def implicit_reward(policy: list[float], reference: list[float], beta: float, lengths: list[int], alpha: float) -> list[float]:

@@ -8,107 +8,40 @@
 `--objective judge` fine-tunes an LLM judge on the same pairs instead: the letter of the better response after SPA's Listing 1.
 
 This file is read first. It owns response log-probabilities, the DPO loss and the optimisation loop; `train.py` runs the
-same loop with another loss. How rows become batches is in `data/batches.py`.
+same loop with another loss. How rows become batches is in `core/policy.py`.
 
     python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed.jsonl --out runs/demo/seed
     torchrun --nproc_per_node=8 seed_dpo.py --model alignment-handbook/zephyr-7b-sft-full --pairs seed.jsonl --out pi_0
 """
 import argparse
-import functools
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.batches import deal, encode_rows, pack, pair_of, shares_prompt, tokens_of
-from data.machine import (autocast, clean, distribute, load, matmul_flops, memory_gb, merge, model_of, restore_state,
-                          save_state, start_processes, training_flops)
-from data.judges import judge_pairs
-from data.rows import (fail, is_done, natural, parser, positive, publish, ranged, read_rows, run_stage, settings_of,
-                       write_rows)
+from core.parallel import autocast, merge, model_of
+from core.policy import deal, pack, score, shares_prompt, tokens_of
+from core.rows import fail, write_rows
+from core.stage import is_done, parser, run_stage, settings_of
+from core.training import (
+    begin,
+    clean,
+    matmul_flops,
+    memory_gb,
+    restore_state,
+    save_policy,
+    save_state,
+    training_flags,
+    training_flops,
+)
+from judges.judge import judge_pairs
 
-if not sys.stderr.isatty():
-    transformers.utils.logging.disable_progress_bar()
-
-# ------------------------------------------------------------------------------------------ response log-probabilities
-
-def response_hidden(model, batch: dict) -> torch.Tensor:
-    """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never count."""
-    out = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"],
-                           attention_mask=batch["attention_mask"], use_cache=False)
-    return out.last_hidden_state.flatten(0, 1)[batch["where"]]
-
-
-def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, also: Callable | None = None,
-                chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log π(target) [M], fp32 at least, from hidden states [M, H], `chunk` tokens of logits at a time, recomputed in backward.
-
-    A [B, T, V] tensor of logits is the memory peak of naive code; here [chunk, V] is the largest that exists. Also
-    returns what `also(logits, part)` makes of each chunk's logits [c, V], without gradient; `part` is its slice of 0 … M.
-    """
-    def piece(h: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits = head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logps = logits.log_softmax(-1).gather(-1, target[part, None])[:, 0]
-        with torch.no_grad():  # last, because recomputation in backward stops where it has what the gradient needs
-            return logps, also(logits.detach(), part) if also else None
-    parts = [slice(i, i + chunk) for i in range(0, len(target), chunk)]
-    run = functools.partial(checkpoint, piece, use_reentrant=False) if torch.is_grad_enabled() else piece
-    logps, extra = zip(*(run(hidden[part], part) for part in parts))
-    return torch.cat(logps), torch.cat(extra) if also else None
-
-
-def sum_by_response(values: torch.Tensor, batch: dict) -> torch.Tensor:
-    """Sums [R] of per-token values [M] over each response."""
-    return torch.stack([own.sum() for own in values.split(batch["lengths"])])
-
-
-class ResponseLogps(torch.nn.Module):
-    """The model as the function that is trained: batch → response log-probs [R], and sums [R] of what `also` computes.
-
-    DDP and FSDP must wrap exactly the forward pass that is used, or their hooks never fire.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def hidden(self, batch: dict) -> torch.Tensor:
-        return response_hidden(self.model, batch)
-
-    def forward(self, batch: dict, also: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden = response_hidden(self.model, batch)
-        logps, extra = token_logps(self.model.get_output_embeddings(), hidden, batch["target"], also)
-        return sum_by_response(logps, batch), extra if extra is None else sum_by_response(extra, batch)
-
-
-@torch.no_grad()
-def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0, world: int = 1,
-          title: str = "score", cache: bool = True) -> list[list[float]]:
-    """log-probs of every response of every row, on all processes; the rows are dealt out to them."""
-    shared, budget = shares_prompt(model_of(net), encoded), 16384 if device.type == "cuda" else 2048  # tokens that keep it busy
-    mine = {}
-    for rows in tqdm(deal(encoded, range(len(encoded)), shared, budget, world)[rank], desc=title, unit="batch",
-                     disable=None if rank == 0 else True):
-        with autocast(device, precision, cache):
-            values = iter(net(pack([encoded[i] for i in rows or [0]], shared, device))[0].tolist())
-        mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})
-    merged = merge(mine, world)
-    return [merged[i] for i in range(len(encoded))]
-
-
-# ------------------------------------------------------------------------------------------------- loss and optimisation
 
 
 def dpo_margin(logps: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
@@ -196,56 +129,6 @@ def optimise(net, encoded: list, ids: list[str], losses: Callable, args: argpars
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < total:
             save_state(saved, net, optimizer, log, settings, rank)
     return log
-
-
-def save_policy(args: argparse.Namespace, net, tokenizer, pairs: int, log: list[dict], settings: dict, rank: int, **stats) -> dict:
-    """Publish a Hugging Face folder (one safetensors file, fp32) with the tokenizer and log.jsonl; returns the stats."""
-    weights = get_model_state_dict(model_of(net), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    names = {name for values in (model_of(net).named_parameters(), model_of(net).named_buffers()) for name, _ in values}
-    weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied weights once
-
-    def write(tmp: str) -> None:
-        try:
-            model_of(net).save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
-        except SafetensorError as error:
-            fail(f"{args.out}: cannot be written; is the disk full? ({error})")
-        tokenizer.save_pretrained(tmp)
-        write_rows(f"{tmp}/log.jsonl", log)
-    last = log[-(len(log) // args.epochs):]
-    stats |= {"pairs": pairs, "steps": len(log), **{k: sum(r[k] for r in last) / len(last) for k in ("loss", "accuracy")}}
-    if rank == 0:
-        publish(args.out, settings, stats, write)
-        clean(args.out)
-    return stats
-
-
-def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
-    """The flags that seed_dpo.py and train.py share."""
-    cli.add_argument("--model", required=True, help="where training starts: a Hugging Face folder or hub id; also the reference")
-    cli.add_argument("--pairs", required=True, help="preference rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the trained policy")
-    cli.add_argument("--beta", type=positive, default=0.1, help="weight of the KL term (papers: 0.1; LLaMA-3 0.01 or 0.05)")
-    cli.add_argument("--lr", type=positive, default=5e-7, help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
-    cli.add_argument("--epochs", type=natural, default=epochs, help=f"passes over the pairs (papers: {epochs})")
-    cli.add_argument("--batch-size", type=natural, default=32, help="pairs an update, over all processes (papers: 32)")
-    cli.add_argument("--clip", type=positive, default=1.0, help="gradient norm above which gradients are scaled down")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of matrix products; weights stay fp32")
-    cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the order of the pairs")
-    cli.add_argument("--micro-tokens", type=natural, default=2048, help="tokens a forward pass and process: memory, not mathematics")
-    cli.add_argument("--gradient-checkpointing", action="store_true", help="recompute each layer in backward: less memory, a third more work")
-    cli.add_argument("--shard", action="store_true", help="split weights, gradients and Adam over the processes (FSDP2)")
-    cli.add_argument("--save-every", type=ranged(int, 0), default=50, help="steps between checkpoints to go on from after a kill; 0: none")
-
-
-def begin(args: argparse.Namespace, kind: str, rows_of: Callable[[list], list] = list) -> tuple:
-    """What both trainers start with: (rows, encoded, net, tokenizer, device, rank, world); `rows_of` may rewrite the rows."""
-    rows = rows_of(read_rows(args.pairs, kind))
-    rank, world, device = start_processes()
-    if args.shard and world == 1:
-        fail("--shard needs several processes: torchrun --nproc_per_node=N …")
-    model, tokenizer = load(args.model, torch.device("cpu") if args.shard else device)  # shards leave the CPU one by one
-    encoded = encode_rows(model.config, tokenizer, rows, args.pairs, pair_of)
-    return rows, encoded, distribute(ResponseLogps(model), device, world, args), tokenizer, device, rank, world
 
 
 def main() -> None:

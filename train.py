@@ -16,9 +16,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data.machine import autocast, clean, distribute, load_model, model_of
-from data.rows import fail, is_done, is_number, natural, parser, ranged, run_stage, settings_of, share
-from seed_dpo import ResponseLogps, begin, dpo_margin, optimise, save_policy, training_flags
+from core.models import load_model
+from core.parallel import autocast, distribute, model_of
+from core.policy import ResponseLogps
+from core.rows import fail, is_number
+from core.stage import is_done, natural, parser, ranged, run_stage, settings_of, share
+from core.training import begin, clean, save_policy, training_flags
+from seed_dpo import dpo_margin, optimise
 
 WINDOW, QUIET = 50, 0.2  # τ looks back on 50 pairs; no label is flagged in the first 20 % of the steps (SPA, B.4)
 

@@ -19,9 +19,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from data.batches import SHARES_PROMPT  # noqa: E402
-from data.machine import training_flops  # noqa: E402
-from data.rows import natural  # noqa: E402
+from core.policy import SHARES_PROMPT  # noqa: E402
+from core.stage import natural  # noqa: E402
+from core.training import training_flops  # noqa: E402
 
 PROMPT, RESPONSE, TOKENS = 200, 256, 2048  # tokens a pass: run.sh's MICRO_TOKENS
 SHAPES = {  # as in the published config.json: layers, hidden, intermediate, heads, key-value heads, vocabulary

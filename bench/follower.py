@@ -20,7 +20,7 @@ from scipy.special import expit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dro  # noqa: E402
-from data.rows import run_stage  # noqa: E402
+from core.stage import run_stage  # noqa: E402
 
 EPSILON, PIECES = 0.01, 6
 LINES = dro.tangents(dro.minus_log(PIECES), np.arange(1, PIECES + 1) / PIECES)

@@ -20,10 +20,12 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import generate  # noqa: E402
-from data.batches import encode_prompt  # noqa: E402
-from data.machine import bf16_pays, load, memory_gb, start_processes  # noqa: E402
-from data.rows import natural, parser, run_stage  # noqa: E402
+import core.sampling as generate  # noqa: E402
+from core.chat import encode_prompt  # noqa: E402
+from core.models import load  # noqa: E402
+from core.parallel import bf16_pays, start_processes
+from core.stage import natural, parser, run_stage  # noqa: E402
+from core.training import memory_gb
 
 N, LENGTH, TEMPERATURE, CLAIM = 2, 128, 0.7, 1.5
 

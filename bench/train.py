@@ -26,9 +26,12 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import seed_dpo  # noqa: E402
-from data.batches import encode_prompt, encode_rows, pair_of  # noqa: E402
-from data.machine import matmul_flops, memory_gb, training_flops  # noqa: E402
-from data.rows import read_rows, run_stage, write_rows  # noqa: E402
+from core.models import load  # noqa: E402
+from core.policy import ResponseLogps, score  # noqa: E402
+from core.chat import encode_prompt, encode_rows, pair_of  # noqa: E402
+from core.rows import read_rows, write_rows  # noqa: E402
+from core.stage import run_stage
+from core.training import matmul_flops, memory_gb, training_flops  # noqa: E402
 
 STEPS, BATCH = 3, 4  # the first step warms up
 WIDE = 12            # pairs a step where processes are compared: what they exchange a step does not grow with it
@@ -46,7 +49,7 @@ def make_model(folder: str) -> None:
 
 def make_pairs(model_path: str, folder: Path, device: torch.device) -> None:
     """long and wide (256 tokens a part, give or take an eighth) and short (20 steps of the loss curve), with reference log-probs."""
-    model, tokenizer = seed_dpo.load(model_path, device)
+    model, tokenizer = load(model_path, device)
     words = " ".join(json.loads(line)["prompt"] for line in open(ROOT / "data/prompts.jsonl"))
     ids, dice = tokenizer(words).input_ids, np.random.default_rng(0)
 
@@ -60,7 +63,7 @@ def make_pairs(model_path: str, folder: Path, device: torch.device) -> None:
                 for i in range(count)]
         encoded = encode_rows(model.config, tokenizer, rows, name, pair_of)
         for precision in ("fp32", "bf16"):
-            logps = seed_dpo.score(seed_dpo.ResponseLogps(model), encoded, precision, device)
+            logps = score(ResponseLogps(model), encoded, precision, device)
             write_rows(str(folder / f"{name}_{precision}.jsonl"), [
                 {**row, "margin": 0.0, "chosen_logp": w, "rejected_logp": l} for row, (w, l) in zip(rows, logps)])
 
@@ -87,7 +90,7 @@ def theirs(model_path: str, pairs: str, precision: str, out: str, precomputed: b
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = seed_dpo.load(model_path, device)
+    model, tokenizer = load(model_path, device)
     rows = read_rows(pairs, "preferences")
     rows = [rows[i] for i in np.random.default_rng([42, 0]).permutation(len(rows))]
     plain = [{"prompt": tokenizer.decode(encode_prompt(tokenizer, r["prompt"])), "chosen": r["chosen"], "rejected": r["rejected"]} for r in rows]
@@ -124,12 +127,12 @@ def theirs(model_path: str, pairs: str, precision: str, out: str, precomputed: b
 def margin_noise(model_path: str, pairs: str) -> dict:
     """D8: by how much bf16 moves a margin, and the change of a margin by an update of 5e-7; standard deviations over pairs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = seed_dpo.load(model_path, device)
+    model, tokenizer = load(model_path, device)
     encoded = encode_rows(model.config, tokenizer, read_rows(pairs, "preferences"), pairs, pair_of)
-    net, values = seed_dpo.ResponseLogps(model), {}
+    net, values = ResponseLogps(model), {}
     for moment in ("before", "after"):
         for precision in ("fp32", "bf16"):
-            logps = 0.1 * np.array(seed_dpo.score(net, encoded, precision, device))
+            logps = 0.1 * np.array(score(net, encoded, precision, device))
             values[moment, precision] = logps[:, 0] - logps[:, 1]
         if moment == "before":  # what Adam's first step does to every weight
             torch.manual_seed(0)

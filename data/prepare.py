@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this script lies below the root that imports start from
-from data.rows import fail, is_done, natural, parser, publish, ranged, read_json_lines, run_stage, settings_of, share, write_rows, wrong
+from core.rows import fail, read_json_lines, write_rows, wrong
+from core.stage import is_done, natural, parser, publish, ranged, run_stage, settings_of, share
 
 
 def load_any(source: str) -> Iterator[tuple[str, dict]]:
@@ -96,8 +97,8 @@ def collect(source: str) -> tuple[list[dict], int, int]:
 
 def fitting(rows: list[dict], path: str, room: int) -> list[dict]:
     """Rows whose prompt leaves room for `room` new tokens, and for both gold responses, in the context of the model at `path`."""
-    from data.batches import encode_prompt, encode_response  # torch is slow to import
-    from data.machine import load_config, load_tokenizer
+    from core.chat import encode_prompt, encode_response  # torch is slow to import
+    from core.models import load_config, load_tokenizer
     limit, tokenizer = getattr(load_config(path), "max_position_embeddings", None), load_tokenizer(path)
 
     def fits(row: dict) -> bool:
@@ -115,9 +116,11 @@ def embed(rows: list[dict], path: str, source: str):
     import torch  # slow to import, and needed here alone
     from tqdm import tqdm
 
-    from data.batches import deal, encode_rows, pack
-    from data.machine import autocast, load, start_processes
-    from seed_dpo import response_hidden
+    from core.chat import encode_rows
+    from core.policy import deal, pack
+    from core.models import load
+    from core.parallel import autocast, start_processes
+    from core.policy import response_hidden
     *_, device = start_processes()
     model, tokenizer = load(path, device)
     vectors = torch.empty(len(rows), model.config.hidden_size, dtype=torch.float16, device=device)

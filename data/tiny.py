@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this script lies below the root that imports start from
-from data.rows import fail, is_done, parser, publish, run_stage, settings_of, write_rows
+from core.rows import fail, write_rows
+from core.stage import is_done, parser, publish, run_stage, settings_of
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")

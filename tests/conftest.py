@@ -19,7 +19,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.rows import run_stage
+from core.stage import run_stage
 from data.tiny import PROMPTS, make_tokenizer
 
 torch.set_num_threads(2)

@@ -5,11 +5,23 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import dump, jsonl, ok, run
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from dro import SOFTPLUS, Loss, chords, gap, maximum_of, minus_log, solve_exact, solve_groups, solve_lp, tangents
+from conftest import dump, jsonl, ok, run
+from dro import (
+    SOFTPLUS,
+    Loss,
+    chords,
+    gap,
+    maximum_of,
+    minus_log,
+    solve_exact,
+    solve_groups,
+    solve_lp,
+    tangents,
+)
 
 CONFIDENCES = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=25).map(np.array)
 RADII = st.sampled_from([0.0, 1.0, 1.5]) | st.floats(0, 0.3)

@@ -7,13 +7,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, ok, run
 
 import evaluate
-from data import mt_bench
-from data.judges import wins
-from data.measures import (bootstrap_interval, label_quality, leaderboard, length_controlled, mean_and_error, mt_bench_scores, paired_p,
-                           read_difficulty, win_rate)
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, ok, run
+from judges import mt_bench
+from judges.judge import wins
+from judges.measures import (
+    bootstrap_interval,
+    label_quality,
+    leaderboard,
+    length_controlled,
+    mean_and_error,
+    mt_bench_scores,
+    paired_p,
+    read_difficulty,
+    win_rate,
+)
 
 OFFICIAL = ROOT.parent / "shared/data/alpaca_eval"  # annotations and leaderboard of AlpacaEval's repository, where they are at hand
 
@@ -249,7 +258,7 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
         assert len(real(args, chats, *rest)) == 4  # the local model writes nonsense: the ratings below stand for a judge's
         return ["Rating: [[8]]", "[[2.5]]", "no idea", "[[10]]"]
     monkeypatch.setattr(mt_bench, "chat", chat)
-    monkeypatch.setattr("data.mt_bench.RATING_TOKENS", 4)
+    monkeypatch.setattr("judges.mt_bench.RATING_TOKENS", 4)
     flags = ["--models", f"mine={folder}", "--mt-bench", bench, "--out", tmp_path / "run", "--max-new-tokens", "6", "--precision", "fp32"]
     assert "--judge llm or --judge openai" in run("evaluate.py", *flags, "--judge", "vader").stderr
     printed = ok(run("evaluate.py", *flags, "--judge", "llm", "--judge-model", wide)).stdout

@@ -3,6 +3,7 @@ import json
 import random
 
 import pytest
+
 from conftest import CORPUS, dump, gold_rows, jsonl, ok, run
 
 ODD = [None, True, -1, 3.5, 1e300, 10 ** 400, float("nan"), float("inf"), "", " ", "\u0000", "\ud83d", "x" * 100_000, "<|im_end|>", "\ufeff", "🙂\r\n\u2028",
@@ -113,7 +114,7 @@ def test_mutated_annotations(tmp_path):
 
 
 def test_mutated_questions(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.mt_bench.RATING_TOKENS", 2)
+    monkeypatch.setattr("judges.mt_bench.RATING_TOKENS", 2)
     bench = tmp_path / "bench"
     bench.mkdir()
     dump(bench / "judge_prompts.jsonl", [{"name": f"single-v1{s}", "system_prompt": "Judge.", "prompt_template": "{%s}" % q} for s, q in (

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import dump, jsonl, make_model, ok, run
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-import generate as stage
-from data.batches import encode_response, end_of_turn
-from generate import draw, sample, stop_tokens, uniforms
-from data.judges import vader
+import core.sampling as stage
+from conftest import dump, jsonl, make_model, ok, run
+from core.chat import encode_response, end_of_turn
+from core.models import load
+from core.policy import ResponseLogps, score
+from core.sampling import draw, sample, stop_tokens, uniforms
+from judges.judge import vader
 from label import best_and_worst, implicit_reward
 
 STOP = torch.tensor([2])
@@ -149,8 +151,7 @@ def test_best_and_worst():
 
 def test_label_stage_by_hand(folder, other_folder, tmp_path):
     """Margins and log-probs in the rows against scores of single sequences; ties and empty candidates dropped and counted."""
-    import seed_dpo
-    from data.batches import encode_prompt, encode_response
+    from core.chat import encode_prompt, encode_response
     ask = [{"role": "user", "content": "Write."}]
     responses = dump(tmp_path / "r.jsonl", [
         {"id": "x", "prompt": ask, "responses": ["one", "two lines", "three", ""], "ended": [True, False, True, True], "extra": 1},
@@ -163,9 +164,9 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
         (row,) = jsonl(out)
         logps = []
         for path in (other_folder, folder):
-            model, tokenizer = seed_dpo.load(path, torch.device("cpu"))
+            model, tokenizer = load(path, torch.device("cpu"))
             prompt = encode_prompt(tokenizer, ask)
-            logps.append([seed_dpo.score(seed_dpo.ResponseLogps(model), [(prompt, [encode_response(tokenizer, t, e)])], "fp32", torch.device("cpu"))[0][0]
+            logps.append([score(ResponseLogps(model), [(prompt, [encode_response(tokenizer, t, e)])], "fp32", torch.device("cpu"))[0][0]
                           for t, e in (("one", True), ("two lines", False), ("three", True))])
         reward = 0.2 * (np.array(logps[0]) - logps[1])
         w, l = reward.argmax(), reward.argmin()

@@ -11,12 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import judges
-from data.judges import both_orders, option_prompt, parse_choice, parse_rating, rewards
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from judges import judge as judges
+from judges.judge import both_orders, option_prompt, parse_choice, parse_rating, rewards
 
 CPU = torch.device("cpu")
 ASK = [{"role": "user", "content": "Say."}]

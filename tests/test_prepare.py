@@ -7,10 +7,11 @@ import pandas
 import pytest
 import torch
 import transformers
-from conftest import CORPUS, dump, gold_rows, jsonl, make_model, ok, run
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data.batches import encode_prompt
+from conftest import CORPUS, dump, gold_rows, jsonl, make_model, ok, run
+from core.chat import encode_prompt
 from data.prepare import embed, farthest, normalise, split
 
 
@@ -163,7 +164,7 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_bad_rows_are_named(name, tmp_path, capsys):
-    from data.rows import read_rows
+    from core.rows import read_rows
     line, message = BAD_LINES[name]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD.encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")

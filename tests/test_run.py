@@ -4,8 +4,8 @@ import os
 import socket
 import subprocess
 
-
 import pytest
+
 from conftest import ROOT, dump, gold_rows, jsonl, warm_python
 
 

@@ -5,14 +5,28 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import seed_dpo
-from data.batches import deal, encode_prompt, encode_response, pack, shares_prompt, tokens_of
-from data.machine import distribute, training_flops
-from seed_dpo import ResponseLogps, dpo_loss, dpo_margin, response_hidden, score, sum_by_response, token_logps
+from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
+from core.chat import encode_prompt, encode_response
+from core.parallel import distribute
+from core.policy import (
+    ResponseLogps,
+    deal,
+    pack,
+    response_hidden,
+    score,
+    shares_prompt,
+    sum_by_response,
+    token_logps,
+    tokens_of,
+)
+from core.models import load
+from core.training import training_flops
+from seed_dpo import dpo_loss, dpo_margin
 
 CPU = torch.device("cpu")
 
@@ -197,7 +211,7 @@ def test_first_update_against_a_separate_computation(folder, tmp_path):
     pairs = dump(tmp_path / "seed.jsonl", rows)
     ok(run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e-3", "--epochs", "1", "--precision", "fp32", "--micro-tokens", "60",
            "--out", tmp_path / "out"))
-    model, tokenizer = seed_dpo.load(folder, CPU)
+    model, tokenizer = load(folder, CPU)
     model.double()
     total = 0
     for row in rows:

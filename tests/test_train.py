@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import dump, jsonl, launch, make_model, ok, run
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from data.batches import pack
-from seed_dpo import ResponseLogps, dpo_margin, response_hidden, token_logps
+from conftest import dump, jsonl, launch, make_model, ok, run
+from core.policy import ResponseLogps, pack, response_hidden, token_logps
+from seed_dpo import dpo_margin
 from train import atoms_of, extrapolated_logps, leader_loss, loss_star, threshold
 
 one = torch.ones(1)

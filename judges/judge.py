@@ -28,9 +28,10 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data.batches import encode_prompt, encode_rows
-from data.machine import autocast, load, merge
-from data.rows import fail, write_rows
+from core.chat import encode_prompt, encode_rows
+from core.models import load
+from core.parallel import autocast, merge
+from core.rows import fail, write_rows
 
 Comparison = tuple[list[dict], str, str]
 TIMEOUT, RETRIES, PARALLEL = 600.0, 8, 8  # of an endpoint: seconds a request, tries beyond the first with back-off, requests at once
@@ -38,7 +39,7 @@ TIMEOUT, RETRIES, PARALLEL = 600.0, 8, 8  # of an endpoint: seconds a request, t
 
 def judge_flags(cli: argparse.ArgumentParser, others: list[str], default: str) -> None:
     """The flags of label.py and evaluate.py that name a judge; `others` are the choices that the stage has besides."""
-    cli.add_argument("--judge", choices=[*others, *SCORERS, *RANKERS], default=default, help="who judges (see data/judges.py)")
+    cli.add_argument("--judge", choices=[*others, *SCORERS, *RANKERS], default=default, help="who judges (see judges/judge.py)")
     cli.add_argument("--judge-model", help="folder or hub id of the judging model; the endpoint's name for it with openai")
     cli.add_argument("--base-url", help="the endpoint of --judge openai; its key is read from OPENAI_API_KEY, never from a flag")
 
@@ -102,7 +103,7 @@ def judge_pairs(rows: list[dict]) -> list[dict]:
 
 def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> list[float]:
     """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA, B.2)."""
-    from seed_dpo import ResponseLogps, score  # which imports this module to train such a judge
+    from core.policy import ResponseLogps, score  # which imports this module to train such a judge
     model, tokenizer = load(args.judge_model, device)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
     encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: [("A", False), ("B", False)])
@@ -158,7 +159,7 @@ def chat(args, chats: list[list[dict]], max_tokens: int, rank: int, world: int, 
     """The judging model's answer to every chat, at temperature 0: an endpoint's with --judge openai, else a local model's."""
     if args.judge == "openai":
         return merge({0: ask_endpoint(args, chats, max_tokens)} if rank == 0 else {}, world)[0]
-    from generate import respond
+    from core.sampling import respond
     rows = [{"id": str(i), "prompt": messages} for i, messages in enumerate(chats)]
     path = f"{args.out}/judge/{hashlib.sha256(repr(chats).encode(errors='surrogatepass')).hexdigest()[:16]}"
     if rank == 0:

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from data.rows import fail, is_number, read_json_list
+from core.rows import fail, is_number, read_json_list
 
 # ---------------------------------------------------------------------------------------------------- means and their errors
 

@@ -1,74 +1,18 @@
-"""From rows to batches: a conversation's tokens, which rows share a forward pass, and the tensors of one.
+"""π(y|x): which rows share a forward pass, the tensors of one, and the log-probs of responses.
 
-An encoded row is (prompt ids, [response ids, …]). Only the chat template writes control tokens; what is spelled out in a
-message or a response is text.
+    logp(y|x) = Σ_t log π(y_t | x, y_<t)                     response tokens only, end-of-turn token included
 """
 import functools
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 
 import torch
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from data.rows import fail
-
-
-def encode_prompt(tokenizer, messages: list[dict], generation: bool = True) -> list[int]:
-    """Token ids of a conversation in the model's chat template, up to where the response begins if `generation`.
-
-    Only the template writes control tokens. One that is spelled out in a message is swapped for a private-use character
-    while the template renders, and put back as ordinary text.
-    """
-    controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    spelled = [c for c in controls if any(c in m["content"] for m in messages)]
-    stand_in = {chr(0xF0000 + i): c for i, c in enumerate(spelled)}
-    hidden = messages
-    for char, control in stand_in.items():
-        hidden = [{**m, "content": m["content"].replace(control, char)} for m in hidden]
-    text = tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=generation)
-    pieces = re.split(f"([{''.join(stand_in)}])", text) if stand_in else [text]
-    return [i for piece in pieces if piece for i in tokenizer(
-        stand_in.get(piece, piece), add_special_tokens=False, split_special_tokens=piece in stand_in).input_ids]
-
-
-@functools.cache
-def end_of_turn(tokenizer) -> int:
-    """The token that the chat template writes after an assistant's turn, e.g. Phi-3's <|end|>; if none, the end-of-sequence token."""
-    mark = "\uf8ff"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}], tokenize=False)
-    ids = tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False).input_ids
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
-
-
-def encode_response(tokenizer, text: str, ended: bool = True) -> list[int]:
-    """Token ids of a response as plain text, then the end-of-turn token, unless the response was cut at a length limit."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [end_of_turn(tokenizer)] if ended else ids
-
-
-def encode_rows(config, tokenizer, rows: list[dict], path: str, responses: Callable[[dict], list[tuple[str, bool]]]) -> list:
-    """[(prompt ids, [response ids, …]), …] of rows whose `responses(row)` are (text, ended) pairs; too long a row fails."""
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    encoded = []
-    for row in rows:
-        try:
-            prompt = encode_prompt(tokenizer, row["prompt"])
-        except Exception as error:  # templates raise whatever they like, e.g. for a system turn that they do not know
-            fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
-        answers = [encode_response(tokenizer, text, ended) for text, ended in responses(row)]
-        longest = len(prompt) + max(map(len, answers), default=0)
-        if longest > limit:
-            fail(f"{path}: id {row['id']!r} has {longest} tokens; the model's context is {limit}. Shorten or remove it")
-        encoded.append((prompt, answers))
-    return encoded
-
-
-def pair_of(row: dict) -> list[tuple[str, bool]]:
-    """(text, ended) of the chosen, then of the rejected response. Gold rows do not say: theirs ended."""
-    return [(row["chosen"], row.get("chosen_ended", True)), (row["rejected"], row.get("rejected_ended", True))]
-
+from core.parallel import autocast, merge, model_of
 
 # One sequence for all responses to a prompt needs attention that follows a given mask and given positions and nothing else.
 SHARES_PROMPT = {"llama", "mistral", "phi3", "qwen2"}
@@ -147,3 +91,68 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
         mask = mask[:, None].to(device)
     return {"input_ids": ids.to(device), "position_ids": positions.to(device), "attention_mask": mask, "lengths": lengths,
             "where": torch.tensor(where, device=device), "target": torch.tensor(target, device=device)}
+
+
+def response_hidden(model, batch: dict) -> torch.Tensor:
+    """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never count."""
+    out = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+                           attention_mask=batch["attention_mask"], use_cache=False)
+    return out.last_hidden_state.flatten(0, 1)[batch["where"]]
+
+
+def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, also: Callable | None = None,
+                chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log π(target) [M], fp32 at least, from hidden states [M, H], `chunk` tokens of logits at a time, recomputed in backward.
+
+    A [B, T, V] tensor of logits is the memory peak of naive code; here [chunk, V] is the largest that exists. Also
+    returns what `also(logits, part)` makes of each chunk's logits [c, V], without gradient; `part` is its slice of 0 … M.
+    """
+    def piece(h: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits = head(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logps = logits.log_softmax(-1).gather(-1, target[part, None])[:, 0]
+        with torch.no_grad():  # last, because recomputation in backward stops where it has what the gradient needs
+            return logps, also(logits.detach(), part) if also else None
+    parts = [slice(i, i + chunk) for i in range(0, len(target), chunk)]
+    run = functools.partial(checkpoint, piece, use_reentrant=False) if torch.is_grad_enabled() else piece
+    logps, extra = zip(*(run(hidden[part], part) for part in parts))
+    return torch.cat(logps), torch.cat(extra) if also else None
+
+
+def sum_by_response(values: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Sums [R] of per-token values [M] over each response."""
+    return torch.stack([own.sum() for own in values.split(batch["lengths"])])
+
+
+class ResponseLogps(torch.nn.Module):
+    """The model as the function that is trained: batch → response log-probs [R], and sums [R] of what `also` computes.
+
+    DDP and FSDP must wrap exactly the forward pass that is used, or their hooks never fire.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def hidden(self, batch: dict) -> torch.Tensor:
+        return response_hidden(self.model, batch)
+
+    def forward(self, batch: dict, also: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden = response_hidden(self.model, batch)
+        logps, extra = token_logps(self.model.get_output_embeddings(), hidden, batch["target"], also)
+        return sum_by_response(logps, batch), extra if extra is None else sum_by_response(extra, batch)
+
+
+@torch.no_grad()
+def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0, world: int = 1,
+          title: str = "score", cache: bool = True) -> list[list[float]]:
+    """log-probs of every response of every row, on all processes; the rows are dealt out to them."""
+    shared, budget = shares_prompt(model_of(net), encoded), 16384 if device.type == "cuda" else 2048  # tokens that keep it busy
+    mine = {}
+    for rows in tqdm(deal(encoded, range(len(encoded)), shared, budget, world)[rank], desc=title, unit="batch",
+                     disable=None if rank == 0 else True):
+        with autocast(device, precision, cache):
+            values = iter(net(pack([encoded[i] for i in rows or [0]], shared, device))[0].tolist())
+        mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})
+    merged = merge(mine, world)
+    return [merged[i] for i in range(len(encoded))]

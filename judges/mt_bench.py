@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.judges import chat, parse_rating
-from data.measures import mt_bench_scores
-from data.rows import fail, read_json_lines, write_rows
-from generate import respond
+from core.rows import fail, read_json_lines, write_rows
+from core.sampling import respond
+from judges.judge import chat, parse_rating
+from judges.measures import mt_bench_scores
 
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
                "reasoning": 0.0}  # as FastChat samples

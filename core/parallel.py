@@ -1,0 +1,80 @@
+"""Processes: how a stage runs on one or many, and in which precision."""
+import argparse
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """(rank, world size, device). Under torchrun joins the process group; alone there is none and nothing changes."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux":
+        keep_freed_memory()
+    if world > 1 and not dist.is_initialized():  # the limit covers one stage's slowest rank, not one collective: ranks meet only when work is done
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of returning it to the system and faulting it in again page by page, which takes a
+    third of a training step's time on two cores. Elsewhere (musl) nothing changes."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
+
+
+def distribute(net: torch.nn.Module, device: torch.device, world: int, args: argparse.Namespace) -> torch.nn.Module:
+    """`net` (ResponseLogps) over all processes: a copy on each, gradients averaged (DDP), or layers in shards (FSDP2)."""
+    layers = max((m for m in net.modules() if isinstance(m, torch.nn.ModuleList)), key=len)  # the decoder's
+    if args.gradient_checkpointing:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.shard:
+        for layer in layers:
+            fully_shard(layer)
+        register_fsdp_forward_method(fully_shard(net), "hidden")
+        return net
+    net.to(device)
+    if world == 1 or not any(p.requires_grad for p in net.parameters()):
+        return net
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def model_of(net: torch.nn.Module):
+    """The Hugging Face model inside what `distribute` returned."""
+    return getattr(net, "module", net).model
+
+
+def merge(mine: dict[int, object], world: int) -> dict[int, object]:
+    """All processes' {row: value}, on every process."""
+    parts = [mine]
+    if world > 1:
+        dist.all_gather_object(parts := [None] * world, mine)
+    return {row: value for part in parts for row, value in part.items()}
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 here: a recent GPU, or a CPU with AVX512-BF16 or AMX."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def autocast(device: torch.device, precision: str, cache: bool = True):
+    """bf16 matrix products over fp32 weights where `precision` says so; norms, log-softmax and sums stay in fp32 (D8).
+
+    `cache` keeps the bf16 weights of a forward pass: where they are gathered from shards, that would be the whole model.
+    """
+    enabled = precision == "bf16" or precision == "auto" and bf16_pays(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)

@@ -1,0 +1,210 @@
+"""Sampling: y ~ π(·|x), the same on one process or eight, and after a kill.
+
+A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed, prompt id, sample,
+position) alone, and batches depend on the prompts file alone. Finished batches lie in OUT.part*, and the same command
+goes on from there.
+"""
+import argparse
+import glob
+import hashlib
+import inspect
+import json
+import math
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+
+from core.chat import encode_rows, end_of_turn
+from core.models import load, load_config, load_tokenizer
+from core.parallel import bf16_pays
+from core.rows import fail, read_rows, write_rows
+from core.stage import is_done, natural, publish, ranged, settings_of
+
+
+def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
+    """The uniform numbers [n, length] that decide the n responses to one prompt."""
+    key = int.from_bytes(hashlib.sha256(prompt_id.encode(errors="surrogatepass")).digest()[:8], "big")
+    return np.stack([np.random.default_rng([seed, key, sample]).random(length) for sample in range(n)])
+
+
+def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Tokens [B] from logits [B, V] at temperature [B]: the smallest token whose cumulative probability exceeds u [B] in [0, 1);
+    at temperature 0 the likeliest token."""
+    cumulative = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    point = torch.minimum((u[:, None] * total).float(), torch.nextafter(total, torch.zeros_like(total)))  # u·total may round up
+    return torch.where(temperature > 0, torch.searchsorted(cumulative, point, right=True)[:, 0], logits.argmax(-1))
+
+
+@torch.inference_mode()
+def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor,
+           stop: torch.Tensor) -> list[list[int]]:
+    """Token lists of the responses, row by row of u [R = len(prompts) · n, max_new_tokens] and temperature [R]; a stop token ends one and stays on it.
+
+    Each prompt is computed once and its keys and values shared out to its n samples; finished rows leave the batch.
+    """
+    device, n, width = model.device, len(u) // len(prompts), max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left padding: all rows end together
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache = transformers.DynamicCache(config=model.config)
+    known = inspect.signature(model.base_model.forward).parameters
+    slot = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
+    head = model.get_output_embeddings()
+
+    def last_logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{slot: cache})
+        return head(out.last_hidden_state[:, -1])
+
+    logits = last_logits(ids, (mask.cumsum(-1) - 1).clamp(min=0)).repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)
+    mask = mask.repeat_interleave(n, 0)
+    alive = torch.arange(len(u), device=device)
+    done = torch.zeros(len(u), dtype=torch.bool, device=device)
+    tokens: list[list[int]] = [[] for _ in range(len(u))]
+    for t in range(u.shape[1]):
+        token = draw(logits, u[alive, t], temperature[alive])
+        for row, value, over in zip(alive.tolist(), token.tolist(), done.tolist()):
+            if not over:
+                tokens[row].append(value)
+        done |= torch.isin(token, stop)
+        if t + 1 == u.shape[1] or done.all():
+            break
+        if done.sum() * 8 >= len(done):  # each compaction copies the cache, so wait until an eighth is worth it
+            keep = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            token, mask, alive, done = token[keep], mask[keep], alive[keep], done[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = last_logits(token[:, None], mask.sum(-1, keepdim=True) - 1)
+    return tokens
+
+
+def stop_tokens(path: str, config, tokenizer) -> list[int]:
+    """What ends a response: the end of a turn or of the sequence, and what the model's generation_config.json or config.json names."""
+    try:
+        more = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        more = config.eos_token_id
+    return sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
+
+
+def finished(out: str, header: str) -> dict[str, dict]:
+    """id → row of every row that earlier runs with the same settings left in `out`.part*; a line cut by a kill is skipped."""
+    rows = {}
+    for path in glob.glob(f"{glob.escape(out)}.part*"):
+        with open(path, encoding="utf-8", errors="replace") as file:  # a kill may cut a character too
+            if file.readline().rstrip("\n") != header:
+                continue
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    rows[row["id"]] = row
+                except (ValueError, KeyError):
+                    pass
+    return rows
+
+
+def generate(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict | None:
+    """Write args.out from args.prompts with args.model; returns the stats, or None where the output was complete already."""
+    settings = settings_of(args, "model", "prompts")
+    if is_done(args.out, settings):
+        return None
+    rows = read_rows(args.prompts, "prompts")
+    bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
+    config = load_config(args.model)
+    if args.backend == "vllm":
+        draw_responses, (model, tokenizer), together = sample_vllm, start_vllm(args.model, config, bf16, world), 4096  # it makes its own batches
+    else:
+        draw_responses, (model, tokenizer), together = sample, load(args.model, device, torch.bfloat16 if bf16 else torch.float32), args.batch_size
+    encoded = [prompt for prompt, _ in encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])]
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and max(map(len, encoded)) + args.max_new_tokens > limit:
+        fail(f"{args.prompts}: the longest prompt ({max(map(len, encoded))} tokens) and --max-new-tokens {args.max_new_tokens} "
+             f"exceed the model's context of {limit}")
+    stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
+
+    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))
+    size = max(1, together // args.n)
+    header = json.dumps(settings)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    done = finished(args.out, header)
+    todo = [b for b in (order[i:i + size] for i in range(0, len(order), size)) if any(rows[i]["id"] not in done for i in b)]
+    if done and rank == 0:
+        print(f"generate: {len(done)} of {len(rows)} prompts were done before; going on")
+    if world > 1:
+        dist.barrier()  # nobody writes until everybody has read
+    part = f"{args.out}.part{rank}"
+    fresh = not os.path.exists(part) or open(part, encoding="utf-8", errors="replace").readline().rstrip("\n") != header
+    with open(part, "w" if fresh else "a", encoding="utf-8") as file:
+        file.write(header + "\n" if fresh else "\n")
+        for batch in tqdm(todo[rank::world], desc="generate", unit="batch", disable=None if rank == 0 else True):
+            u = np.concatenate([uniforms(args.seed, rows[i]["id"], args.n, args.max_new_tokens) for i in batch])
+            heat = torch.tensor([rows[i].get("temperature", args.temperature) for i in batch for _ in range(args.n)], device=device)
+            tokens = iter(draw_responses(model, [encoded[i] for i in batch], torch.tensor(u, device=device), heat, stop))
+            for i in batch:
+                mine = [next(tokens) for _ in range(args.n)]
+                ended = [bool(y) and y[-1] in stop for y in mine]
+                texts = [tokenizer.decode(y[:-1] if e else y, skip_special_tokens=True) for y, e in zip(mine, ended)]
+                file.write(json.dumps({**rows[i], "responses": texts, "ended": ended}, ensure_ascii=False) + "\n")
+            file.flush()
+    if world > 1:
+        dist.barrier()
+    stats = {"prompts": len(rows), "n": args.n}
+    if rank == 0:
+        done = finished(args.out, header)
+        lengths = [len(text) for row in done.values() for text in row["responses"]]
+        stats |= {"mean_characters": sum(lengths) / len(lengths),
+                  "ended": sum(sum(row["ended"]) for row in done.values()) / len(lengths)}
+        publish(args.out, settings, stats, lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)))
+        for path in glob.glob(f"{glob.escape(args.out)}.part*"):
+            os.remove(path)
+        print(f"generate: {len(rows)} prompts × {args.n} responses, {stats['mean_characters']:.0f} characters on average, "
+              f"{stats['ended']:.0%} ended by themselves → {args.out}")
+    return stats
+
+
+def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: int, world: int, device: torch.device, **changes) -> list[dict]:
+    """The rows of `out`, generated with the sampling flags in `args` but for `changes`; for other stages."""
+    flags = {key: getattr(args, key) for key in ("n", "temperature", "max_new_tokens", "batch_size", "precision", "backend", "seed")}
+    generate(argparse.Namespace(model=model, prompts=prompts, out=out, **{**flags, **changes}), rank, world, device)
+    if world > 1:
+        dist.barrier()
+    return read_rows(out, "responses")
+
+
+def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
+    """The flags that decide what is sampled; evaluate.py has them too."""
+    cli.add_argument("-n", type=natural, default=n, help="responses a prompt (papers: 2)")
+    cli.add_argument("--temperature", type=ranged(float, 0), default=0.7, help="sampling temperature (papers: 0.7; 0: greedy), unless "
+                     "a prompt row has a `temperature` of its own")
+    cli.add_argument("--max-new-tokens", type=natural, default=300, help="length limit of a response in tokens (papers: 300)")
+    cli.add_argument("--batch-size", type=natural, default=128, help="responses sampled together; memory, and at most rounding in the text")
+    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the weights while sampling")
+    cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers", help="vllm: if installed; all GPUs of one machine, no torchrun")
+    cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the text, together with the prompt's id")
+
+
+def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor, stop: torch.Tensor) -> list[list[int]]:
+    """As `sample`, by a vllm.LLM; the first uniform number of a response seeds its request."""
+    from vllm import SamplingParams
+    n = len(u) // len(prompts)
+    settings = [SamplingParams(temperature=t, max_tokens=u.shape[1], seed=int(first * 2 ** 31), stop_token_ids=stop.tolist(), detokenize=False)
+                for t, first in zip(temperature.tolist(), u[:, 0].tolist())]
+    done = engine.generate([{"prompt_token_ids": p} for p in prompts for _ in range(n)], settings, use_tqdm=False)
+    return [list(request.outputs[0].token_ids) for request in done]
+
+
+def start_vllm(path: str, config, bf16: bool, world: int):
+    """(vllm.LLM over as many GPUs of this machine as divide the attention heads, tokenizer)."""
+    try:
+        import vllm  # never needed but for --backend vllm
+    except ImportError:
+        fail("--backend vllm needs the vllm package (pip install vllm)")
+    if world > 1:
+        fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
+    heads = math.gcd(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    gpus = max(n for n in range(1, max(1, torch.cuda.device_count()) + 1) if heads % n == 0)
+    return vllm.LLM(path, dtype="bfloat16" if bf16 else "float32", tensor_parallel_size=gpus), load_tokenizer(path)

@@ -1,0 +1,1 @@
+"""Getting data and models. Nothing here is imported by a stage."""
