@@ -64,7 +64,10 @@ N=${N:-2} TEMPERATURE=${TEMPERATURE:-0.7} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-300}
 BETA=${BETA:-0.1} LR=${LR:-5e-7} BATCH_SIZE=${BATCH_SIZE:-32} SEED_EPOCHS=${SEED_EPOCHS:-3}
 MICRO_TOKENS=${MICRO_TOKENS:-2048}                          # tokens a training pass and process: memory, not mathematics
 ALPHA=${ALPHA:-0.1} LAMS=${LAMS:-0.5 0.25 0.125} PERCENTILE=${PERCENTILE:-10} # SPA: smoothing, extrapolation by round, flagged share
-[[ $METHOD == spa ]] && EPSILON=${EPSILON:-0}
+if [[ $METHOD == spa ]]; then
+  EPSILON=${EPSILON:-0} ANCHOR=${ANCHOR:-previous}
+fi
+ANCHOR=${ANCHOR:-init}                                      # what training measures confidences against: init, or previous (SPA)
 EPSILON=${EPSILON:-0.01} PIECES=${PIECES:-6}                # the follower: radius, tangents of −log
 JUDGE=${JUDGE:-implicit} JUDGE_MODEL=${JUDGE_MODEL-}        # who labels the rounds: implicit (SPA), reward-model, pairrm, llm, openai
 JUDGE_LR=${JUDGE_LR:-2e-5} JUDGE_START=${JUDGE_START:-init} # llm without JUDGE_MODEL is trained on the seed, once or from each π_{t−1} (previous)
@@ -84,6 +87,7 @@ one_of BACKEND transformers vllm
 one_of SHARD no yes
 one_of SELECT random farthest
 one_of REFERENCE init previous none
+one_of ANCHOR init previous
 one_of JUDGE implicit reward-model pairrm llm openai
 one_of GOLD none vader reward-model pairrm llm openai
 if (( NNODES > 1 )) && ! command -v ${EACH_NODE%% *} >/dev/null; then
@@ -156,7 +160,8 @@ else
 fi
 
 train_judge() {  # an LLM judge from a policy and the gold seed
-  launch seed_dpo.py --objective judge --model "$1" --pairs "$gold" --out "$2" --lr "$JUDGE_LR" --epochs 3 --batch-size 32 --seed "$SEED" \
+  "$python" -m judges.comparisons --pairs "$gold" --out "$2.pairs.jsonl"
+  launch seed_dpo.py --objective supervised --model "$1" --pairs "$2.pairs.jsonl" --out "$2" --lr "$JUDGE_LR" --epochs 3 --batch-size 32 --seed "$SEED" \
     --micro-tokens "$MICRO_TOKENS" "${spread[@]}"
 }
 label() {  # a round's judge labels its responses
@@ -188,7 +193,7 @@ for _ in $ROUNDS; do
   label --responses "$round/responses.jsonl" --out "$round/labelled.jsonl"
   "$python" dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" --epsilon "$EPSILON" --pieces "$PIECES"
   launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" --alpha "$ALPHA" \
-    --lam "${lams[t - 1]:-${lams[-1]}}" --percentile "$PERCENTILE" --pieces "$PIECES" "${train[@]}"
+    --anchor "$ANCHOR" --lam "${lams[t - 1]:-${lams[-1]}}" --percentile "$PERCENTILE" --pieces "$PIECES" "${train[@]}"
   before=$policy policy=$round/policy models+=(round$t="$policy") labels+=(round$t="$round/worst.jsonl")
 done
 

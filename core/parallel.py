@@ -44,7 +44,7 @@ def distribute(net: torch.nn.Module, device: torch.device, world: int, args: arg
     if args.shard:
         for layer in layers:
             fully_shard(layer)
-        register_fsdp_forward_method(fully_shard(net), "hidden")
+        register_fsdp_forward_method(fully_shard(net), "states")
         return net
     net.to(device)
     if world == 1 or not any(p.requires_grad for p in net.parameters()):

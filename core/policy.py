@@ -6,9 +6,9 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -100,23 +100,36 @@ def response_hidden(model, batch: dict) -> torch.Tensor:
     return out.last_hidden_state.flatten(0, 1)[batch["where"]]
 
 
-def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, also: Callable | None = None,
-                chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log π(target) [M], fp32 at least, from hidden states [M, H], `chunk` tokens of logits at a time, recomputed in backward.
+def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tuple | None = None,
+                lam: float = 0.0, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    """log π(target) and log π̃(target) [M], fp32 at least, from last hidden states [M, H]; the latter without gradient.
 
-    A [B, T, V] tensor of logits is the memory peak of naive code; here [chunk, V] is the largest that exists. Also
-    returns what `also(logits, part)` makes of each chunk's logits [c, V], without gradient; `part` is its slice of 0 … M.
+    `reference` is (head, hidden states [M, H]) of π_ref; without it, or with λ = 0, π̃ is π (S9). A [B, T, V] tensor of
+    logits is the memory peak of naive code: here [chunk, V] is the largest that exists, and is recomputed in backward.
     """
-    def piece(h: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def piece(part: slice, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        label = target[part, None]
         logits = head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logps = logits.log_softmax(-1).gather(-1, target[part, None])[:, 0]
-        with torch.no_grad():  # last, because recomputation in backward stops where it has what the gradient needs
-            return logps, also(logits.detach(), part) if also else None
-    parts = [slice(i, i + chunk) for i in range(0, len(target), chunk)]
-    run = functools.partial(checkpoint, piece, use_reentrant=False) if torch.is_grad_enabled() else piece
-    logps, extra = zip(*(run(hidden[part], part) for part in parts))
-    return torch.cat(logps), torch.cat(extra) if also else None
+        logp = logits.log_softmax(-1).gather(-1, label)[:, 0]
+        if reference is None:
+            return logp, logp.detach()
+        # last, because recomputation in backward stops where it has what the gradient needs
+        with torch.no_grad():
+            head_ref, hidden_ref = reference
+            logits_ref = head_ref(hidden_ref[part]).float()
+            # h̃ = (1 + λ) h_θ − λ h_ref, renormalised                                               S12
+            logp_tilde = ((1 + lam) * logits - lam * logits_ref).log_softmax(-1).gather(-1, label)[:, 0]
+        return logp, logp_tilde
+    pieces = []
+    for start in range(0, len(target), chunk):
+        part = slice(start, start + chunk)
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(piece, part, hidden[part], use_reentrant=False))
+        else:
+            pieces.append(piece(part, hidden[part]))
+    logp, logp_tilde = zip(*pieces)
+    return torch.cat(logp), torch.cat(logp_tilde)
 
 
 def sum_by_response(values: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -125,7 +138,7 @@ def sum_by_response(values: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 class ResponseLogps(torch.nn.Module):
-    """The model as the function that is trained: batch → response log-probs [R], and sums [R] of what `also` computes.
+    """The model as the function that is trained: a batch → log π [R] and log π̃ [R] of its responses.
 
     DDP and FSDP must wrap exactly the forward pass that is used, or their hooks never fire.
     """
@@ -134,25 +147,32 @@ class ResponseLogps(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def hidden(self, batch: dict) -> torch.Tensor:
-        return response_hidden(self.model, batch)
+    def states(self, batch: dict) -> tuple:
+        """(head, last hidden states [M, H]): what another policy's forward pass needs to extrapolate from this one."""
+        return self.model.get_output_embeddings(), response_hidden(self.model, batch)
 
-    def forward(self, batch: dict, also: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, batch: dict, reference: tuple | None = None,
+                lam: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = response_hidden(self.model, batch)
-        logps, extra = token_logps(self.model.get_output_embeddings(), hidden, batch["target"], also)
-        return sum_by_response(logps, batch), extra if extra is None else sum_by_response(extra, batch)
+        head = self.model.get_output_embeddings()
+        logp, logp_tilde = token_logps(head, hidden, batch["target"], reference, lam)
+        return sum_by_response(logp, batch), sum_by_response(logp_tilde, batch)
 
 
 @torch.no_grad()
-def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0, world: int = 1,
-          title: str = "score", cache: bool = True) -> list[list[float]]:
+def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0,
+          world: int = 1, title: str = "score", cache: bool = True) -> list[list[float]]:
     """log-probs of every response of every row, on all processes; the rows are dealt out to them."""
-    shared, budget = shares_prompt(model_of(net), encoded), 16384 if device.type == "cuda" else 2048  # tokens that keep it busy
+    shared = shares_prompt(model_of(net), encoded)
+    budget = 16384 if device.type == "cuda" else 2048  # tokens that keep it busy
+    passes = deal(encoded, range(len(encoded)), shared, budget, world)[rank]
     mine = {}
-    for rows in tqdm(deal(encoded, range(len(encoded)), shared, budget, world)[rank], desc=title, unit="batch",
-                     disable=None if rank == 0 else True):
+    for rows in tqdm(passes, desc=title, unit="batch", disable=None if rank == 0 else True):
         with autocast(device, precision, cache):
-            values = iter(net(pack([encoded[i] for i in rows or [0]], shared, device))[0].tolist())
+            logp, _ = net(pack([encoded[i] for i in rows or [0]], shared, device))
+        values = iter(logp.tolist())
         mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})
+    if isinstance(net, FSDPModule):
+        net.reshard()  # what the last forward pass gathered
     merged = merge(mine, world)
     return [merged[i] for i in range(len(encoded))]

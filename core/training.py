@@ -1,14 +1,21 @@
-"""The verbs of a training loop: flags, start, checkpoint, yardsticks of speed and memory, and the published policy."""
+"""The verbs of a training loop: begin, batch, passes, gather, update, log row, checkpoint, save.
+
+seed_dpo.py and train.py show the loop itself. What a training step means is there; how it is spread over passes and
+processes, measured and kept is here.
+"""
 import argparse
 import json
+import math
 import os
 import pickle
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
@@ -17,42 +24,204 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from tqdm import tqdm
 
 from core.chat import encode_rows, pair_of
 from core.models import load
-from core.parallel import autocast, distribute, model_of, start_processes
-from core.policy import ResponseLogps
+from core.parallel import autocast, distribute, merge, model_of, start_processes
+from core.policy import ResponseLogps, deal, pack, shares_prompt, tokens_of
 from core.rows import fail, read_rows, write_rows
 from core.stage import natural, positive, publish, ranged
 
 
+class Run(NamedTuple):
+    """What stays the same while a trainer runs."""
+    args: argparse.Namespace
+    settings: dict
+    rows: list[dict]
+    encoded: list                     # a (prompt ids, [chosen ids, rejected ids]) a row
+    shared: bool                      # one sequence a pair, or one a response
+    policy: torch.nn.Module           # π_θ as `ResponseLogps`, over all processes
+    optimizer: torch.optim.Optimizer
+    tokenizer: object
+    device: torch.device
+    rank: int
+    world: int
+    total: int                        # steps
+    peak: float                       # FLOP/s of all processes' matrix products
+
+
 def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     """The flags that seed_dpo.py and train.py share."""
-    cli.add_argument("--model", required=True, help="where training starts: a Hugging Face folder or hub id; also the reference")
+    cli.add_argument("--model", required=True,
+                     help="where training starts: a Hugging Face folder or hub id; also the reference")
     cli.add_argument("--pairs", required=True, help="preference rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the trained policy")
-    cli.add_argument("--beta", type=positive, default=0.1, help="weight of the KL term (papers: 0.1; LLaMA-3 0.01 or 0.05)")
-    cli.add_argument("--lr", type=positive, default=5e-7, help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
-    cli.add_argument("--epochs", type=natural, default=epochs, help=f"passes over the pairs (papers: {epochs})")
-    cli.add_argument("--batch-size", type=natural, default=32, help="pairs an update, over all processes (papers: 32)")
-    cli.add_argument("--clip", type=positive, default=1.0, help="gradient norm above which gradients are scaled down")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of matrix products; weights stay fp32")
-    cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the order of the pairs")
-    cli.add_argument("--micro-tokens", type=natural, default=2048, help="tokens a forward pass and process: memory, not mathematics")
-    cli.add_argument("--gradient-checkpointing", action="store_true", help="recompute each layer in backward: less memory, a third more work")
-    cli.add_argument("--shard", action="store_true", help="split weights, gradients and Adam over the processes (FSDP2)")
-    cli.add_argument("--save-every", type=ranged(int, 0), default=50, help="steps between checkpoints to go on from after a kill; 0: none")
+    cli.add_argument("--out", type=os.path.normpath, required=True,
+                     help="folder of the trained policy")
+    cli.add_argument("--beta", type=positive, default=0.1,
+                     help="weight of the KL term (papers: 0.1; LLaMA-3 0.01 or 0.05)")
+    cli.add_argument("--lr", type=positive, default=5e-7,
+                     help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
+    cli.add_argument("--epochs", type=natural, default=epochs,
+                     help=f"passes over the pairs (papers: {epochs})")
+    cli.add_argument("--batch-size", type=natural, default=32,
+                     help="pairs an update, over all processes (papers: 32)")
+    cli.add_argument("--clip", type=positive, default=1.0,
+                     help="gradient norm above which gradients are scaled down")
+    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                     help="of matrix products; weights stay fp32")
+    cli.add_argument("--seed", type=ranged(int, 0), default=42,
+                     help="decides the order of the pairs")
+    cli.add_argument("--micro-tokens", type=natural, default=2048,
+                     help="tokens a forward pass and process: memory, not mathematics")
+    cli.add_argument("--gradient-checkpointing", action="store_true",
+                     help="recompute each layer in backward: less memory, a third more work")
+    cli.add_argument("--shard", action="store_true",
+                     help="split weights, gradients and Adam over the processes (FSDP2)")
+    cli.add_argument("--save-every", type=ranged(int, 0), default=50,
+                     help="steps between checkpoints to go on from after a kill; 0: none")
 
 
-def begin(args: argparse.Namespace, kind: str, rows_of: Callable[[list], list] = list) -> tuple:
-    """What both trainers start with: (rows, encoded, net, tokenizer, device, rank, world); `rows_of` may rewrite the rows."""
-    rows = rows_of(read_rows(args.pairs, kind))
+def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
+    """Rows, policy and optimizer on every process."""
+    rows = read_rows(args.pairs, kind)
     rank, world, device = start_processes()
     if args.shard and world == 1:
         fail("--shard needs several processes: torchrun --nproc_per_node=N …")
-    model, tokenizer = load(args.model, torch.device("cpu") if args.shard else device)  # shards leave the CPU one by one
+    # shards leave the CPU one by one
+    model, tokenizer = load(args.model, torch.device("cpu") if args.shard else device)
     encoded = encode_rows(model.config, tokenizer, rows, args.pairs, pair_of)
-    return rows, encoded, distribute(ResponseLogps(model), device, world, args), tokenizer, device, rank, world
+    shared = shares_prompt(model, encoded)
+    policy = distribute(ResponseLogps(model), device, world, args)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    total = args.epochs * math.ceil(len(rows) / args.batch_size)
+    peak = world * matmul_flops(device, args.precision)
+    return Run(args, settings, rows, encoded, shared, policy, optimizer, tokenizer, device, rank,
+               world, total, peak)
+
+
+def resume(run: Run) -> list[dict]:
+    """The log up to where training goes on, a row a step; weights and optimizer are set from OUT.checkpoint.
+
+    Empty if no run of the same settings left one. While training runs, the log lies in OUT.log.jsonl.
+    """
+    log = restore_state(f"{run.args.out}.checkpoint", run.policy, run.optimizer, run.settings, run.rank)
+    if run.rank == 0:
+        write_rows(f"{run.args.out}.log.jsonl", log)
+    if log and run.world > 1 and not run.args.shard:
+        # DDP sorts gradients into other buckets after its first pass: let that not be at a later step
+        # than in a run that was left alone, whose sums were added in that order.
+        tokens = pack(run.encoded[:1], run.shared, run.device)
+        (0 * run.policy(tokens)[0].sum()).backward()
+        run.optimizer.zero_grad(set_to_none=True)
+    return log
+
+
+def steps(run: Run, log: list[dict]) -> tqdm:
+    """A bar over the steps that are still to be made."""
+    return tqdm(range(len(log), run.total), desc="train", unit="step", initial=len(log),
+                total=run.total, disable=None if run.rank == 0 else True)
+
+
+def batch_at(run: Run, step: int) -> list[int]:
+    """Row numbers of the global batch of a step: alike on every process, and after a kill."""
+    per_epoch = math.ceil(len(run.rows) / run.args.batch_size)
+    epoch, k = divmod(step, per_epoch)
+    order = np.random.default_rng([run.args.seed, epoch]).permutation(len(run.rows)).tolist()
+    return order[k * run.args.batch_size:(k + 1) * run.args.batch_size]
+
+
+def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict, float]]:
+    """(row numbers [m], their tokens, what the sum of their losses is multiplied by) of this process's passes.
+
+    Gradients are averaged over processes, and the update is the mean over the global batch (D7): hence world / B.
+    A process with fewer passes than others takes part with a stand-in of scale 0.
+    """
+    passes = deal(run.encoded, batch, run.shared, run.args.micro_tokens, run.world)[run.rank]
+    for number, own in enumerate(passes, 1):
+        # DDP sums over processes once, after the last pass. Shards are summed after each: a whole
+        # gradient would not fit.
+        run.policy.require_backward_grad_sync = number == len(passes)
+        rows = own or batch[:1]
+        tokens = pack([run.encoded[i] for i in rows], run.shared, run.device)
+        yield rows, tokens, run.world / len(batch) if own else 0.0
+
+
+def precision(run: Run):
+    """The context of a forward pass."""
+    return autocast(run.device, run.args.precision, cache=not run.args.shard)
+
+
+def note(seen: dict[int, dict], rows: list[int], scale: float, **columns: torch.Tensor) -> None:
+    """Keep what a pass found of its pairs, columns [m], by row number; a stand-in's is not kept."""
+    if scale > 0:
+        values = zip(*(column.tolist() for column in columns.values()))
+        seen.update({i: dict(zip(columns, own)) for i, own in zip(rows, values)})
+
+
+def gather(run: Run, seen: dict[int, dict], batch: list[int]) -> dict[str, list[float]]:
+    """What all processes noted: columns [B] in the order of the global batch, alike on every process."""
+    merged = merge(seen, run.world)
+    return {key: [merged[i][key] for i in batch] for key in merged[batch[0]]}
+
+
+def update(run: Run, batch: list[int], loss: list[float], lr: float, step: int) -> float:
+    """One step of AdamW at rate `lr` on the clipped gradient, whose norm before clipping is returned.
+
+    Ends the program, with nothing saved, where loss or gradient is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.args.clip)
+    norm = getattr(norm, "full_tensor", lambda: norm)().item()
+    mean = sum(loss) / len(loss)
+    if not math.isfinite(mean + norm):
+        saved = f"{run.args.out}.checkpoint"
+        kept = f", {saved} is kept" if os.path.exists(saved) else ""
+        ids = ", ".join(run.rows[i]["id"] for i in batch)
+        fail(f"step {step + 1} of {run.total}: loss {mean}, gradient norm {norm}; rows {ids}. "
+             f"No weights are saved{kept}; lower --lr or look at these rows")
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def log_row(run: Run, step: int, batch: list[int], pairs: dict, norm: float, lr: float,
+            started: float) -> dict:
+    """A step in numbers, from the `loss`, `margin` and `gain` of its pairs.
+
+    `gain` is the margin against π_ref, where training starts: accuracy counts what training itself did, and is ½ at step 1
+    whatever the margin is measured against.
+    """
+    seconds = time.perf_counter() - started
+    rows = [run.encoded[i] for i in batch]
+    margin = np.array(pairs["margin"])
+    gain = np.array(pairs["gain"])
+    return {
+        "step": step + 1,
+        "loss": sum(pairs["loss"]) / len(batch),
+        "accuracy": float(((gain > 0) + 0.5 * (gain == 0)).mean()),
+        "margin": float(margin.mean()),
+        "confidence": np.quantile(1 / (1 + np.exp(-margin)), [0.1, 0.5, 0.9]).tolist(),
+        "gradient_norm": norm,
+        "lr": lr,
+        "seconds": seconds,
+        "tokens_per_s": sum(tokens_of(row, run.shared) for row in rows) / seconds,
+        "mfu": training_flops(model_of(run.policy), rows, run.shared) / seconds / run.peak,
+        "memory_gb": memory_gb(run.device),
+    }
+
+
+def keep(run: Run, log: list[dict], bar: tqdm) -> None:
+    """Show and write the latest row of the log, and a checkpoint where one is due."""
+    last = log[-1]
+    bar.set_postfix({k: f"{last[k]:.3g}" for k in ("loss", "accuracy", "tokens_per_s", "mfu")})
+    if run.rank == 0:
+        with open(f"{run.args.out}.log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(last) + "\n")
+    every = run.args.save_every
+    if every and len(log) % every == 0 and len(log) < run.total:
+        save_state(f"{run.args.out}.checkpoint", run.policy, run.optimizer, log, run.settings, run.rank)
 
 
 def training_flops(model, encoded: list, shared: bool) -> float:
@@ -135,22 +304,24 @@ def clean(out: str) -> None:
         Path(f"{out}.{suffix}").unlink(missing_ok=True)
 
 
-def save_policy(args: argparse.Namespace, net, tokenizer, pairs: int, log: list[dict], settings: dict, rank: int, **stats) -> dict:
-    """Publish a Hugging Face folder (one safetensors file, fp32) with the tokenizer and log.jsonl; returns the stats."""
-    weights = get_model_state_dict(model_of(net), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    names = {name for values in (model_of(net).named_parameters(), model_of(net).named_buffers()) for name, _ in values}
+def save_policy(run: Run, log: list[dict], **stats) -> dict:
+    """Publish a Hugging Face folder (one safetensors file, fp32) with tokenizer and log.jsonl; returns the stats."""
+    args, model = run.args, model_of(run.policy)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names = {name for values in (model.named_parameters(), model.named_buffers()) for name, _ in values}
     weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied weights once
 
     def write(tmp: str) -> None:
         try:
-            model_of(net).save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
+            model.save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
         except SafetensorError as error:
             fail(f"{args.out}: cannot be written; is the disk full? ({error})")
-        tokenizer.save_pretrained(tmp)
+        run.tokenizer.save_pretrained(tmp)
         write_rows(f"{tmp}/log.jsonl", log)
     last = log[-(len(log) // args.epochs):]
-    stats |= {"pairs": pairs, "steps": len(log), **{k: sum(r[k] for r in last) / len(last) for k in ("loss", "accuracy")}}
-    if rank == 0:
-        publish(args.out, settings, stats, write)
+    means = {key: sum(row[key] for row in last) / len(last) for key in ("loss", "accuracy")}
+    stats |= {"pairs": len(run.rows), "steps": len(log), **means}
+    if run.rank == 0:
+        publish(args.out, run.settings, stats, write)
         clean(args.out)
     return stats

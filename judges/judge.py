@@ -31,7 +31,9 @@ from tqdm import tqdm
 from core.chat import encode_prompt, encode_rows
 from core.models import load
 from core.parallel import autocast, merge
+from core.policy import ResponseLogps, score
 from core.rows import fail, write_rows
+from core.sampling import respond
 
 Comparison = tuple[list[dict], str, str]
 TIMEOUT, RETRIES, PARALLEL = 600.0, 8, 8  # of an endpoint: seconds a request, tries beyond the first with back-off, requests at once
@@ -93,17 +95,8 @@ def option_prompt(conversation: list[dict], first: str, second: str) -> list[dic
         f"the most helpful, honest, and harmless.\nOptions:\n(A) {first}\n(B) {second}\nThe answer is:")}]
 
 
-def judge_pairs(rows: list[dict]) -> list[dict]:
-    """Gold pairs as what an LLM judge learns from: each in both orders, `chosen` the right letter (SPA, B.2)."""
-    letters = {"chosen_ended": False, "rejected_ended": False}  # the letter alone is learnt, as it alone is read
-    return [{"id": f"{row['id']} {right}", "prompt": option_prompt(row["prompt"], *sides), "chosen": right, "rejected": false, **letters}
-            for row in rows for right, false, sides in (("A", "B", (row["chosen"], row["rejected"])),
-                                                        ("B", "A", (row["rejected"], row["chosen"])))]
-
-
 def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> list[float]:
     """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA, B.2)."""
-    from core.policy import ResponseLogps, score  # which imports this module to train such a judge
     model, tokenizer = load(args.judge_model, device)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
     encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: [("A", False), ("B", False)])
@@ -159,7 +152,6 @@ def chat(args, chats: list[list[dict]], max_tokens: int, rank: int, world: int, 
     """The judging model's answer to every chat, at temperature 0: an endpoint's with --judge openai, else a local model's."""
     if args.judge == "openai":
         return merge({0: ask_endpoint(args, chats, max_tokens)} if rank == 0 else {}, world)[0]
-    from core.sampling import respond
     rows = [{"id": str(i), "prompt": messages} for i, messages in enumerate(chats)]
     path = f"{args.out}/judge/{hashlib.sha256(repr(chats).encode(errors='surrogatepass')).hexdigest()[:16]}"
     if rank == 0:

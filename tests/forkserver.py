@@ -52,6 +52,11 @@ def start(request: dict, fds: list[int]) -> None:
         from torch.distributed.run import main as torchrun
         sys.argv = sys.argv[1:]
         return torchrun()
+    if sys.argv[0] == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv = sys.argv[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        return None
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -110,8 +110,9 @@ def test_llm_judge_against_a_plain_computation(wide, tokenizer, tmp_path):
 def test_fine_tuning_a_judge(wide, tmp_path):
     """Supervised on the letters: the loss is −log π(letter), and the judge learns to agree with its gold pairs."""
     pairs = dump(tmp_path / "gold.jsonl", gold_rows(6))
-    flags = ["--pairs", pairs, "--precision", "fp32", "--micro-tokens", "4000"]
-    ok(run("seed_dpo.py", "--objective", "judge", "--model", wide, *flags, "--out", tmp_path / "judge", "--lr", "1e-2", "--epochs", "40", "--batch-size", "12"))
+    ok(run("judges/comparisons.py", "--pairs", pairs, "--out", tmp_path / "letters.jsonl"))
+    flags = ["--pairs", tmp_path / "letters.jsonl", "--precision", "fp32", "--micro-tokens", "4000"]
+    ok(run("seed_dpo.py", "--objective", "supervised", "--model", wide, *flags, "--out", tmp_path / "judge", "--lr", "1e-2", "--epochs", "40", "--batch-size", "12"))
     log = jsonl(tmp_path / "judge/log.jsonl")
     assert len(log) == 40 and log[-1]["loss"] < 0.2 < log[0]["loss"] and log[-1]["accuracy"] == 1
     ok(run("label.py", "--judge", "llm", "--judge-model", tmp_path / "judge", "--pairs", pairs, "--out", tmp_path / "l.jsonl", "--precision", "fp32"))

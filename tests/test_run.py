@@ -36,14 +36,14 @@ def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     assert "worst.jsonl: changed since it was written: epsilon 0.01 → 0.0. Redoing." in changed
     assert "run/seed: complete, skipped" in changed and "round1/labelled.jsonl: complete, skipped" in changed
     assert "round2/responses.jsonl: changed" in changed
-    assert json.load(open(tmp_path / "run/round2/policy.stats.json"))["anchor"] == "previous"
+    assert json.load(open(tmp_path / "run/round2/policy.stats.json"))["anchor"] == "init"  # the method's, at every ε
 
 
 def test_own_preference_data_and_judge_on_two_processes(wide, tmp_path):
     data = dump(tmp_path / "pairs.jsonl", [{k: v for k, v in r.items() if k != "id"} for r in gold_rows(24)])
-    out = run_sh(MODEL=wide, DATA=data, RUN=tmp_path / "run", SEED_SIZE=6, ROUNDS=5, MAX_NEW_TOKENS=8, NPROC=2, EPSILON=0, ALPHA=0, JUDGE="llm",
+    out = run_sh(MODEL=wide, DATA=data, RUN=tmp_path / "run", SEED_SIZE=6, ROUNDS=5, MAX_NEW_TOKENS=8, NPROC=2, METHOD="spa", ALPHA=0, JUDGE="llm",
                  JUDGE_START="previous")
-    assert "12 comparisons" in out and "5 pairs by llm" in out
+    assert "12 responses" in out and "5 pairs by llm" in out
     assert "| round1 |" in out and (tmp_path / "run/report.md").exists() and not (tmp_path / "run/gold").exists()
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from conftest import dump, jsonl, launch, make_model, ok, run
 from core.policy import ResponseLogps, pack, response_hidden, token_logps
 from seed_dpo import dpo_margin
-from train import atoms_of, extrapolated_logps, leader_loss, loss_star, threshold
+from train import atoms_of, leader_loss, loss_star, threshold
 
 one = torch.ones(1)
 MARGINS = st.floats(-30, 30)
@@ -44,14 +44,21 @@ def test_worst_case_loss_by_hand():
     assert below.item() == pytest.approx(0.25 * math.log(4 / 3) + 0.75 * (2 + math.log(4)))
     flagged = leader_loss(m, tensor(1), weight, tensor(0, 1.0)[None], 0.2, 4)
     assert flagged.item() == pytest.approx(0.8 * below.item() + 0.2 * math.log(4))
-    printed = leader_loss(m, tensor(0), weight, tensor(0, 0.5)[None], 0.1, 4, printed=True)
-    assert printed.item() == pytest.approx(-math.log(0.25 * 0.75) - math.log(0.75 * 0.25))  # −log[α(ξ − q/α)], T2-6
 
 
-def test_margin_space_by_hand():
-    """Shifts of margins: softplus(−(M − shift)), whatever K."""
-    loss = leader_loss(tensor(0.5), tensor(0), tensor(0.5, 0.5)[None], tensor(0, 2.0)[None], 0.1, 6, margin_space=True)
-    assert loss.item() == pytest.approx(0.5 * math.log1p(math.exp(-0.5)) + 0.5 * math.log1p(math.exp(1.5)))
+def test_printed_form_differs_in_the_split_pair_alone():
+    """D4: T2-6 as printed, Σ_j −log[w_ij (ξ − shift_ij)], has the weight inside the logarithm, where it adds a constant.
+
+    An atom of weight 1 is the same in both; of a split pair the printed form counts both atoms in full.
+    """
+    margin = tensor(math.log(3), math.log(3), math.log(3)).requires_grad_()  # ξ = ¾; K = 4
+    weight, shift = tensor(1, 0, 1, 0, 0.25, 0.75).view(3, 2), tensor(0, 0, 0.5, 0, 0, 0.5).view(3, 2)
+    expected = leader_loss(margin, tensor(0, 0, 0), weight, shift, 0.1, 4)
+    atoms = torch.sigmoid(margin)[:, None] - shift
+    printed = -torch.log(torch.where(weight > 0, weight * atoms, 1.0)).sum(-1)
+    slopes = [torch.autograd.grad(loss.sum(), margin, retain_graph=True)[0] for loss in (expected, printed)]
+    assert slopes[0].tolist() == pytest.approx([-0.25, -0.75, -0.25 * 0.25 - 0.75 * 0.75])
+    assert slopes[1].tolist() == pytest.approx([-0.25, -0.75, -0.25 - 0.75])
 
 
 @given(MARGINS, st.sampled_from([0.0, 1.0]), st.floats(0, 1))
@@ -64,13 +71,13 @@ def test_no_atoms_is_spa_and_no_smoothing_is_dpo(m, z, alpha):
 
 
 @settings(deadline=None)
-@given(MARGINS, st.sampled_from([0.0, 1.0]), st.floats(0.01, 1), st.floats(0, 1), st.sampled_from([1, 5, 6, 7]), st.booleans())
-def test_gradient_by_finite_differences(m, z, shift, w, pieces, printed):
+@given(MARGINS, st.sampled_from([0.0, 1.0]), st.floats(0.01, 1), st.floats(0, 1), st.sampled_from([1, 5, 6, 7]))
+def test_gradient_by_finite_differences(m, z, shift, w, pieces):
     x = torch.sigmoid(tensor(m)).item() - shift
     if abs(x - 1 / pieces) < 1e-4:
         return  # the second derivative jumps there
     margin = tensor(m).requires_grad_()
-    fixed = (tensor(z), tensor(1 - w, w)[None], tensor(0, shift)[None], 0.1, pieces, printed)
+    fixed = (tensor(z), tensor(1 - w, w)[None], tensor(0, shift)[None], 0.1, pieces)
     leader_loss(margin, *fixed).sum().backward()
     h = 1e-5
     with torch.no_grad():
@@ -93,28 +100,34 @@ def test_extrapolated_logps_against_the_formula():
     """S12 token by token in float64 from whole logits; probabilities sum to 1; λ = 0 is the policy itself."""
     model, ref = make_model(seed=0).double(), make_model(seed=1).double()
     batch = pack([([5, 6, 7], [[8, 9, 2], [10, 11]])], True, torch.device("cpu"))
-    h, r = response_hidden(model, batch), response_hidden(ref, batch)
+    h, r = response_hidden(model, batch), response_hidden(ref, batch).detach()
     for lam in (0.0, 0.125, 0.5):
         logits = ((1 + lam) * model.lm_head(h) - lam * ref.lm_head(r)).detach()
         by_hand = torch.log(torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True))
-
-        def also(logits, part, target=batch["target"]):
-            return extrapolated_logps(logits, ref.lm_head(r[part]).float(), target[part], lam)
-        plain, ours = token_logps(model.lm_head, h, batch["target"], also, chunk=2)
-        torch.testing.assert_close(ours.double(), by_hand.gather(-1, batch["target"][:, None])[:, 0], rtol=1e-5, atol=1e-5)
+        plain, ours = token_logps(model.lm_head, h, batch["target"], (ref.lm_head, r), lam, chunk=2)
+        expected = by_hand.gather(-1, batch["target"][:, None])[:, 0]
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
         assert plain.requires_grad and not ours.requires_grad
         if lam == 0:
             torch.testing.assert_close(ours, plain.detach())
-        everything = torch.stack([also(model.lm_head(h).float(), slice(None), torch.full_like(batch["target"], v)) for v in range(384)])
-        torch.testing.assert_close(everything.exp().sum(0), torch.ones(5), rtol=1e-4, atol=1e-5)
+        every = [token_logps(model.lm_head, h, torch.full_like(batch["target"], v), (ref.lm_head, r), lam)[1]
+                 for v in range(384)]
+        torch.testing.assert_close(torch.stack(every).exp().sum(0).double(), torch.ones(5).double(),
+                                   rtol=1e-4, atol=1e-5)
+    alone, tilde = token_logps(model.lm_head, h, batch["target"])  # no reference: S9
+    assert torch.equal(alone, tilde) and not tilde.requires_grad
 
 
 def test_the_extra_pass_is_not_repeated_in_backward():
-    """Recomputation of a chunk stops before `also`: detection costs one reference head a token, not two."""
+    """Recomputation of a chunk stops before the reference's head: detection costs one reference head a token, not two."""
     model, calls = make_model(), []
     batch = pack([([5, 6, 7], [[8, 9, 2], [10, 11]])], True, torch.device("cpu"))
-    logps, _ = token_logps(model.lm_head, response_hidden(model, batch), batch["target"],
-                           lambda logits, part: calls.append(part) or logits[:, 0], chunk=2)
+    hidden = response_hidden(model, batch)
+
+    def head_ref(states):
+        calls.append(states)
+        return model.lm_head(states)
+    logps, _ = token_logps(model.lm_head, hidden, batch["target"], (head_ref, hidden.detach()), 0.5, chunk=2)
     logps.sum().backward()
     assert len(calls) == 3
 
@@ -153,7 +166,7 @@ FLAGS = ["--lr", "1e-3", "--batch-size", "8", "--precision", "fp32"]
 
 def test_any_number_of_processes_gives_the_same_policy(round_rows, other_folder, tmp_path):
     """D3 and D7: 1 × 8, 2 × 4, 2 × 1 with accumulation, and sharded weights agree in weights, thresholds and flags."""
-    common = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", *FLAGS, "--percentile", "30"]
+    common = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--anchor", "init", *FLAGS, "--percentile", "30"]
     ok(run(*common, "--micro-tokens", "2000", "--out", tmp_path / "one"))
     ok(launch([*common, "--micro-tokens", "2000", "--out", tmp_path / "two"], [*common, "--micro-tokens", "1", "--out", tmp_path / "accumulated"],
               [*common, "--micro-tokens", "90", "--shard", "--out", tmp_path / "sharded"]))
@@ -175,7 +188,7 @@ def test_any_number_of_processes_gives_the_same_policy(round_rows, other_folder,
 
 def test_killed_at_any_moment_ends_with_the_same_bits(round_rows, other_folder, tmp_path):
     """Killed before the first checkpoint, half-way into writing one, and between two; each time the same command again."""
-    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", *FLAGS, "--percentile", "30", "--batch-size", "4",
+    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--anchor", "init", *FLAGS, "--percentile", "30", "--batch-size", "4",
                "--save-every", "2"]
     out, steps = tmp_path / "killed", math.ceil(len(jsonl(round_rows / "worst.jsonl")) / 4)
     ok(run(*command, "--out", tmp_path / "whole"))
@@ -198,7 +211,7 @@ def test_killed_at_any_moment_ends_with_the_same_bits(round_rows, other_folder, 
 
 @pytest.mark.parametrize("processes, extra", [(2, ["--shard", "--gradient-checkpointing", "--precision", "bf16"]), (3, [])])
 def test_a_dying_rank_takes_the_others_down_and_all_go_on(round_rows, other_folder, tmp_path, processes, extra):
-    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", *FLAGS, "--save-every", "2", *extra]
+    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--anchor", "init", *FLAGS, "--save-every", "2", *extra]
     start = time.monotonic()
     done = launch([*command, "--out", tmp_path / "killed"], processes=processes, DIE="1,3")
     assert done.returncode != 0 and time.monotonic() - start < 60 and "rank 1 dies" in done.stderr and "SIGKILL" in done.stderr
@@ -210,7 +223,7 @@ def test_a_dying_rank_takes_the_others_down_and_all_go_on(round_rows, other_fold
 
 def test_full_disk_is_one_line_and_keeps_what_there_is(round_rows, other_folder, tmp_path):
     """A limit on the size of files stands in for it: of the checkpoint, then of the weights."""
-    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", *FLAGS, "--out", tmp_path / "out"]
+    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--anchor", "init", *FLAGS, "--out", tmp_path / "out"]
     ok(run(*command))
     before = (tmp_path / "out/model.safetensors").read_bytes()
     for extra in (["--save-every", "2"], ["--save-every", "0"]):
@@ -226,7 +239,7 @@ def test_full_disk_is_one_line_and_keeps_what_there_is(round_rows, other_folder,
 
 def test_checkpoints_of_other_settings_or_broken_ones(round_rows, other_folder, tmp_path):
     """Other settings start again; a file that is no checkpoint is named; NaN keeps the last checkpoint."""
-    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--batch-size", "8", "--precision", "fp32",
+    command = ["train.py", "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--anchor", "init", "--batch-size", "8", "--precision", "fp32",
                "--save-every", "2", "--out", tmp_path / "out"]
     done = run(*command, "--lr", "1e30")
     assert done.returncode == 2 and "is finite" not in done.stderr and "rows p" in done.stderr and not (tmp_path / "out").exists()
@@ -290,4 +303,5 @@ def test_refusals(round_rows, folder, other_folder, tmp_path):
     assert "--alpha" in refused("--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--alpha", "2")
     rows = jsonl(round_rows / "worst.jsonl")
     wrong = dump(tmp_path / "wrong.jsonl", [{**r, "chosen_logp": r["chosen_logp"] - 50} for r in rows])
-    assert "not those of" in refused("--model", other_folder, "--pairs", wrong)
+    done = ok(run("train.py", "--model", other_folder, "--pairs", wrong, "--anchor", "init", "--out", tmp_path / "far"))
+    assert "not those of" in done.stderr

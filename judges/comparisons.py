@@ -1,0 +1,43 @@
+"""What an LLM judge learns from: gold pairs as questions whose answer is a letter (SPA, B.2).
+
+Each pair is asked in both orders after SPA's Listing 1; `chosen` is the right letter, `rejected` the other. seed_dpo.py
+learns such rows like any others:
+
+    python -m judges.comparisons --pairs seed.jsonl --out judge.jsonl
+    python seed_dpo.py --objective supervised --model pi_init --pairs judge.jsonl --out judge --lr 2e-5
+"""
+import os
+
+from core.rows import read_rows, write_rows
+from core.stage import is_done, parser, publish, run_stage, settings_of
+from judges.judge import option_prompt
+
+
+def comparisons(rows: list[dict]) -> list[dict]:
+    """Two supervised rows a gold pair. The letter alone is learnt, as it alone is read: no end of turn."""
+    asked = []
+    for row in rows:
+        orders = (("A", "B", row["chosen"], row["rejected"]), ("B", "A", row["rejected"], row["chosen"]))
+        for right, wrong, first, second in orders:
+            asked.append({"id": f"{row['id']} {right}",
+                          "prompt": option_prompt(row["prompt"], first, second),
+                          "chosen": right, "rejected": wrong,
+                          "chosen_ended": False, "rejected_ended": False})
+    return asked
+
+
+def main() -> None:
+    cli = parser(__doc__)
+    cli.add_argument("--pairs", required=True, help="gold preference rows (JSONL)")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="supervised rows (JSONL)")
+    args = cli.parse_args()
+    settings = settings_of(args, "pairs")
+    if is_done(args.out, settings):
+        return
+    rows = comparisons(read_rows(args.pairs, "preferences"))
+    publish(args.out, settings, {"comparisons": len(rows)}, lambda tmp: write_rows(tmp, rows))
+    print(f"comparisons: {len(rows)} of {len(rows) // 2} pairs → {args.out}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
