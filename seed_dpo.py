@@ -5,11 +5,12 @@
     margin    M = β[(log π_θ − log π_ref)(y_w) − (log π_θ − log π_ref)(y_l)]
     loss      −log σ(M) = softplus(−M)                                 mean over the global batch
 
-This file is read first: it owns the DPO margin, its loss and the learning rate, and shows the loop. train.py shows the
-same loop with SPA's refinement and the worst case in it. log-probs are computed in core/policy.py; how a batch is
-spread over passes and processes, in core/training.py.
+This file is read first: it owns the DPO margin, its loss and the learning rate, and shows the loop.
+train.py shows the same loop with SPA's refinement and the worst case in it. log-probs are computed
+in core/policy.py; how a batch is spread over passes and processes, in core/training.py.
 
-`--objective supervised` learns the `chosen` responses alone, −log π(y_w), as an LLM judge learns its letters.
+`--objective supervised` learns the `chosen` responses alone, −log π(y_w), as an LLM judge learns
+its letters.
 
     python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed.jsonl --out runs/demo/seed
     torchrun --nproc_per_node=8 seed_dpo.py --model MODEL --pairs seed.jsonl --out pi_0
@@ -41,7 +42,8 @@ from core.training import (
 
 
 def dpo_margin(logps: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
-    """M = β[(log π_θ − log π_ref)(y_w) − (log π_θ − log π_ref)(y_l)] [m], from log-probs [m, 2] (chosen, rejected)."""
+    """M = β[(log π_θ − log π_ref)(y_w) − (log π_θ − log π_ref)(y_l)] [m], from log-probs [m, 2]
+    (chosen, rejected)."""
     ratio = logps - reference
     return beta * (ratio[:, 0] - ratio[:, 1])
 
@@ -52,7 +54,8 @@ def dpo_loss(margin: torch.Tensor) -> torch.Tensor:
 
 
 def lr_at(step: int, total: int, peak: float) -> float:
-    """Learning rate of a step in 0 … total − 1: linear warm-up over the first 10 % of them, then a cosine to zero."""
+    """Learning rate of a step in 0 … total − 1: linear warm-up over the first 10 % of them, then a
+    cosine to zero."""
     warmup = max(1, round(0.1 * total))
     done = max(0, step - warmup) / max(1, total - warmup)
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
@@ -62,7 +65,7 @@ def main() -> None:
     cli = parser(__doc__)
     training_flags(cli, epochs=3)
     cli.add_argument("--objective", choices=["dpo", "supervised"], default="dpo",
-                     help="preferences; or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
+                     help="or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     if is_done(args.out, settings):
@@ -73,7 +76,8 @@ def main() -> None:
     beta = 1.0 if supervised else args.beta
     logp_ref = torch.zeros(len(run.rows), 2, device=run.device)
     if not supervised:
-        # The reference is where training starts and never changes: scored once, before the first update.
+        # The reference is where training starts and never changes: scored once, before the first
+        # update.
         logp_ref = torch.tensor(score(run.policy, run.encoded, args.precision, run.device, run.rank,
                                       run.world, "reference", not args.shard), device=run.device)
 

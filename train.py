@@ -1,13 +1,14 @@
 """Leader stage: preference learning on noise-refined labels (SPA) under the follower's worst case.
 
-    h̃ = (1 + λ) h_θ − λ h_ref per token, renormalised; summed to log π̃(y)                          S12
+    h̃ = (1 + λ) h_θ − λ h_ref per token, renormalised; summed to log π̃(y)                      S12
     p̃_i = σ(β[(log π̃ − log π_ref)(y_w) − (log π̃ − log π_ref)(y_l)])
-    z_i = 1 if p̃_i < τ, τ the K-percentile of p̃ over the 50 pairs before this batch          S9, S11, D3
-    L_i = (1 − α z_i) Σ_j w_ij ℓ*(ξ_θ,i − shift_ij) + α z_i (−log(1 − ξ_θ,i))    S10, T2-3, T2-5, D4, D5
+    z_i = 1 if p̃_i < τ, τ the K-percentile of p̃ over the 50 pairs before this batch    S9, S11, D3
+    L_i = (1 − α z_i) Σ_j w_ij ℓ*(ξ_θ,i − shift_ij) + α z_i (−log(1 − ξ_θ,i))
+                                                                        S10, T2-3, T2-5, D4, D5
 
-π_ref = π_{t−1} is where training starts; its log-probs are in the rows. With anchor init ξ_θ is measured against
-π_init, as the follower's ξ was, by adding the stored margin (D6). No atoms and α = 0: DPO. No atoms, anchor previous:
-SPA.
+π_ref = π_{t−1} is where training starts; its log-probs are in the rows. With anchor init ξ_θ is
+measured against π_init, as the follower's ξ was, by adding the stored margin (D6). No atoms and α =
+0: DPO. No atoms, anchor previous: SPA.
 
     python train.py --model runs/demo/seed --pairs worst.jsonl --out policy --anchor init --lam 0.5
     torchrun --nproc_per_node=8 train.py --model pi_0 --pairs worst.jsonl --out pi_1 --anchor init
@@ -45,11 +46,13 @@ from core.training import (
 )
 from seed_dpo import dpo_margin, lr_at
 
-WINDOW, QUIET = 50, 0.2  # τ looks back on 50 pairs; nothing is flagged in the first 20 % of the steps (SPA, B.4)
+WINDOW = 50  # pairs that τ looks back on (SPA, B.4)
+QUIET = 0.2  # share of the steps, the first, in which nothing is flagged (SPA, B.4)
 
 
 def threshold(log: list[dict], percentile: float) -> float:
-    """τ (S11): a percentile of p̃ over the latest pairs of the log; −∞, which flags nothing, while it has none."""
+    """τ (S11): a percentile of p̃ over the latest pairs of the log; −∞, which flags nothing, while
+    it has none."""
     window = [p for row in log[-WINDOW:] for p in row["extrapolated"]][-WINDOW:]
     if not window:
         return -math.inf
@@ -57,17 +60,20 @@ def threshold(log: list[dict], percentile: float) -> float:
 
 
 def loss_star(xi: torch.Tensor, pieces: int) -> torch.Tensor:
-    """ℓ* (D5): −log ξ, continued below 1/K by its tangent there. Convex, once differentiable, slope never beyond −K."""
+    """ℓ* (D5): −log ξ, continued below 1/K by its tangent there. Convex, once differentiable, slope
+    never beyond −K."""
     low = xi < 1 / pieces
-    return torch.where(low, 1 + math.log(pieces) - pieces * xi, -torch.log(torch.where(low, 1.0, xi)))
+    tangent = 1 + math.log(pieces) - pieces * xi
+    return torch.where(low, tangent, -torch.log(torch.where(low, 1.0, xi)))
 
 
 def leader_loss(margin: torch.Tensor, flag: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor,
                 alpha: float, pieces: int) -> torch.Tensor:
-    """L_i [m] from margins [m], noise flags z [m] (0 or 1) and atoms: weight, shift [m, A], padded with weight 0.
+    """L_i [m] from margins [m], noise flags z [m] (0 or 1) and atoms: weight, shift [m, A], padded
+    with weight 0.
 
-    An atom that the follower left in place has the exact −log ξ_θ = softplus(−M), which is S10, and DPO without atoms;
-    ℓ* is needed only where ξ_θ − shift can leave (0, 1].
+    An atom that the follower left in place has the exact −log ξ_θ = softplus(−M), which is S10, and
+    DPO without atoms; ℓ* is needed only where ξ_θ − shift can leave (0, 1].
     """
     xi = torch.sigmoid(margin)[:, None]
     atom = torch.where(shift == 0, F.softplus(-margin[:, None]), loss_star(xi - shift, pieces))
@@ -75,7 +81,8 @@ def leader_loss(margin: torch.Tensor, flag: torch.Tensor, weight: torch.Tensor, 
 
 
 def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and shifts [N, A] of the rows' atoms, checked; rows without any have one of weight 1 in place."""
+    """Weights and shifts [N, A] of the rows' atoms, checked; rows without any have one of weight 1
+    in place."""
     atoms = [row.get("atoms", [[1.0, 0.0]]) for row in rows]
     for number, own in enumerate(atoms, 1):
         try:
@@ -84,8 +91,8 @@ def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
         except (TypeError, ValueError):
             sound = False
         if not sound:
-            fail(f"{path}: row {number}: 'atoms' must be [[weight, shift], …], weights ≥ 0 that sum to 1; "
-                 f"found {own!r:.80}")
+            fail(f"{path}: row {number}: 'atoms' must be [[weight, shift], …], weights ≥ 0 that "
+                 f"sum to 1; found {own!r:.80}")
     width = max(map(len, atoms))
     padded = torch.tensor([own + [[0.0, 0.0]] * (width - len(own)) for own in atoms])
     weight, shift = padded.unbind(-1)
@@ -100,7 +107,8 @@ def reference_policy(run: Run, args: argparse.Namespace) -> torch.nn.Module:
 
 
 def warn_if_far(run: Run, gain: list[float]) -> None:
-    """Say so where the rows' log-probs are not the policy's: before the first update a gain is 0, but for rounding."""
+    """Say so where the rows' log-probs are not the policy's: before the first update a gain is 0,
+    but for rounding."""
     typical = float(np.median(np.abs(gain)))
     if run.rank == 0 and typical > 2.5 * run.args.beta:
         print(f"warning: {run.args.pairs}: log-probs in the rows are not those of {run.args.model} "
@@ -120,7 +128,7 @@ def main() -> None:
     cli.add_argument("--pieces", type=natural, default=6,
                      help="K of dro.py: ℓ* is straight below 1/K (D5)")
     cli.add_argument("--anchor", choices=["init", "previous"], default="previous",
-                     help="what ξ_θ is measured against: π_init (worst case), or π_{t−1} (SPA) (D6)")
+                     help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     if is_done(args.out, settings):
@@ -130,10 +138,11 @@ def main() -> None:
     device = run.device
     weight, shift = atoms_of(run.rows, args.pairs)
     if args.anchor == "previous" and bool(((shift != 0) & (weight > 0)).any()):
-        fail(f"{args.pairs} carries a worst case of confidences against π_init; give --anchor init: "
+        fail(f"{args.pairs} has a worst case of confidences against π_init: give --anchor init; "
              "against π_{t−1} it would be applied to others (D6)")
     weight, shift = weight.to(device), shift.to(device)
-    logp_ref = torch.tensor([[r["chosen_logp"], r["rejected_logp"]] for r in run.rows], device=device)
+    logp_ref = torch.tensor([[row["chosen_logp"], row["rejected_logp"]] for row in run.rows],
+                            device=device)
     stored = torch.zeros(len(run.rows), device=device)
     if args.anchor == "init":
         stored = torch.tensor([r["margin"] for r in run.rows], device=device)
@@ -143,13 +152,13 @@ def main() -> None:
     extrapolate = detect and args.lam > 0                     # nothing else needs the model π_ref
     policy_ref = reference_policy(run, args) if extrapolate else None
 
-    log = resume(run)                                                       # empty, but after a kill
+    log = resume(run)                                                   # empty, but after a kill
     bar = steps(run, log)
     for step in bar:
         started = time.perf_counter()
-        batch = batch_at(run, step)                                         # B ~ D_t
+        batch = batch_at(run, step)                                     # B ~ D_t
         watching = detect and step >= watch
-        tau = threshold(log, args.percentile) if step >= active else -math.inf                # S11, D3
+        tau = threshold(log, args.percentile) if step >= active else -math.inf           # S11, D3
         seen = {}
         for i, tokens, scale in micro_batches(run, batch):
             reference = None
@@ -157,22 +166,23 @@ def main() -> None:
                 with torch.no_grad(), precision(run):
                     reference = policy_ref.states(tokens)
             with precision(run):
-                logp, logp_tilde = run.policy(tokens, reference, args.lam)                       # S12
-            logp, logp_tilde = logp.view(-1, 2), logp_tilde.view(-1, 2)     # chosen, rejected
-            # z: does the extrapolated policy doubt the label?                              S9, S11
+                logp, logp_tilde = run.policy(tokens, reference, args.lam)                   # S12
+            logp = logp.view(-1, 2)                                     # chosen, rejected
+            logp_tilde = logp_tilde.view(-1, 2)
+            # z: does the extrapolated policy doubt the label?                          S9, S11
             p_tilde = torch.sigmoid(dpo_margin(logp_tilde, logp_ref[i], args.beta))
             z = (p_tilde < tau).float()
-            # L: the refined label under the worst case                          S10, T2-3, T2-5, D6
+            # L: the refined label under the worst case                S10, T2-3, T2-5, D6
             gain = dpo_margin(logp, logp_ref[i], args.beta)
             margin = stored[i] + gain
             loss = leader_loss(margin, z, weight[i], shift[i], args.alpha, args.pieces)
-            (scale * loss.sum()).backward()                                 # ∇ of the mean over B    D7
+            (scale * loss.sum()).backward()                             # ∇ of the mean over B, D7
             note(seen, i, scale, loss=loss, margin=margin, gain=gain, p_tilde=p_tilde, z=z)
         pairs = gather(run, seen, batch)
         if step == 0:
             warn_if_far(run, pairs["gain"])
         lr = lr_at(step, run.total, args.lr)
-        norm = update(run, batch, pairs["loss"], lr, step)                  # θ ← θ − η∇L
+        norm = update(run, batch, pairs["loss"], lr, step)              # θ ← θ − η∇L
         log.append(log_row(run, step, batch, pairs, norm, lr, started) | {
             "tau": tau if math.isfinite(tau) else None,
             "flagged_share": sum(pairs["z"]) / len(batch),

@@ -1,7 +1,7 @@
 """The verbs of a training loop: begin, batch, passes, gather, update, log row, checkpoint, save.
 
-seed_dpo.py and train.py show the loop itself. What a training step means is there; how it is spread over passes and
-processes, measured and kept is here.
+seed_dpo.py and train.py show the loop itself. What a training step means is there; how it is spread
+over passes and processes, measured and kept is here.
 """
 import argparse
 import json
@@ -39,7 +39,7 @@ class Run(NamedTuple):
     args: argparse.Namespace
     settings: dict
     rows: list[dict]
-    encoded: list                     # a (prompt ids, [chosen ids, rejected ids]) a row
+    encoded: list                     # (prompt ids, [chosen ids, rejected ids]) of each row
     shared: bool                      # one sequence a pair, or one a response
     policy: torch.nn.Module           # π_θ as `ResponseLogps`, over all processes
     optimizer: torch.optim.Optimizer
@@ -101,16 +101,19 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
 
 
 def resume(run: Run) -> list[dict]:
-    """The log up to where training goes on, a row a step; weights and optimizer are set from OUT.checkpoint.
+    """The log up to where training goes on, a row a step; weights and optimizer are set from
+    OUT.checkpoint.
 
-    Empty if no run of the same settings left one. While training runs, the log lies in OUT.log.jsonl.
+    Empty if no run of the same settings left one. While training runs, the log lies in
+    OUT.log.jsonl.
     """
-    log = restore_state(f"{run.args.out}.checkpoint", run.policy, run.optimizer, run.settings, run.rank)
+    log = restore_state(f"{run.args.out}.checkpoint", run.policy, run.optimizer, run.settings,
+                        run.rank)
     if run.rank == 0:
         write_rows(f"{run.args.out}.log.jsonl", log)
     if log and run.world > 1 and not run.args.shard:
-        # DDP sorts gradients into other buckets after its first pass: let that not be at a later step
-        # than in a run that was left alone, whose sums were added in that order.
+        # DDP sorts gradients into other buckets after its first pass: let that not be at a later
+        # step than in a run that was left alone, whose sums were added in that order.
         tokens = pack(run.encoded[:1], run.shared, run.device)
         (0 * run.policy(tokens)[0].sum()).backward()
         run.optimizer.zero_grad(set_to_none=True)
@@ -132,10 +135,11 @@ def batch_at(run: Run, step: int) -> list[int]:
 
 
 def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict, float]]:
-    """(row numbers [m], their tokens, what the sum of their losses is multiplied by) of this process's passes.
+    """(row numbers [m], their tokens, what the sum of their losses is multiplied by) of this
+    process's passes.
 
-    Gradients are averaged over processes, and the update is the mean over the global batch (D7): hence world / B.
-    A process with fewer passes than others takes part with a stand-in of scale 0.
+    Gradients are averaged over processes, and the update is the mean over the global batch (D7):
+    hence world / B. A process with fewer passes than others takes part with a stand-in of scale 0.
     """
     passes = deal(run.encoded, batch, run.shared, run.args.micro_tokens, run.world)[run.rank]
     for number, own in enumerate(passes, 1):
@@ -160,13 +164,15 @@ def note(seen: dict[int, dict], rows: list[int], scale: float, **columns: torch.
 
 
 def gather(run: Run, seen: dict[int, dict], batch: list[int]) -> dict[str, list[float]]:
-    """What all processes noted: columns [B] in the order of the global batch, alike on every process."""
+    """What all processes noted: columns [B] in the order of the global batch, alike on every
+    process."""
     merged = merge(seen, run.world)
     return {key: [merged[i][key] for i in batch] for key in merged[batch[0]]}
 
 
 def update(run: Run, batch: list[int], loss: list[float], lr: float, step: int) -> float:
-    """One step of AdamW at rate `lr` on the clipped gradient, whose norm before clipping is returned.
+    """One step of AdamW at rate `lr` on the clipped gradient, whose norm before clipping is
+    returned.
 
     Ends the program, with nothing saved, where loss or gradient is not finite.
     """
@@ -190,8 +196,8 @@ def log_row(run: Run, step: int, batch: list[int], pairs: dict, norm: float, lr:
             started: float) -> dict:
     """A step in numbers, from the `loss`, `margin` and `gain` of its pairs.
 
-    `gain` is the margin against π_ref, where training starts: accuracy counts what training itself did, and is ½ at step 1
-    whatever the margin is measured against.
+    `gain` is the margin against π_ref, where training starts: accuracy counts what training itself
+    did, and is ½ at step 1 whatever the margin is measured against.
     """
     seconds = time.perf_counter() - started
     rows = [run.encoded[i] for i in batch]
@@ -221,14 +227,16 @@ def keep(run: Run, log: list[dict], bar: tqdm) -> None:
             file.write(json.dumps(last) + "\n")
     every = run.args.save_every
     if every and len(log) % every == 0 and len(log) < run.total:
-        save_state(f"{run.args.out}.checkpoint", run.policy, run.optimizer, log, run.settings, run.rank)
+        save_state(f"{run.args.out}.checkpoint", run.policy, run.optimizer, log, run.settings,
+                   run.rank)
 
 
 def training_flops(model, encoded: list, shared: bool) -> float:
-    """FLOPs of a forward and a backward pass: 6 a weight and token, 12 a layer, channel and (query, key) pair.
+    """FLOPs of a forward and a backward pass: 6 a weight and token, 12 a layer, channel and (query,
+    key) pair.
 
-    The head's weights count at response tokens alone, where it is applied. Recomputation and padding are not counted:
-    they are work, and no progress.
+    The head's weights count at response tokens alone, where it is applied. Recomputation and
+    padding are not counted: they are work, and no progress.
     """
     head = model.get_input_embeddings().weight.numel()
     body = sum(p.numel() for p in model.base_model.parameters()) - head
@@ -266,8 +274,9 @@ MEMORY_ONLY = ("micro_tokens", "gradient_checkpointing", "shard")  # a run may g
 
 
 def save_state(path: str, net, optimizer, log: list[dict], settings: dict, rank: int) -> None:
-    """Everything that training goes on from, by atomic rename. Nothing is drawn at random while training, so no RNG: the
-    order of the pairs follows from (seed, epoch), the position from the length of the log, and so does τ's window."""
+    """Everything that training goes on from, by atomic rename. Nothing is drawn at random while
+    training, so no RNG: the order of the pairs follows from (seed, epoch), the position from the
+    length of the log, and so does τ's window."""
     weights, moments = get_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         try:
@@ -279,7 +288,8 @@ def save_state(path: str, net, optimizer, log: list[dict], settings: dict, rank:
 
 
 def restore_state(path: str, net, optimizer, settings: dict, rank: int) -> list[dict]:
-    """The log up to where training goes on: weights and optimizer are set from `path` if it is of these settings."""
+    """The log up to where training goes on: weights and optimizer are set from `path` if it is of
+    these settings."""
     if not os.path.isfile(path):
         return []
     try:
@@ -305,7 +315,8 @@ def clean(out: str) -> None:
 
 
 def save_policy(run: Run, log: list[dict], **stats) -> dict:
-    """Publish a Hugging Face folder (one safetensors file, fp32) with tokenizer and log.jsonl; returns the stats."""
+    """Publish a Hugging Face folder (one safetensors file, fp32) with tokenizer and log.jsonl;
+    returns the stats."""
     args, model = run.args, model_of(run.policy)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     names = {name for values in (model.named_parameters(), model.named_buffers()) for name, _ in values}
