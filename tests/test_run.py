@@ -1,6 +1,7 @@
 """run.sh from end to end on the tiny model."""
 import json
 import os
+import re
 import socket
 import subprocess
 
@@ -9,12 +10,42 @@ import pytest
 from conftest import ROOT, dump, gold_rows, jsonl, warm_python
 
 
-def run_sh(*arguments, **variables) -> str:
+def start_sh(*arguments, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
     python = warm_python()
-    env = {**os.environ, "PYTHON": python, "PYTHON_EXEC": python, "INSTALL": "no", "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
-    done = subprocess.run(["bash", "run.sh", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=env)
+    env = {**os.environ, "PYTHON": python, "PYTHON_EXEC": python, "INSTALL": "no", "OMP_NUM_THREADS": "1",
+           **{key: str(value) for key, value in variables.items()}}
+    return subprocess.run(["bash", ROOT / "run.sh", *map(str, arguments)], cwd=cwd, capture_output=True,
+                          text=True, env=env)
+
+
+def run_sh(*arguments, **variables) -> str:
+    done = start_sh(*arguments, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("variables, word", [
+    ({"EPSILN": "0.1"}, "is EPSILON meant"), ({"MODLE": "x"}, "is MODEL meant"), ({"METHODS": "spa"}, "is METHOD meant"),
+    ({"METHOD": "sap"}, "must be one of"), ({"JUDGE": "llm"}, "METHOD=spa"), ({"REFERENCE": "none"}, "METHOD=spa"),
+    ({"METHOD": "spa", "JUDGE": "llm", "LENGTH_PENALTY": "0.1"}, "implicit reward"), ({"NPROC": "two"}, "whole"),
+    ({"NNODES": "2", "EACH_NODE": "nosuchcommand"}, "nosuchcommand")])
+def test_an_impossible_setting_is_one_line_before_the_first_stage(tmp_path, variables, word):
+    done = start_sh(DATA="data.jsonl", RUN=tmp_path / "run", **variables)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_setting():
+    text = start_sh("--help").stdout
+    used = set(re.findall(r"\$\{?([A-Z][A-Z_]*[A-Z])\b", (ROOT / "run.sh").read_text())) - {"PWD"}
+    assert len(used) > 25 and all(f"  {name} " in text for name in used)
+
+
+def test_paths_are_the_callers_and_runs_are_named_apart(tmp_path):
+    dump(tmp_path / "own.jsonl", [])
+    done = start_sh(cwd=tmp_path, DATA="own.jsonl", MODEL="./name", METHOD="spa")
+    assert f"data {tmp_path}/own.jsonl" in done.stdout and "→ runs/name-own-spa" in done.stdout
+    assert done.returncode == 2  # there is no such model
 
 
 def test_demo_on_a_tiny_model(folder, ranker, tmp_path):

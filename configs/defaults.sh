@@ -1,0 +1,243 @@
+# What run.sh needs before its first stage: settings with their defaults and checks, the interpreter, how a stage starts.
+# Sourced by run.sh, from the project's folder; $caller is the folder that run.sh was called from.
+
+stop() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+settings=()
+meanings=()
+setting() {  # NAME DEFAULT MEANING: a variable keeps what the command line or a config gave it
+  settings+=("$1")
+  meanings+=("$2|$3")
+  [[ -n ${!1-} ]] || printf -v "$1" %s "$2"
+}
+spa_or() {  # VALUE_FOR_SPA OTHERWISE
+  if [[ ${METHOD-} == spa ]]; then echo "$1"; else echo "$2"; fi
+}
+
+define_settings() {
+  setting METHOD worst-case "worst-case (SSAPO, the thesis) or spa"
+  setting MODEL "" "π_init: a Hugging Face folder or hub id; empty: the demo's SmolLM2-135M-Instruct"
+  setting DATA "" "preferences, or prompts alone: JSONL, or whatever \`datasets\` loads"
+  setting RUN "" "folder of this run; empty: runs/ and a name made of config or model, data and method"
+  setting SEED 42 "decides data split, order and sampling"
+
+  setting SEED_SIZE 2000 "gold pairs"
+  setting SEED_FRACTION "" "gold pairs as a share of all prompts, in the place of SEED_SIZE"
+  setting SELECT random "how gold prompts are chosen: random, or farthest (those that differ most)"
+  setting FLIP 0 "share of the gold labels turned wrong on purpose"
+  setting ROUNDS "8000 20000 30000" "prompts of each round"
+  setting SEED_POLICY "" "an aligned model in the place of π_0, and no gold seed; MODEL is π_init"
+  setting GOLD none "judge of unlabelled seeds and of the evaluation: none, vader, reward-model, pairrm, llm, openai"
+  setting GOLD_MODEL "" "that judge's model"
+
+  setting N 2 "responses a prompt; the best and the worst become a pair"
+  setting TEMPERATURE 0.7 "of sampling"
+  setting MAX_NEW_TOKENS 300 "length limit of a response"
+
+  setting BETA 0.1 "weight of the KL term, and scale of the implicit reward"
+  setting LR 5e-7 "peak learning rate"
+  setting BATCH_SIZE 32 "pairs an update"
+  setting SEED_EPOCHS 3 "passes over the gold pairs"
+  setting ALPHA 0.1 "SPA: label smoothing of flagged pairs; 0: no refinement"
+  setting LAMS "0.5 0.25 0.125" "SPA: extrapolation, round by round"
+  setting PERCENTILE 10 "SPA: share of the pairs to flag, in percent"
+  setting ANCHOR "$(spa_or previous init)" "what training measures confidences against: init, or previous (SPA's own)"
+  setting EPSILON "$(spa_or 0 0.01)" "the follower's radius; 0: no worst case"
+  setting PIECES 6 "tangents of −log ξ"
+  setting GROUP "" "pairs a group of the follower (the thesis: 100); empty: all in one"
+
+  setting JUDGE implicit "who labels the rounds: implicit (SPA), reward-model, pairrm, llm, openai"
+  setting JUDGE_MODEL "" "that judge's model; llm without one is trained on the gold seed"
+  setting JUDGE_LR 2e-5 "learning rate of that training"
+  setting JUDGE_START init "which is done once, from π_init, or in each round anew, from π_{t−1} (previous)"
+  setting REFERENCE init "of the implicit reward: init, previous, none (SPA, Table 7)"
+  setting LENGTH_PENALTY 0 "taken off the implicit reward, a token (S13)"
+
+  setting EVAL_SIZE 805 "prompts of the evaluation, at most"
+  setting EVAL_N 1 "answers a prompt"
+
+  setting NPROC 1 "processes (GPUs) a machine"
+  setting NNODES 1 "machines, which share this folder"
+  setting EACH_NODE "srun --nodes=${NNODES:-1} --ntasks-per-node=1" "runs a command once on every machine"
+  setting MASTER_ADDR "" "host where the machines meet; empty: this one"
+  setting MASTER_PORT 29500 "port there"
+  setting BACKEND transformers "of sampling: transformers, or vllm (all GPUs of this machine)"
+  setting SHARD no "yes: weights, gradients and Adam are split over all processes, layers recomputed"
+  setting MICRO_TOKENS 2048 "tokens a training pass and process: memory, not mathematics"
+  setting PYTHON python3 "the interpreter; a .venv is made where it lacks what requirements.txt asks for"
+  setting INSTALL yes "no: take PYTHON as it is"
+}
+
+usage() {
+  sed -n '2,/^$/{/^#/s/^# \?//p}' run.sh
+  echo "Every variable can be set on the command line, before a config, before its default:"
+  define_settings
+  local i
+  for i in "${!settings[@]}"; do
+    printf '  %-15s %s\n' "${settings[i]}" "${meanings[i]#*|}"
+    [[ -z ${meanings[i]%%|*} ]] || printf '  %-15s default: %s\n' "" "${meanings[i]%%|*}"
+  done
+}
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+one_of() {  # NAME CHOICES…
+  local name=$1 choice
+  shift
+  for choice in "$@"; do
+    [[ ${!name} == "$choice" ]] && return
+  done
+  stop "$name=${!name}: must be one of: $*"
+}
+
+near_names() {  # stops at a variable that is one slip of the finger away from a setting
+  local name setting i head tail
+  for name in $(compgen -e); do
+    [[ " ${settings[*]} " != *" $name "* ]] || continue
+    for setting in "${settings[@]}"; do
+      (( ${#setting} >= 4 && ${#setting} - ${#name} <= 1 && ${#name} - ${#setting} <= 1 )) || continue
+      for (( i = 0; i <= ${#setting}; i++ )); do
+        head=${setting:0:i} tail=${setting:i}
+        # a letter more, another letter, a letter less, two exchanged
+        case $name in
+          "$head"?"$tail" | "$head"?"${tail:1}" | "$head${tail:1}" | "$head${tail:1:1}${tail:0:1}${tail:2}")
+            stop "$name is no setting; is $setting meant?"
+            ;;
+        esac
+      done
+    done
+  done
+}
+
+check_settings() {
+  near_names
+  one_of METHOD worst-case spa
+  one_of ANCHOR init previous
+  one_of BACKEND transformers vllm
+  one_of SHARD no yes
+  one_of SELECT random farthest
+  one_of REFERENCE init previous none
+  one_of JUDGE implicit reward-model pairrm llm openai
+  one_of JUDGE_START init previous
+  one_of GOLD none vader reward-model pairrm llm openai
+  [[ $NPROC$NNODES == +([0-9]) ]] || stop "NPROC=$NPROC NNODES=$NNODES: must be whole numbers"
+  if (( NNODES > 1 )) && ! command -v ${EACH_NODE%% *} >/dev/null; then
+    stop "${EACH_NODE%% *}: no such command; EACH_NODE must run a command once on each of NNODES=$NNODES machines"
+  fi
+  if [[ $ANCHOR == init || $EPSILON != @(0|0.0) ]]; then  # margins are used: they must be against π_init (D1, D10)
+    local needs="METHOD=$METHOD uses confidences against π_init"
+    [[ $JUDGE == implicit ]] || stop "JUDGE=$JUDGE: $needs; it goes with METHOD=spa"
+    [[ $REFERENCE == init ]] || stop "REFERENCE=$REFERENCE: $needs; it goes with METHOD=spa"
+    [[ $LENGTH_PENALTY == @(0|0.0) ]] || stop "LENGTH_PENALTY=$LENGTH_PENALTY: $needs; it goes with METHOD=spa"
+  fi
+  [[ $JUDGE == implicit || "$REFERENCE $LENGTH_PENALTY" == "init 0" ]] ||
+    stop "REFERENCE and LENGTH_PENALTY are of the implicit reward, not of JUDGE=$JUDGE"
+}
+
+# -------------------------------------------------------------------------------------------------------- interpreter
+
+satisfied() {  # PYTHON FILE: whether an interpreter has what a requirements file asks for
+  "$1" - "$2" <<'END_PYTHON' 2>/dev/null
+import sys
+from importlib.metadata import version
+
+from packaging.requirements import Requirement
+
+lines = (line.split("#")[0].strip() for line in open(sys.argv[1]))
+wanted = [Requirement(line) for line in lines if line and not line.startswith("-r")]
+sys.exit(any(version(one.name) not in one.specifier for one in wanted))
+END_PYTHON
+}
+install() {  # FILE: make $python an interpreter that has what it asks for
+  [[ ${INSTALL-} != no ]] || return 0
+  ! satisfied "$python" "$1" || return 0
+  [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+  python=.venv/bin/python
+  ! satisfied "$python" "$1" || return 0
+  echo "installing $1 into .venv" >&2
+  "$python" -m pip install --quiet --disable-pip-version-check -r "$1"
+}
+
+# ------------------------------------------------------------------------------------------------- how a stage starts
+
+launch() {  # a stage on all processes of all machines
+  local torchrun=("$python" -m torch.distributed.run --nproc_per_node "$NPROC")
+  if (( NNODES > 1 )); then
+    $EACH_NODE "${torchrun[@]}" --nnodes "$NNODES" --rdzv_backend c10d --rdzv_id "$RANDOM" \
+      --rdzv_endpoint "${MASTER_ADDR:-$(hostname)}:$MASTER_PORT" "$@"
+  elif (( NPROC > 1 )); then
+    "${torchrun[@]}" --standalone "$@"
+  else
+    "$python" "$@"
+  fi
+}
+sampling() {  # a stage that samples; vLLM has processes of its own
+  if [[ $BACKEND == vllm ]]; then
+    "$python" "$@" --backend vllm
+  else
+    launch "$@"
+  fi
+}
+
+# ------------------------------------------------------------------------------------------------------- all together
+
+shopt -s extglob
+python=${PYTHON:-python3}
+case ${1-} in
+  -h | --help)
+    usage
+    exit
+    ;;
+  test)
+    install requirements.txt
+    install tests/requirements.txt
+    "$python" -m ruff check --quiet --select E501 --line-length 100 .
+    exec "$python" -m pytest -q "${@:2}" tests
+    ;;
+esac
+for name in MODEL DATA RUN SEED_POLICY JUDGE_MODEL GOLD_MODEL; do  # what the caller names lies where the caller is
+  path=${!name-}
+  if [[ $caller != "$PWD" && -n $path && $path != /* && ( $name == RUN || -e $caller/$path ) ]]; then
+    printf -v "$name" %s "$caller/$path"
+  fi
+done
+own=  # what the caller chose besides the config is a part of the run's name
+for name in MODEL DATA; do
+  path=${!name-}
+  [[ -z $path ]] || own+=-$(basename "${path%%.*}")
+done
+config=
+if [[ -n ${1-} || -z ${DATA-} ]]; then
+  config=${1:-configs/demo.env}
+  [[ -f $config || ! -f $caller/$config ]] || config=$caller/$config
+  [[ -f $config ]] || stop "$config: no such config file"
+  set -a  # so that a slip in a config is seen too
+  source "$config"
+  set +a
+fi
+[[ ${*:2} == @(|--tiny) ]] || stop "${*:2}: the one thing that may follow a config is --tiny"
+define_settings
+name=${config:+$(basename "$config" .env)}$own
+name=${name#-}
+[[ $METHOD == worst-case ]] || name+=-$METHOD
+RUN=${RUN:-runs/$name}
+check_settings
+install requirements.txt
+if [[ ${2-} == --tiny ]]; then  # the same stages on a tiny model of the same architecture
+  [[ -n ${ARCHITECTURE-} ]] || stop "$config: names no ARCHITECTURE for --tiny"
+  RUN=$RUN-tiny
+  "$python" -m data.tiny --architecture "$ARCHITECTURE" --out "$RUN/tiny"
+  MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl
+  SEED_SIZE=8 ROUNDS=${ROUNDS//+([0-9])/6} MAX_NEW_TOKENS=8 BATCH_SIZE=4
+  [[ -z $SEED_POLICY ]] || SEED_POLICY=$MODEL MODEL=$RUN/tiny/base
+fi
+if [[ -z $MODEL ]]; then
+  MODEL=models/smollm2
+  "$python" -m data.demo --out "$MODEL"
+fi
+echo "run: $METHOD on $MODEL, data $DATA, ε $EPSILON, α $ALPHA, lr $LR, n $N, seed $SEED → $RUN"
