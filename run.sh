@@ -102,7 +102,7 @@ fi
 if [[ ${2-} == --tiny ]]; then  # the same stages on a tiny model of the same architecture
   [[ -n ${ARCHITECTURE-} ]] || { echo "error: $config: names no ARCHITECTURE for --tiny" >&2; exit 2; }
   RUN=$RUN-tiny
-  "$python" data/tiny.py --architecture "$ARCHITECTURE" --out "$RUN/tiny"
+  "$python" -m data.tiny --architecture "$ARCHITECTURE" --out "$RUN/tiny"
   MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl SEED_SIZE=8 ROUNDS=${ROUNDS//+([0-9])/6} MAX_NEW_TOKENS=8 BATCH_SIZE=4
   [[ -z $SEED_POLICY ]] || SEED_POLICY=$MODEL MODEL=$RUN/tiny/base
 fi
