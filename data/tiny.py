@@ -190,8 +190,8 @@ def main() -> None:
     cli.add_argument("--architecture", required=True,
                      help="model_type of transformers: mistral, llama, phi, phi3, gemma2, …")
     cli.add_argument("--tokenizer", choices=["bytes", "sentencepiece"],
-                     help="byte-level BPE, or one that prefixes a blank and adds BOS "
-                          f"(default: sentencepiece for {' and '.join(SENTENCEPIECE)}, else bytes)")
+                     help="byte-level BPE, or one that prefixes a blank and adds BOS; not given: "
+                          f"sentencepiece for {' and '.join(SENTENCEPIECE)}, else bytes")
     cli.add_argument("--out", type=os.path.normpath, required=True,
                      help="folder for model/, base/ and pairs.jsonl")
     args = cli.parse_args()
