@@ -174,10 +174,16 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> transformers.PreT
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         fail(f"--architecture {architecture}: transformers {transformers.__version__} knows no "
              "causal language model of this model_type")
-    torch.manual_seed(seed)
+    auto = transformers.AutoModelForCausalLM
     try:
         config = tiny_config(architecture, **changes)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.device("meta"):  # without memory: a size that SIZES does not name is the real one
+            size = auto.from_config(config).num_parameters()
+        if size > 10e6:
+            fail(f"--architecture {architecture}: cannot be made tiny: it would have {size:.0e} "
+                 "parameters, by sizes that data/tiny.py does not name")
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             model(torch.arange(3, 9)[None])
     except Exception as error:  # configurations and models raise whatever they like

@@ -128,6 +128,7 @@ def test_the_command_picks_a_family_and_its_tokenizer(flags, kind, tmp_path):
     ("nonsense", "no causal language model of this model_type"),
     ("t5", "no causal language model of this model_type"),  # an encoder and a decoder
     ("dbrx", "cannot be made tiny"),
+    ("fuyu", "parameters, by sizes that data/tiny.py does not name"),
 ])
 def test_a_family_that_cannot_be_made_is_one_line(architecture, why, tmp_path):
     done = run("data/tiny.py", "--architecture", architecture, "--out", tmp_path / "tiny")
