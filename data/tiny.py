@@ -177,7 +177,8 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> transformers.PreT
     auto = transformers.AutoModelForCausalLM
     try:
         config = tiny_config(architecture, **changes)
-        with torch.device("meta"):  # without memory: a size that SIZES does not name is the real one
+        # Without memory first: a size that SIZES does not name is the real one's.
+        with torch.device("meta"):
             size = auto.from_config(config).num_parameters()
         if size > 10e6:
             fail(f"--architecture {architecture}: cannot be made tiny: it would have {size:.0e} "
