@@ -48,6 +48,21 @@ def folder(tmp_path_factory, tokenizer) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session", params=["bytes", "sentencepiece"])
+def any_tokenizer(request):
+    """Each kind of tokenizer: a test of tokens runs with both."""
+    return make_tokenizer(request.param)
+
+
+@pytest.fixture(scope="session")
+def any_folder(tmp_path_factory, any_tokenizer) -> str:
+    """The tiny model with each kind of tokenizer."""
+    path = tmp_path_factory.mktemp("model") / "any"
+    make_model(tie_word_embeddings=True).save_pretrained(path)
+    any_tokenizer.save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory, tokenizer) -> str:
     """A second policy: the same weights, moved a little."""
