@@ -209,7 +209,9 @@ done
 own=  # what the caller chose besides the config is a part of the run's name
 for name in MODEL DATA; do
   path=${!name-}
-  [[ -z $path ]] || own+=-$(basename "${path%%.*}")
+  path=${path%/}
+  path=${path##*/}
+  [[ -z $path ]] || own+=-${path%%.*}
 done
 config=
 if [[ -n ${1-} || -z ${DATA-} ]]; then
