@@ -211,7 +211,7 @@ for name in MODEL DATA; do
   path=${!name-}
   path=${path%/}
   path=${path##*/}
-  [[ -z $path ]] || own+=-${path%%.*}
+  [[ -z $path ]] || own+=-${path%%.@(jsonl|json|csv|parquet)*}
 done
 config=
 if [[ -n ${1-} || -z ${DATA-} ]]; then
