@@ -33,7 +33,7 @@ gold=$RUN/data/seed.jsonl
 # Prompts without preferences: the model answers, the gold judge labels, once.
 if [[ -f $RUN/data/seed_prompts.jsonl ]]; then
   sampling generate.py --model "$MODEL" --prompts "$RUN/data/seed_prompts.jsonl" --out "$RUN/gold/responses.jsonl" \
-    -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
+    -n "$GOLD_N" --temperature "$TEMPERATURE" "${sample[@]}"
   launch label.py "${judge[@]}" --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl"
   "$python" -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" --seed "$SEED" \
     --seed-size "$(wc -l <"$RUN/gold/pairs.jsonl")" --rounds

@@ -30,12 +30,13 @@ define_settings() {
   setting SEED_FRACTION "" "gold pairs as a share of all prompts, in the place of SEED_SIZE"
   setting SELECT random "how gold prompts are chosen: random, or farthest (those that differ most)"
   setting FLIP 0 "share of the gold labels turned wrong on purpose"
-  setting ROUNDS "8000 20000 30000" "prompts of each round"
+  setting ROUNDS "8000 20000 30000" "prompts of each round; none: the seed stage alone"
   setting SEED_POLICY "" "an aligned model in the place of π_0, and no gold seed; MODEL is π_init"
   setting GOLD none "judge of unlabelled seeds and of the evaluation: none, vader, reward-model, pairrm, llm, openai"
   setting GOLD_MODEL "" "that judge's model"
 
   setting N 2 "responses a prompt; the best and the worst become a pair"
+  setting GOLD_N "$N" "responses a prompt of a seed that the gold judge labels"
   setting TEMPERATURE 0.7 "of sampling"
   setting MAX_NEW_TOKENS 300 "length limit of a response"
 
@@ -51,7 +52,7 @@ define_settings() {
   setting PIECES 6 "tangents of −log ξ"
   setting GROUP "" "pairs a group of the follower (the thesis: 100); empty: all in one"
 
-  setting JUDGE implicit "who labels the rounds: implicit (SPA), reward-model, pairrm, llm, openai"
+  setting JUDGE implicit "who labels the rounds: implicit (SPA), vader, reward-model, pairrm, llm, openai"
   setting JUDGE_MODEL "" "that judge's model; llm without one is trained on the gold seed"
   setting JUDGE_LR 2e-5 "learning rate of that training"
   setting JUDGE_START init "which is done once, from π_init, or in each round anew, from π_{t−1} (previous)"
@@ -122,7 +123,7 @@ check_settings() {
   one_of SHARD no yes
   one_of SELECT random farthest
   one_of REFERENCE init previous none
-  one_of JUDGE implicit reward-model pairrm llm openai
+  one_of JUDGE implicit vader reward-model pairrm llm openai
   one_of JUDGE_START init previous
   one_of GOLD none vader reward-model pairrm llm openai
   [[ $NPROC$NNODES == +([0-9]) ]] || stop "NPROC=$NPROC NNODES=$NNODES: must be whole numbers"
@@ -228,6 +229,7 @@ name=${config:+$(basename "$config" .env)}$own
 name=${name#-}
 [[ $METHOD == worst-case ]] || name+=-$METHOD
 RUN=${RUN:-runs/$name}
+[[ $ROUNDS != none ]] || ROUNDS=
 check_settings
 install requirements.txt
 if [[ ${2-} == --tiny ]]; then  # the same stages on a tiny model of the same architecture
