@@ -1,7 +1,8 @@
-"""A round's worst case with its moved fractions on random pairs: is it which pairs move, or that any do?
+"""A round's worst case with its moved fractions on random pairs: is it which pairs move, or that
+any do?
 
-Each moved pair's fraction goes to a pair drawn at random, which moves by its own ξ, all the way to 0 as the follower
-moves pairs; the transport, which is larger than ε then, is printed.
+Each moved pair's fraction goes to a pair drawn at random, which moves by its own ξ, all the way to
+0 as the follower moves pairs; the transport, which is larger than ε then, is printed.
 
     python bench/random_pairs.py --pairs round1/worst.jsonl --out round1/random.jsonl --seed 1
 """
@@ -16,7 +17,8 @@ from core.stage import parser, run_stage  # noqa: E402
 
 
 def on_random_pairs(rows: list[dict], seed: int) -> list[dict]:
-    """The rows with new atoms: fractions (1 − f, f) as they were, on pairs drawn without repetition."""
+    """The rows with new atoms: fractions (1 − f, f) as they were, on pairs drawn without
+    repetition."""
     fractions = [sum(weight for weight, shift in row["atoms"] if shift) for row in rows]
     moved = [fraction for fraction in fractions if fraction > 0]
     lot = random.Random(seed).sample(range(len(rows)), len(moved))
