@@ -36,7 +36,7 @@ if [[ -f $RUN/data/seed_prompts.jsonl ]]; then
     -n "$GOLD_N" --temperature "$TEMPERATURE" "${sample[@]}"
   launch label.py "${judge[@]}" --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl"
   "$python" -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" --seed "$SEED" \
-    --seed-size "$(wc -l <"$RUN/gold/pairs.jsonl")" --rounds
+    --seed-fraction 1 --rounds
   gold=$RUN/gold/seed/seed.jsonl
 fi
 

@@ -40,7 +40,7 @@ def main() -> None:
         pandas.DataFrame([{"prompt": p, **{side: [{"content": p, "role": "user"}, {"content": text(300), "role": "assistant"}]
                                            for side in ("chosen", "rejected")}} for p in prompts]).to_parquet(path)
         size = Path(path).stat().st_size / 1e6
-        seconds, gb, line = measured("data/prepare.py", "--data", path, "--out", f"{folder}/out", "--rounds", "8000", "20000")
+        seconds, gb, line = measured("-m", "data.prepare", "--data", path, "--out", f"{folder}/out", "--rounds", "8000", "20000")
     print(f"prepare: {N} rows ({size:.0f} MB of parquet) in {seconds:.1f} s, {gb:.2f} GB at the peak\n  {line}")
     assert seconds <= 60 and gb <= 2, "prepare.py is over its limits"
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -55,12 +56,27 @@ def wrong(key: str, value: object) -> str | None:
     return None if is_number(value) else "a finite number"
 
 
+def lines_of(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(line number, line) of a file. Blank lines at its end are no rows; one between rows is an error."""
+    blank = 0
+    try:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                blank = blank or number
+                continue
+            if blank:
+                fail(f"{path}:{blank}: a blank line between rows; expected one JSON object a line")
+            yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        fail(f"{path}: not a whole gzip file ({error})")
+
+
 def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
     """(line number, object) for every line of a JSONL file."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        for number, line in lines_of(path, file):
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 if b"\\ud" in line or b"\\uD" in line:  # half of a surrogate pair is no text: no file or tokenizer takes it
@@ -75,9 +91,10 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
 def read_json_list(path: str, *keys: str) -> list[dict]:
     """A JSON file (.json or .json.gz) that is a list of objects which hold text under `keys`."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             rows = json.load(file)
-    except (ValueError, EOFError, RecursionError, gzip.BadGzipFile) as error:
+        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile) as error:
         fail(f"{path}: not JSON in UTF-8 ({error})")
     for number, row in enumerate(rows if isinstance(rows, list) and rows else [None], 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
@@ -91,7 +108,8 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
     for number, row in read_json_lines(path):
         for key in ["id", *ROWS[kind]]:
             if key not in row:
-                fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need id, {', '.join(ROWS[kind])}")
+                raw = "; python -m data.prepare makes them from other layouts" if key in ("id", "prompt") else ""
+                fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need id, {', '.join(ROWS[kind])}{raw}")
         for key in ["id", *ROWS[kind], *OPTIONAL]:
             if key in row and (expected := wrong(key, row[key])) is not None:
                 fail(f"{path}:{number}: '{key}' must be {expected}, found {json.dumps(row[key])[:60]}")
