@@ -57,7 +57,7 @@ def wrong(key: str, value: object) -> str | None:
 
 
 def lines_of(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a file. Blank lines at its end are no rows; one between rows is an error."""
+    """(line number, line) of a file. Blank lines at its end are no rows, one before a row fails."""
     blank = 0
     try:
         for number, line in enumerate(file, 1):
@@ -91,7 +91,8 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
 def read_json_list(path: str, *keys: str) -> list[dict]:
     """A JSON file (.json or .json.gz) that is a list of objects which hold text under `keys`."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+        unpacked = gzip.open if path.endswith(".gz") else open
+        with unpacked(path, "rt", encoding="utf-8-sig") as file:
             rows = json.load(file)
         json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile) as error:
@@ -108,8 +109,9 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
     for number, row in read_json_lines(path):
         for key in ["id", *ROWS[kind]]:
             if key not in row:
-                raw = "; python -m data.prepare makes them from other layouts" if key in ("id", "prompt") else ""
-                fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need id, {', '.join(ROWS[kind])}{raw}")
+                raw = "; python -m data.prepare makes both" if key in ("id", "prompt") else ""
+                fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need id, "
+                     f"{', '.join(ROWS[kind])}{raw}")
         for key in ["id", *ROWS[kind], *OPTIONAL]:
             if key in row and (expected := wrong(key, row[key])) is not None:
                 fail(f"{path}:{number}: '{key}' must be {expected}, found {json.dumps(row[key])[:60]}")

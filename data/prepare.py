@@ -20,8 +20,9 @@ the prompts that differ most: each next one the farthest, by cosine of the model
 at the end of the prompt, from those chosen before (SSAPO's seed selection).
 
 Writes OUT/seed.jsonl (id, prompt, chosen, rejected), OUT/prompts_1.jsonl … and, from the rest,
-OUT/eval.jsonl. Prompts that differ in case or white space alone are one prompt, and prompts with
-the same opening user turn are in one part only. Papers: 2 000 gold pairs of 60 000 (3.3 %).
+OUT/eval.jsonl. Prompts that differ in case or white space alone are one prompt. Prompts with the
+same opening user turn are in one part only: those that would fall into a second one are left out.
+Papers: 2 000 gold pairs of 60 000 (3.3 %).
 
     python -m data.prepare --data argilla/ultrafeedback-binarized-preferences-cleaned --out data/uf
     python -m data.prepare --data data/prompts.jsonl --out runs/demo/data --seed-size 40 \\

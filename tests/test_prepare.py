@@ -1,5 +1,9 @@
 """Splits, schemas, and what every stage says to input that it cannot use."""
+import csv
+import gzip
+import io
 import json
+import lzma
 import os
 import resource
 
@@ -10,39 +14,271 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CORPUS, dump, gold_rows, jsonl, make_model, ok, run
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
 from core.chat import encode_prompt
-from data.prepare import embed, farthest, normalise, split
+from data.prepare import REASONS, collect, embed, farthest, flip, grouped, normalise, split
 
 
 def plain(count):
     return [{"prompt": CORPUS[i], "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 10 ** 6), st.integers(1, 10), st.lists(st.integers(1, 8), max_size=3), st.sampled_from([0, 0.25, 1]))
-def test_split_is_a_partition(seed, seed_size, rounds, flip):
-    rows = [{"id": str(i), "prompt": CORPUS[i], "chosen": "good", "rejected": "bad"} for i in range(40)]
-    parts = split([dict(r) for r in rows], seed_size, rounds, seed, flip)
-    ids = [r["id"] for part in parts.values() for r in part]
-    assert sorted(ids, key=int) == [r["id"] for r in rows]
-    assert [len(parts["seed"]), *(len(parts[f"prompts_{t}"]) for t in range(1, len(rounds) + 1))] == [seed_size, *rounds]
-    assert sum(r["chosen"] == "bad" for r in parts["seed"]) == round(flip * seed_size)
-    assert all(set(r) == {"id", "prompt"} for t in range(1, len(rounds) + 1) for r in parts[f"prompts_{t}"])
-    assert parts == split([dict(r) for r in rows], seed_size, rounds, seed, flip)
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=40),
+       st.lists(st.integers(0, 8), min_size=1, max_size=4), st.integers(0, 2), st.booleans())
+def test_parts_are_disjoint_by_opening_user_turn(groups, sizes, first, as_given):
+    """`first` rows stand before the groups, as a seed chosen by farthest point does."""
+    rows = [{"id": str(i), "prompt": [{"role": "system", "content": f"S{i}"},
+                                      {"role": "user", "content": [f"Ask {g}", f" ask  {g}"][i % 2]},
+                                      {"role": "user", "content": f"and {i}"}]}
+            for i, g in enumerate(groups)]
+    rows = rows if as_given else rows[:first] + grouped(rows[first:])
+    names = [f"part{i}" for i in range(len(sizes))]
+    parts, left = split(rows, dict(zip(names, sizes)))
+    group = {str(i): g for i, g in enumerate(groups)}
+    ids = [row["id"] for part in parts.values() for row in part]
+    assert len(set(ids)) == len(ids) and len(ids) + left["straddling"] + left["surplus"] == len(rows)
+    inside = [{group[row["id"]] for row in parts[name]} for name in names]
+    assert all(not a & b for i, a in enumerate(inside) for b in inside[i + 1:])
+    assert all(len(parts[name]) <= size for name, size in zip(names, sizes))
+    short = [i for i, (name, size) in enumerate(zip(names, sizes)) if len(parts[name]) < size]
+    if short:  # the rows ran out in this part
+        assert not left["surplus"] and not any(parts[name] for name in names[short[0] + 1:])
+    if not as_given and first == 0:  # what a border cuts off is less than one group
+        assert left["straddling"] <= len(sizes) * (max(map(groups.count, groups)) - 1)
 
 
-def test_schemas():
-    ask, pair = [{"role": "user", "content": "Q"}], {"chosen": "A", "rejected": "B"}
-    expected = {"prompt": ask, **pair}
-    lists = {k: [*ask, {"role": "assistant", "content": v}] for k, v in pair.items()}
-    assert normalise({"prompt": "Q", **pair}) == normalise({"prompt": "Q", **lists}) == normalise(lists) == expected
-    assert normalise({"instruction": "Q", "input": "", **pair}) == expected
-    assert normalise({"instruction": "Q", "input": "I", **pair})["prompt"][0]["content"] == "Q\n\nI"
-    hh = {k: f"\n\nHuman: Q\n\nAssistant: hm\n\nHuman: R\n\nAssistant: {v}" for k, v in pair.items()}
-    turns = [{"role": r, "content": c} for r, c in (("user", "Q"), ("assistant", "hm"), ("user", "R"))]
-    assert normalise(hh) == {"prompt": turns, **pair}
-    assert normalise({"prompt": "Q"}) == {"prompt": ask} and normalise({"text": "Q"}) is None
+def test_flipped_pairs_change_all_that_is_of_a_side():
+    pair = {"id": "a", "prompt": [], "chosen": "x", "rejected": "y", "chosen_ended": True,
+            "rejected_ended": False}
+    flip(pair)
+    assert pair == {"id": "a", "prompt": [], "chosen": "y", "rejected": "x", "chosen_ended": False,
+                    "rejected_ended": True}
+
+
+def turns(text):
+    """Messages of "u: … | a: … | s: …"."""
+    role = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    return [{"role": role[part[0]], "content": part[3:]} for part in text.split(" | ")]
+
+
+def sides(text):
+    """Both sides as conversations that end with A and B."""
+    return {"chosen": turns(f"{text}a: A"), "rejected": turns(f"{text}a: B")}
+
+
+PAIR = {"chosen": "A", "rejected": "B"}
+HH = {k: f"\n\nHuman: Q\n\nAssistant: hm\n\nHuman: R\n\nAssistant: {v}" for k, v in PAIR.items()}
+LAYOUTS = {  # a row, and the prompt that it has; the responses are always A and B
+    "texts": ({"prompt": "Q", **PAIR}, "u: Q"),
+    "prompt in the sides": ({"prompt": "Q", **sides("u: Q | ")}, "u: Q"),
+    "responses as messages": ({"prompt": turns("s: Z | u: Q"), **sides("")}, "s: Z | u: Q"),
+    "sides alone": (sides("u: Q | "), "u: Q"),
+    "instruction": ({"instruction": "Q", "input": "", **PAIR}, "u: Q"),
+    "instruction, null input": ({"instruction": "Q", "input": None, **PAIR}, "u: Q"),
+    "instruction and input": ({"instruction": "Q", "input": "I", **PAIR}, "u: Q\n\nI"),
+    "transcripts": (HH, "u: Q | a: hm | u: R"),
+    "transcripts, bare": ({k: v.strip() for k, v in HH.items()}, "u: Q | a: hm | u: R"),
+    "transcripts and prompt": ({"prompt": "Q", **HH}, "u: Q | a: hm | u: R"),
+    "prompt as a transcript": ({"prompt": HH["chosen"][:-1].strip(" "), **PAIR},
+                               "u: Q | a: hm | u: R"),
+    "a system turn in the sides": ({"prompt": "Q", **sides("s: Answer in Finnish. | u: Q | ")},
+                                   "s: Answer in Finnish. | u: Q"),
+    "turns between": ({"prompt": "Q", **sides("s: Z | u: Q | a: hm | u: R | ")},
+                      "s: Z | u: Q | a: hm | u: R"),
+    "prompt is the last turn": ({"prompt": "R", **sides("u: Q | a: hm | u: R | ")},
+                                "u: Q | a: hm | u: R"),
+    "prompt differs in blanks": ({"prompt": " Q\n", **sides("u: Q | ")}, "u: Q"),
+    "messages in the sides": ({"prompt": turns("u: Q"), **sides("s: Z | u: Q | a: hm | u: R | ")},
+                              "s: Z | u: Q | a: hm | u: R"),
+    "messages beyond the sides": ({"prompt": turns("s: Z | u: Q"), **sides("u: Q | ")},
+                                  "s: Z | u: Q"),
+    "sides go on": ({"prompt": turns("u: Q"), **sides("a: hm | u: R | ")}, "u: Q | a: hm | u: R"),
+    "system, then the sides": ({"prompt": turns("s: Z"), **sides("u: Q | ")}, "s: Z | u: Q"),
+    "a tool's answer between": ({"prompt": "Q", **sides("u: Q | a: look | t: 7 | ")},
+                                "u: Q | a: look | t: 7"),
+    "a system column": ({"system": "Z", "prompt": "Q", **PAIR}, "s: Z | u: Q"),
+    "a system column and turn": ({"system": "Z", **sides("s: Z | u: Q | ")}, "s: Z | u: Q"),
+    "an empty system column": ({"system": "", "prompt": "Q", **PAIR}, "u: Q"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name):
+    row, prompt = LAYOUTS[name]
+    assert normalise("here", row) == {"prompt": turns(prompt), **PAIR}
+
+
+def test_prompts_alone():
+    assert normalise("here", {"prompt": "Q"}) == {"prompt": turns("u: Q")}
+    assert normalise("here", {"prompt": turns("u: Q | a: go on")}) == {"prompt": turns("u: Q | a: go on")}
+    assert normalise("here", {"prompt": "\n\nHuman: Q\n\nAssistant:"}) == {"prompt": turns("u: Q")}
+    assert normalise("here", {"instruction": "Q"}) == {"prompt": turns("u: Q")}
+
+
+PARTS = [{"type": "text", "text": "Q"}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+LEFT = {  # rows that are left out, by reason
+    "tie": [{"prompt": "Q", "chosen": "A", "rejected": "A"},
+            {k: HH["chosen"] for k in PAIR},
+            {"prompt": "Q", **{k: turns("u: Q | a: A") for k in PAIR}}],
+    "not_assistant": [{k: v + turns("u: thanks") for k, v in sides("u: Q | ").items()},
+                      {k: v + "\n\nHuman: thanks" for k, v in HH.items()},
+                      {**sides("u: Q | "), "rejected": turns("u: Q | t: 7")}],
+    "content_parts": [{"prompt": [{"role": "user", "content": PARTS}], **PAIR},
+                      {"prompt": [{"role": "user", "content": PARTS}]},
+                      {k: [*turns("u: Q"), {"role": "assistant", "content": PARTS}] for k in PAIR}],
+    "tool_calls": [{"prompt": "Q", **{k: [*turns("u: Q"), CALL, *turns(f"t: 7 | a: {v}")]
+                                      for k, v in PAIR.items()}},
+                   {"prompt": [*turns("u: Q"), CALL, *turns("t: 7")], **PAIR},
+                   {"chosen": [*turns("u: Q"), CALL], "rejected": turns("u: Q | a: B")}],
+    "null_content": [{"prompt": [{"role": "user", "content": None}], **PAIR}],
+    "parted": [{"chosen": turns("u: Q | a: A"), "rejected": turns("u: R | a: B")},
+               {"prompt": "Q", "chosen": turns("u: Q | a: A"),
+                "rejected": turns("u: Q | a: hm | u: R | a: B")}],
+    "empty_response": [{"prompt": "Q", "chosen": "A", "rejected": " \n"},
+                       {**HH, "rejected": HH["rejected"][:-1]}],
+    "empty_prompt": [{"prompt": "", **PAIR}, {"prompt": " "}, sides(""), sides("s: Z | ")],
+}
+
+
+@pytest.mark.parametrize("reason", LEFT)
+def test_rows_left_out_are_counted_under_their_own_reason(reason, tmp_path):
+    assert [normalise("here", row) for row in LEFT[reason]] == [reason] * len(LEFT[reason])
+    alone = [row for row in LEFT[reason] if "chosen" not in row]
+    rows = plain(9) + [row for row in LEFT[reason] if "chosen" in row]
+    if alone:
+        rows = [{"prompt": row["prompt"]} for row in plain(9)] + alone
+    path = dump(tmp_path / "set.jsonl", rows)
+    done = ok(run("data/prepare.py", "--data", path, "--out", tmp_path / "out", "--seed-size", "3",
+                  "--rounds", "4"))
+    stats = json.load(open(tmp_path / "out.stats.json"))
+    assert {key: stats[key] for key in REASONS if stats[key]} == {reason: len(rows) - 9}
+    assert f"; {len(rows) - 9} {REASONS[reason]} left out" in done.stdout
+
+
+CONTRADICTIONS = {
+    "another question": ({"prompt": "What is 2 + 2?", **sides("u: Name a city. | ")},
+                         "'prompt' is not in the conversation"),
+    "another system": ({"system": "X", "prompt": "Q", **sides("s: Z | u: Q | ")}, "'system'"),
+    "text and conversation": ({"prompt": "Q", **sides("u: Q | "), "chosen": "A"}, "one of 'chosen'"),
+    "null chosen": ({"prompt": "Q", "chosen": None, "rejected": "B"}, "'chosen' is null"),
+    "null rejected": ({**sides("u: Q | "), "rejected": None}, "'rejected' is null"),
+    "null prompt": ({"prompt": None, **PAIR}, "'prompt' is null"),
+    "null instruction": ({"instruction": None, **PAIR}, "'instruction' is null"),
+    "number": ({"prompt": "Q", "chosen": 7, "rejected": "B"}, "'chosen' must be a text"),
+    "number as input": ({"instruction": "Q", "input": 7, **PAIR}, "'input' must be a text"),
+    "one side": ({"prompt": "Q", "chosen": "A"}, "no known schema"),
+    "other columns": ({"question": "Q", "answer": "A"}, "question, answer fit no known schema"),
+    "other keys": ({"prompt": [{"from": "human", "value": "Q"}], **PAIR}, '{"role": …, "content": …}'),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_one_line(name, tmp_path):
+    row, message = CONTRADICTIONS[name]
+    path = dump(tmp_path / "set.jsonl", [*plain(1), row])
+    one_line(run("data/prepare.py", "--data", path, "--out", tmp_path / "out"), "set.jsonl:2:", message)
+
+
+def test_flips_and_unused_columns_are_said(tmp_path):
+    rows = [{**row, "completion": "C", "label": True, "chosen_ended": True, "rejected_ended": False,
+             "nothing": None} for row in plain(9)]
+    done = ok(run("data/prepare.py", "--data", dump(tmp_path / "p.jsonl", rows), "--out",
+                  tmp_path / "out", "--seed-size", "4", "--rounds", "2", "--flip", "0.5"))
+    seed = jsonl(tmp_path / "out/seed.jsonl")
+    assert sorted(row["chosen"][:4] for row in seed) == ["bad ", "bad ", "good", "good"]
+    assert all(row["chosen_ended"] == row["chosen"].startswith("good") for row in seed)
+    assert all(set(row) == {"id", "prompt"} for row in jsonl(tmp_path / "out/prompts_1.jsonl"))
+    assert "2 labels of the seed flipped" in done.stdout and "nothing left out" in done.stdout
+    assert "columns not used: completion, label →" in done.stdout
+
+
+ODD_TEXTS = ["NA", "null", "007", "2024-01-01", "2024-01-01T00:00:00Z", "1e5", "True", "nan",
+             'a "quote", a comma\nand a line', "ä\u2028ö"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.json", "t.jsonl", "t.jsonl.gz", "t.json.gz",
+                                  "t.json.xz", "csv/train.csv", "json/train.jsonl"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_texts_stay_texts(name, mark, tmp_path):
+    """Whatever they look like, in a file or in a folder as the hub has them, with a byte-order mark
+    or without."""
+    rows = [{"prompt": text, "chosen": text, "rejected": "no"} for text in ODD_TEXTS]
+    if "csv" in name:
+        file = io.StringIO(newline="")
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+        text = file.getvalue()
+    elif ".jsonl" in name:
+        text = "".join(json.dumps(row) + "\n" for row in rows) + "\n \n"  # blank lines at the end
+    else:
+        text = json.dumps(rows, indent=1)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    packed = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    path.write_bytes(packed((mark + text).encode()))
+    source = path if path.parent == tmp_path else path.parent
+    ok(run("data/prepare.py", "--data", source, "--out", tmp_path / "out", "--seed-fraction", "1",
+           "--rounds"))
+    seed = jsonl(tmp_path / "out/seed.jsonl")
+    assert sorted(row["chosen"] for row in seed) == sorted(ODD_TEXTS)
+    assert all(row["prompt"] == [{"role": "user", "content": row["chosen"]}] for row in seed)
+
+
+def test_broken_tables_are_one_line(tmp_path):
+    def said(name, data, *words):
+        (tmp_path / name).write_bytes(data)
+        one_line(run("data/prepare.py", "--data", tmp_path / name, "--out", tmp_path / "out"), name, *words)
+    said("a.csv", b"prompt,chosen,rejected\nq,a,b\nq,a\n", ":3", "'rejected' is null")
+    said("b.csv", b"prompt,chosen,rejected\nq,a,b,c\n", ":2", "more cells")
+    said("c.csv", b"prompt,chosen,rejected\n\xff,a,b\n", "not CSV in UTF-8")
+    said("d.json", b'[{"prompt": "q"}', "not JSON")
+    said("e.json", b'[{"prompt": "\\ud800"}]', "not JSON in UTF-8")
+    said("f.jsonl", b'{"prompt": "q"}\n\n{"prompt": "r"}\n', ":2:", "blank line")
+    said("g.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 9)[:-9], "gzip")
+    said("h.csv.gz", gzip.compress(b"prompt\nq\n")[:-9], "not CSV")
+    said("i.csv", b"", "0 prompts can be used")
+    one_line(run("data/prepare.py", "--data", tmp_path / "z.csv", "--out", tmp_path / "out"), "z.csv", "no such file")
+
+
+def test_parts_of_a_set_with_few_openings_are_short(tmp_path):
+    """Nine prompts of three openings: three parts of two leave out a third of each group, four are too many."""
+    rows = [{"prompt": turns(f"u: {'abc'[i % 3]} | a: hm | u: {i}"), **PAIR} for i in range(9)]
+    command = ["data/prepare.py", "--data", dump(tmp_path / "p.jsonl", rows), "--out", tmp_path / "out",
+               "--seed-size", "2", "--rounds", "2"]
+    done = ok(run(*command, "--eval-size", "2"))
+    assert "3 whose opening user turn" not in done.stdout  # the third group's last row is not needed
+    stats = json.load(open(tmp_path / "out.stats.json"))
+    assert (stats["straddling"], stats["surplus"]) == (2, 1)
+    one_line(run(*command, "2", "1"), "6 prompts can be used", "3 whose opening user turn", "need 8")
+
+
+def test_a_template_that_refuses_a_row_is_named(tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No\nsystem') }}{% endif %}{{ m.content }}{% endfor %}"
+    (tmp_path / "m/chat_template.jinja").write_text(refusing)
+    command = ["data/prepare.py", "--out", tmp_path / "out", "--seed-size", "2", "--rounds", "2", "--model", tmp_path / "m",
+               "--max-new-tokens", "8", "--data"]
+    ok(run(*command, dump(tmp_path / "a.jsonl", plain(9))))
+    rows = [*plain(9), {"prompt": turns("s: Answer in Finnish. | u: Q"), **PAIR}]
+    identity = collect(dump(tmp_path / "b.jsonl", rows))[0][-1]["id"]
+    one_line(run(*command, tmp_path / "b.jsonl"), "b.jsonl", f"id '{identity}'", "Answer in Finnish", "refuses", "No system")
+
+
+def test_shared_transcripts_have_disjoint_parts(tmp_path):
+    path = ROOT.parent / "shared/data/hh_rlhf_harmless_test.jsonl.gz"
+    if not path.exists():
+        pytest.skip("no transcripts at hand")
+    ok(run("data/prepare.py", "--data", path, "--out", tmp_path / "out", "--seed-size", "400", "--rounds", "500", "500"))
+    opened = {f.stem: {" ".join(r["prompt"][0]["content"].lower().split()) for r in jsonl(f)} for f in (tmp_path / "out").iterdir()}
+    assert len(opened) == 4 and sum(map(len, opened.values())) == len(set.union(*opened.values()))
+    stats = json.load(open(tmp_path / "out.stats.json"))
+    lines = len(gzip.open(path).readlines())
+    assert sum(stats[key] for key in [*opened, *REASONS]) == lines == 2312
+    assert (stats["parted"], stats["empty_response"], stats["repeated"]) == (5, 4, 2)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
@@ -70,9 +306,9 @@ def test_hub_layouts(tmp_path):
             for i, r in enumerate(plain(9))]
     for name, part in (("train_sft", rows[:5]), ("train_prefs", rows[:7]), ("test_prefs", rows[7:])):
         pandas.DataFrame(part).to_parquet(uf / f"{name}-00000-of-00001.parquet")
-    turns = [{k: f"\n\nHuman: {r['prompt']}\n\nAssistant: Hm?\n\nHuman: Go on.\n\nAssistant: {r[k]}" for k in ("chosen", "rejected")}
+    hh_rows = [{k: f"\n\nHuman: {r['prompt']}\n\nAssistant: Hm?\n\nHuman: Go on.\n\nAssistant: {r[k]}" for k in ("chosen", "rejected")}
              for r in plain(9)]
-    for name, part in (("train", turns[:7]), ("test", turns[7:])):
+    for name, part in (("train", hh_rows[:7]), ("test", hh_rows[7:])):
         pandas.DataFrame(part).to_json(hh / f"{name}.jsonl.gz", orient="records", lines=True)
     for folder, messages in (("uf", 1), ("hh", 3)):
         ok(run("data/prepare.py", "--data", tmp_path / folder, "--out", tmp_path / f"out-{folder}", "--seed-size", "2", "--rounds", "4"))
@@ -133,7 +369,7 @@ def test_rows_that_do_not_fit_the_context_are_counted(folder, tokenizer, tmp_pat
     stats = json.load(open(tmp_path / "out.stats.json"))
     assert stats["too_long"] == 2 and stats["eval"] == 2
     bare = ["data/prepare.py", "--data", tmp_path / "p.jsonl", "--out", tmp_path / "none", "--model", folder]
-    one_line(run(*bare, "--seed-size", "2", "--rounds", "1"), "0 distinct", "8 more are too long")
+    one_line(run(*bare, "--seed-size", "2", "--rounds", "1"), "0 prompts can be used", "8 too long")
 
 
 def test_prompts_without_preferences_become_seed_prompts(tmp_path):
@@ -188,6 +424,8 @@ def test_bad_input_is_one_clear_line(folder, tokenizer, tmp_path):
     one_line(run(*stage, "--model", folder, "--pairs", tmp_path / "absent.jsonl"), "no such file")
     one_line(run(*stage, "--model", "./absent", "--pairs", pairs), "./absent", "no such model folder")
     one_line(run(*stage, "--model", folder, "--pairs", dump(tmp_path / "long.jsonl", long)), "long.jsonl", "'g1'", "context is 256")
+    raw = dump(tmp_path / "raw.jsonl", [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in gold_rows(2)])
+    one_line(run(*stage, "--model", folder, "--pairs", raw), "raw.jsonl:1", "'id' is missing", "python -m data.prepare")
     one_line(run(*stage, "--model", folder, "--pairs", pairs, "--lr", "0"), "--lr")
     (tmp_path / "hollow").mkdir()
     one_line(run(*stage, "--model", tmp_path / "hollow", "--pairs", pairs), "hollow", "cannot load")
@@ -200,7 +438,7 @@ def test_bad_input_is_one_clear_line(folder, tokenizer, tmp_path):
     one_line(run("generate.py", "--model", folder, "--prompts", prompts, "--out", tmp_path / "r.jsonl"), "300", "context of 256")
     one_line(run("label.py", "--responses", prompts, "--out", tmp_path / "l.jsonl", "--judge", "vader"), "'responses' is missing")
     one_line(run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl"), "'margin' is missing")
-    one_line(run("data/prepare.py", "--data", pairs, "--out", tmp_path / "d", "--seed-size", "3", "--rounds", "4"), "2 distinct", "need 8")
+    one_line(run("data/prepare.py", "--data", pairs, "--out", tmp_path / "d", "--seed-size", "3", "--rounds", "4"), "2 prompts can be used", "need 8")
     strange = dump(tmp_path / "strange.jsonl", [{"question": "x", "answer": "y"}])
     one_line(run("data/prepare.py", "--data", strange, "--out", tmp_path / "d"), "strange.jsonl:1", "question, answer", "chosen")
     one_line(run("evaluate.py", "--models", "x", "--prompts", prompts, "--out", tmp_path / "e"), "NAME=PATH")
@@ -235,7 +473,7 @@ def test_output_folder_with_a_slash_or_behind_a_link(tmp_path):
     assert "complete, skipped" in ok(run(*command, "--out", f"{tmp_path}/out")).stdout
 
 
-@pytest.mark.parametrize("script", ["data/prepare.py", "data/demo.py", "seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["-m data.prepare", "data/demo.py", "seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"])
 def test_help_teaches(script):
-    text = ok(run(script, "--help")).stdout
+    text = ok(run(script.removeprefix("-m "), "--help")).stdout
     assert f"python {script}" in text and "--out" in text
