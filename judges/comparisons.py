@@ -1,10 +1,10 @@
 """What an LLM judge learns from: gold pairs as questions whose answer is a letter (SPA, B.2).
 
-Each pair is asked in both orders after SPA's Listing 1; `chosen` is the right letter, `rejected` the other. seed_dpo.py
-learns such rows like any others:
+Each pair is asked in both orders after SPA's Listing 1; `chosen` is the right letter, `rejected`
+the other. seed_dpo.py learns such rows like any others:
 
     python -m judges.comparisons --pairs seed.jsonl --out judge.jsonl
-    python seed_dpo.py --objective supervised --model pi_init --pairs judge.jsonl --out judge --lr 2e-5
+    python seed_dpo.py --objective supervised --model pi_init --pairs judge.jsonl --out judge
 """
 import os
 
@@ -14,11 +14,12 @@ from judges.judge import option_prompt
 
 
 def comparisons(rows: list[dict]) -> list[dict]:
-    """Two supervised rows a gold pair. The letter alone is learnt, as it alone is read: no end of turn."""
+    """Two supervised rows a gold pair. The letter alone is learnt, as it alone is read: no end of
+    turn."""
     asked = []
     for row in rows:
-        orders = (("A", "B", row["chosen"], row["rejected"]), ("B", "A", row["rejected"], row["chosen"]))
-        for right, wrong, first, second in orders:
+        good, bad = row["chosen"], row["rejected"]
+        for right, wrong, first, second in (("A", "B", good, bad), ("B", "A", bad, good)):
             asked.append({"id": f"{row['id']} {right}",
                           "prompt": option_prompt(row["prompt"], first, second),
                           "chosen": right, "rejected": wrong,
