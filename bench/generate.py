@@ -1,6 +1,6 @@
 """The sampler's throughput against transformers' own, on the same prompts, in one process each; the claim made of it is checked.
 
-SmolLM2-135M (`python data/demo.py --out models/smollm2` first); prompts of log-normal length, median 100 tokens, as in
+SmolLM2-135M (`python -m data.demo --out models/smollm2` first); prompts of log-normal length, median 100 tokens, as in
 UltraFeedback; n = 2 responses of at most 128 tokens at temperature 0.7; 64 responses a batch. `plain` is model.generate in the order
 of the input, `continuous` transformers' continuous batching, which makes its own batches.
 A quarter of an hour on two cores; a claim that fails gives exit status 1.

@@ -1,6 +1,6 @@
 """The leader's speed and memory against TRL's DPOTrainer, side by side on the same pairs; the claims made of them are checked.
 
-Each line of the table is a process of its own, so that its peak memory is its own: SmolLM2-135M (`python data/demo.py --out
+Each line of the table is a process of its own, so that its peak memory is its own: SmolLM2-135M (`python -m data.demo --out
 models/smollm2` first), prompt ≈ response ≈ 256 tokens, 4 pairs a step. TRL serves the benchmark alone. About twenty minutes
 on two cores; a claim that fails gives exit status 1. Of TRL's savings, Liger kernels need a GPU with Triton and activation
 offloading a GPU; neither is measured.

@@ -473,7 +473,7 @@ def test_output_folder_with_a_slash_or_behind_a_link(tmp_path):
     assert "complete, skipped" in ok(run(*command, "--out", f"{tmp_path}/out")).stdout
 
 
-@pytest.mark.parametrize("script", ["-m data.prepare", "data/demo.py", "seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["-m data.prepare", "-m data.demo", "seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"])
 def test_help_teaches(script):
     text = ok(run(script.removeprefix("-m "), "--help")).stdout
     assert f"python {script}" in text and "--out" in text
