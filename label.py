@@ -102,6 +102,8 @@ def main() -> None:
     if not all(math.isfinite(r) for own in reward for r in own):
         fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
+    margin_of = {"judge": args.judge, "reference": args.reference if implicit else None, "beta": args.beta,
+                 "length_penalty": args.length_penalty, "policy": settings["model"]}  # what the margin is (D10)
     labelled, agreement = [], []
     for k, (row, own) in enumerate(zip(answered, reward)):
         texts, ended = row.pop("responses"), row.pop("ended")
@@ -110,7 +112,8 @@ def main() -> None:
         if pair is None:
             continue
         w, l = pair
-        row |= {"chosen": texts[w], "rejected": texts[l], "chosen_ended": ended[w], "rejected_ended": ended[l], "margin": own[w] - own[l]}
+        row |= {"chosen": texts[w], "rejected": texts[l], "chosen_ended": ended[w], "rejected_ended": ended[l], "margin": own[w] - own[l],
+                "margin_of": margin_of}
         if logps:
             row |= {"chosen_logp": logps[0][k][w], "rejected_logp": logps[0][k][l]}
         labelled.append(row)
