@@ -100,7 +100,7 @@ def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pieces_of(rows: list[dict], path: str) -> int:
-    """K, where ℓ* becomes straight (D5): what dro.py wrote; without moved atoms it is never used."""
+    """K, where ℓ* becomes straight (D5), as dro.py wrote it; without moved atoms never used."""
     found = {row.get("pieces", 6) for row in rows}
     if len(found) > 1:
         fail(f"{path}: 'pieces' must be one number in all rows, found {sorted(found)}")

@@ -9,12 +9,18 @@ import hashlib
 import json
 import math
 import os
+import platform
+import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from core.rows import beside, fail, remove
 
+
+STARTED = time.time()
 
 # Memory, not mathematics: what is written is the same whatever they are (D11).
 MEMORY_ONLY = ("micro_tokens", "sample_tokens", "gradient_checkpointing", "shard", "save_every")
@@ -91,12 +97,29 @@ def is_done(out: str, settings: dict) -> bool:
     return os.path.exists(out) and not changed
 
 
+def about() -> dict:
+    """How an output came about: for readers, and no reason to do anything again."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+            "commit": commit or None,
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "seconds": round(time.time() - STARTED, 1)}
+
+
 def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None]) -> None:
     """`write(tmp)`, rename to `out`, then write `out`.stats.json: at no moment do stats describe
     another output."""
+    whole = {**stats, "about": about(), "settings": settings}
+    text = json.dumps(whole, indent=1, ensure_ascii=False)
     with beside(out) as tmp, beside(f"{out}.stats.json") as tmp_stats:
         write(tmp)
-        Path(tmp_stats).write_text(json.dumps({**stats, "settings": settings}, indent=1, ensure_ascii=False) + "\n")
+        Path(tmp_stats).write_text(text + "\n", encoding="utf-8")
         remove(f"{out}.stats.json")
         if os.path.isdir(out):  # a file is replaced at once
             remove(out)
@@ -110,16 +133,20 @@ def run_stage(main: Callable[[], None]) -> None:
     try:
         main()
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}: cannot write; nothing finished is lost")
+        if error.filename:
+            fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.strerror or error}: cannot write; nothing finished is lost")
     except MemoryError as error:
         fail(f"out of memory: {error}")
     except RuntimeError as error:  # torch.OutOfMemoryError, without importing torch
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        fail(f"out of memory; lower --micro-tokens or --batch-size, or see --gradient-checkpointing. ({str(error).splitlines()[0]})")
+        fail("out of memory; lower --micro-tokens or --batch-size, or see "
+             f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads can outlive the last collective and abort Python's teardown
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # gloo's threads can outlive the last collective and abort Python's teardown
         sys.stdout.flush()
         os._exit(0)
 
@@ -134,17 +161,22 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return cli
 
 
-def ranged(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+def ranged(kind: type, low: float, high: float = math.inf,
+           above: bool = False) -> Callable[[str], float]:
     """A flag's type: an int or float from `low` (or `above` it) to `high`, and finite."""
     def parse(text: str) -> float:
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low}"
-                                             f"{f' and at most {high}' if high < math.inf else ''}, found {text}")
+        large_enough = low < value if above else low <= value
+        if not large_enough or not value <= high or value == math.inf:
+            bounds = f"{'above' if above else 'at least'} {low}"
+            if high < math.inf:
+                bounds += f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, found {text}")
         return value
     parse.__name__ = kind.__name__  # what argparse calls a text that is no number at all
     return parse
 
-positive, share = ranged(float, 0, above=True), ranged(float, 0, 1)
 
+positive = ranged(float, 0, above=True)
+share = ranged(float, 0, 1)
 natural = ranged(int, 1)

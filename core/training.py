@@ -58,7 +58,7 @@ class Run(NamedTuple):
 def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     """The flags that seed_dpo.py and train.py share."""
     cli.add_argument("--model", required=True,
-                     help="where training starts: a Hugging Face folder or hub id; also the reference")
+                     help="where training starts, and the reference: a Hugging Face folder or hub id")
     cli.add_argument("--pairs", required=True, help="preference rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True,
                      help="folder of the trained policy")
@@ -186,7 +186,8 @@ def update(run: Run, batch: list[int], loss: list[float], lr: float, step: int) 
         saved = f"{run.args.out}.checkpoint"
         kept = f", {saved} is kept" if os.path.exists(saved) else ""
         ids = ", ".join(run.rows[i]["id"] for i in batch)
-        fail(f"step {step + 1} of {run.total}: loss {mean}, gradient norm {norm}; rows {ids}. "
+        fail(f"{run.args.pairs}: step {step + 1} of {run.total}: loss {mean}, gradient norm {norm}; "
+             f"rows {ids}. "
              f"No weights are saved{kept}; lower --lr or look at these rows")
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -259,7 +260,9 @@ def training_flops(model, encoded: list, shared: bool) -> float:
     for prompt, ys in encoded:
         n, lengths, prompts = len(prompt), [len(y) - 1 for y in ys], 1 if shared else len(ys)
         attended = prompts * n * (n + 1) / 2 + sum(m * n + m * (m + 1) / 2 for m in lengths)
-        total += 6 * body * (prompts * n + sum(lengths)) + 6 * head * sum(map(len, ys)) + 12 * channels * attended
+        total += 6 * body * (prompts * n + sum(lengths))
+        total += 6 * head * sum(map(len, ys))
+        total += 12 * channels * attended
     return total
 
 
@@ -282,7 +285,8 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory of this process so far, in 10⁹ bytes: the GPU's where there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 def save_state(run: Run, log: list[dict]) -> None:
     """Everything that training goes on from, in OUT.checkpoint, by one rename.
@@ -345,8 +349,8 @@ def restore_state(run: Run) -> list[dict]:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         settings, log = json.loads(state["settings"]), json.loads(state["log"])
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        fail(f"{path}: not a checkpoint of this program ({str(error).splitlines()[0]}); remove it to "
-             "start again")
+        fail(f"{path}: not a checkpoint of this program ({str(error).splitlines()[0]}); remove it "
+             "to start again")
     changed = [key for key in run.settings if settings.get(key) != run.settings[key]]
     if sharded != run.args.shard:
         changed.append("--shard")
@@ -376,9 +380,10 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
     """Publish a Hugging Face folder (one safetensors file, fp32) with tokenizer and log.jsonl;
     returns the stats."""
     args, model = run.args, model_of(run.policy)
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    names = {name for values in (model.named_parameters(), model.named_buffers()) for name, _ in values}
-    weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied weights once
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=whole)
+    names = {name for name, _ in model.named_parameters()} | {n for n, _ in model.named_buffers()}
+    weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied: once
 
     def write(tmp: str) -> None:
         try:
