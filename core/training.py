@@ -58,7 +58,7 @@ class Run(NamedTuple):
 def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     """The flags that seed_dpo.py and train.py share."""
     cli.add_argument("--model", required=True,
-                     help="where training starts, and the reference: a Hugging Face folder or hub id")
+                     help="where training starts, and the reference: a folder or hub id")
     cli.add_argument("--pairs", required=True, help="preference rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True,
                      help="folder of the trained policy")
@@ -186,8 +186,8 @@ def update(run: Run, batch: list[int], loss: list[float], lr: float, step: int) 
         saved = f"{run.args.out}.checkpoint"
         kept = f", {saved} is kept" if os.path.exists(saved) else ""
         ids = ", ".join(run.rows[i]["id"] for i in batch)
-        fail(f"{run.args.pairs}: step {step + 1} of {run.total}: loss {mean}, gradient norm {norm}; "
-             f"rows {ids}. "
+        fail(f"{run.args.pairs}: step {step + 1} of {run.total}: loss {mean}, "
+             f"gradient norm {norm}; rows {ids}. "
              f"No weights are saved{kept}; lower --lr or look at these rows")
     for group in run.optimizer.param_groups:
         group["lr"] = lr
