@@ -246,21 +246,30 @@ def own_ids(tokenizer, row: dict) -> bool:
     return row.get("vocabulary") == vocabulary(tokenizer)
 
 
+def check_range(config, ids: list[int], path: str, row: dict) -> None:
+    """A row's ids are tokens that the model has, or the program ends."""
+    size = config.get_text_config().vocab_size
+    if max(ids) >= size:
+        fail(f"{path}: id {row['id']!r} has the token {max(ids)}; the model knows {size}. Another "
+             "model wrote it, or the row was changed")
+
+
 def encode_rows(config, tokenizer, rows: list[dict], path: str,
                 answers_of: Callable[[dict], list[Answer]]) -> list:
     """[(prompt ids, [response ids, …]), …] of rows; one that the model cannot read fails.
 
     A response's ids are those in the row if they are of this vocabulary, else its text's.
     """
-    config = config.get_text_config()
-    limit, size = getattr(config, "max_position_embeddings", None), config.vocab_size
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     encoded, alone = [], 0
     for row in rows:
         own = own_ids(tokenizer, row)
         try:
             prompt, answers = encode_prompt(tokenizer, row["prompt"]), []
             for text, ended, ids in answers_of(row):
-                if ids is None or not own:
+                if own and ids is not None:
+                    check_range(config, ids, path, row)
+                else:
                     ids = response_in_context(tokenizer, row["prompt"], text, ended)
                 if ids is None:
                     ids = response_alone(tokenizer, text, ended)
@@ -272,10 +281,6 @@ def encode_rows(config, tokenizer, rows: list[dict], path: str,
         if limit and longest > limit:
             fail(f"{path}: id {row['id']!r} has {longest} tokens; the model's context is {limit}. "
                  "Shorten or remove it")
-        highest = max(max(ids, default=0) for ids in (prompt, *answers))
-        if highest >= size:
-            fail(f"{path}: id {row['id']!r} has the token {highest}; the model knows {size}. "
-                 "Another model wrote it")
         encoded.append((prompt, answers))
     if alone and os.environ.get("RANK", "0") == "0":
         print(f"note: {path}: {alone} responses are tokenised alone: in the conversation, their "
@@ -289,6 +294,9 @@ def pair_of(row: dict) -> list[Answer]:
             for side in ("chosen", "rejected")]
 
 
-def from_text(tokenizer, rows: list[dict]) -> int:
-    """How many rows are read from their text, because they hold no ids of this vocabulary."""
-    return sum(not own_ids(tokenizer, row) for row in rows)
+def from_text(tokenizer, rows: list[dict], answers_of: Callable[[dict], list[Answer]]) -> str:
+    """For the summary line: how many rows are read from their text, for want of ids of this
+    vocabulary."""
+    count = sum(not own_ids(tokenizer, row) or any(ids is None for *_, ids in answers_of(row))
+                for row in rows)
+    return f"{count} read from text" if count else "all read as sampled"
