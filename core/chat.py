@@ -82,6 +82,8 @@ def reader(tokenizer, first: int) -> tuple[Tokenizer, dict[str, str], re.Pattern
 
     It reads a text exactly as the tokenizer does, but no text spells a control token.
     """
+    if not tokenizer.is_fast:
+        fail(f"{tokenizer.name_or_path}: the tokenizer needs a tokenizer.json")
     controls = control_tokens(tokenizer)
     names = {text: chr(first + k) for k, text in enumerate(controls)}
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -100,9 +102,21 @@ def reader(tokenizer, first: int) -> tuple[Tokenizer, dict[str, str], re.Pattern
         model["merges"] = [(a, b) for a, b in pairs
                            if a + b not in names and a not in names and b not in names]
     swap = names | {name: text for text, name in names.items()}
-    longest_first = sorted(swap, key=len, reverse=True)
-    return (Tokenizer.from_str(json.dumps(state)), swap,
-            re.compile("|".join(map(re.escape, longest_first)) or "(?!)"))
+    pattern = f"[{chr(first)}-{chr(first + len(names))}]|{longest_of(list(names))}"
+    return Tokenizer.from_str(json.dumps(state)), swap, re.compile(pattern)
+
+
+def longest_of(words: list[str]) -> str:
+    """A pattern for the longest of the words that stands at a place. It branches by character, so
+    that the number of the words hardly counts."""
+    tails: dict[str, list[str]] = {}
+    for word in filter(None, words):
+        tails.setdefault(word[0], []).append(word[1:])
+    branches = [re.escape(head) + longest_of(rest) for head, rest in tails.items()]
+    pattern = "|".join(branches)
+    if "" in words:
+        return f"(?:{pattern})?" if branches else ""
+    return pattern if len(branches) == 1 else f"(?:{pattern})"
 
 
 @functools.cache
@@ -114,16 +128,16 @@ def starts_with_bos(tokenizer) -> bool:
 
 @functools.cache
 def end_of_turn(tokenizer) -> int:
-    """The token that the chat template writes after an assistant's turn, e.g. Phi-3's <|end|>; if
-    it writes none, the end-of-sequence token."""
+    """The first control token that the chat template writes after an assistant's turn, e.g. Phi-3's
+    <|end|>; if it writes none, the end-of-sequence token."""
     mark = chr(PRIVATE[-1])
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     try:
-        closing = render(tokenizer, turns, closed=True).rpartition(mark)[2].lstrip()
+        closing = render(tokenizer, turns, closed=True).rpartition(mark)[2]
     except Exception as error:  # templates raise whatever they like
         fail(f"{tokenizer.name_or_path}: the chat template refuses an assistant's turn: {error}")
     _, _, pattern = reader(tokenizer, PRIVATE[0])
-    found = pattern.match(closing)
+    found = pattern.search(closing)
     return control_tokens(tokenizer)[found[0]] if found else tokenizer.eos_token_id
 
 
@@ -157,7 +171,7 @@ def free_block(tokenizer, texts: list[str]) -> int:
     """The first of as many private characters as there are control tokens, none of which stands in
     the texts."""
     taken = {ord(char) for text in texts for char in re.findall("[\U000f0000-\U0010fffd]", text)}
-    size = max(1, len(control_tokens(tokenizer)))
+    size = len(control_tokens(tokenizer)) + 1
     for first in range(PRIVATE.start, PRIVATE.stop - size, size):
         if not any(first <= char < first + size for char in taken):
             return first
@@ -176,7 +190,7 @@ def encode_prompt(tokenizer, messages: list[dict], generation: bool = True) -> l
         tokenizer, free_block(tokenizer, [message["content"] for message in messages]))
 
     def exchange(text: str) -> str:
-        return pattern.sub(lambda found: swap[found[0]], text)
+        return pattern.sub(lambda found: swap.get(found[0], found[0]), text)
     hidden = [{**message, "content": exchange(message["content"])} for message in messages]
     text = exchange(render(tokenizer, hidden, closed=not generation))
     ids = backend.encode(text, add_special_tokens=False).ids

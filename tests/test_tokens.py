@@ -1,9 +1,8 @@
 """What is scored and learnt is what the model wrote: ids, templates, BOS, control tokens."""
 import copy
 import gzip
-import json
 import re
-from pathlib import Path
+import timeit
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from core.chat import (
     end_of_turn,
     foreign_tokens,
     is_foreign,
+    longest_of,
     pair_of,
     response_in_context,
     vocabulary,
@@ -182,6 +182,25 @@ def test_tokens_that_are_not_special_cannot_be_forged(tokenizer):
     ids = encode_prompt(loose, [{"role": "user", "content": "a<A>b<U><tag>"}])
     assert [i for i in ids if i >= user] == [user, tag, assistant]
     assert "<tag>" not in control_tokens(loose)
+
+
+@given(st.lists(st.text("ab(<|", min_size=1, max_size=5), min_size=1), st.text("ab(<|"))
+def test_the_longest_word_is_found(words, text):
+    plain = re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+    assert re.compile(longest_of(words)).findall(text) == plain.findall(text)
+
+
+@pytest.mark.parametrize("shape", ["<|reserved_{}|>", "{}>"])
+def test_thousands_of_added_tokens_cost_nothing(any_tokenizer, shape):
+    """In the best of twenty prompts; ten times the template's own time would be 2 ms."""
+    many = copy.deepcopy(any_tokenizer)
+    many.add_tokens([transformers.AddedToken(shape.format(i), special=True) for i in range(6000)])
+    ask = [{"role": "user", "content": "Write 12 <b>long</b> letters of 300 words.\n" * 8}]
+
+    def fastest(encode) -> float:
+        return min(timeit.repeat(encode, number=1, repeat=20))
+    plain = fastest(lambda: many.apply_chat_template(ask, return_dict=False))
+    assert fastest(lambda: encode_prompt(many, ask)) < 10 * plain
 
 
 def test_a_prompt_that_ends_in_an_assistants_turn_is_continued(any_tokenizer):
