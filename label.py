@@ -49,8 +49,11 @@ def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[int, int] | 
 
 
 def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], int]:
-    """Rows with `answers` (text, ended, ids or None), from --responses or from the two sides of --pairs, and how many
-    responses were left out because special tokens stand inside them; an empty response is no candidate either."""
+    """Rows with `answers` (text, ended, ids or None), from --responses or from the two sides of
+    --pairs, and how many responses were left out because special tokens stand inside them.
+
+    An empty response is no candidate either.
+    """
     path = args.pairs or args.responses
     rows, special = read_rows(path, "preferences" if args.pairs else "responses"), 0
     config = load_config(args.model) if args.model else None
@@ -59,13 +62,15 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
             row["answers"] = pair_of(row)
             continue
         texts = row.pop("responses")
-        ended, ids = row.pop("ended", [True] * len(texts)), row.pop("response_ids", [None] * len(texts))
+        ended = row.pop("ended", [True] * len(texts))
+        ids = row.pop("response_ids", [None] * len(texts))
         inside = row.pop("special_inside", [False] * len(texts))
         if tokenizer and own_ids(tokenizer, row) and ids[0] is not None:
             for own in ids:
                 check_range(config, own, path, row)
             inside = [is_foreign(tokenizer, own, e) for own, e in zip(ids, ended)]
-        row["answers"] = [answer for answer, out in zip(zip(texts, ended, ids), inside) if answer[0].strip() and not out]
+        row["answers"] = [answer for *answer, out in zip(texts, ended, ids, inside)
+                          if answer[0].strip() and not out]
         special += sum(inside)
     return rows, special
 
@@ -97,15 +102,19 @@ def main() -> None:
     path, (rows, special) = args.pairs or args.responses, read_candidates(args, tokenizer)
     answered = [row for row in rows if row["answers"]]
     rank, world, device = start_processes()
-    how_read = f", {from_text(tokenizer, answered, lambda row: row['answers'])}" if tokenizer else ""
+    how_read = ""
+    if tokenizer:
+        how_read = f", {from_text(tokenizer, answered, lambda row: row['answers'])}"
     logps, lengths = [], []
     for model_path in [args.model, *([args.reference_model] if implicit and args.reference != "none" else [])] if args.model else []:
         if not logps:  # both models read what the policy's tokenizer wrote: a base model as the reference has no chat template
             model = load_model(model_path, device)
             encoded = encode_rows(model.config, tokenizer, answered, path, lambda row: row["answers"])
             lengths = [[len(y) for y in ys] for _, ys in encoded]
-            for row, (_, ys) in zip(answered, encoded):  # the ids that are scored are what is learnt
-                row["answers"] = [(text, ended, ids) for (text, ended, _), ids in zip(row["answers"], ys)]
+            # the ids that are scored are what is learnt
+            for row, (_, ys) in zip(answered, encoded):
+                row["answers"] = [(text, ended, ids)
+                                  for (text, ended, _), ids in zip(row["answers"], ys)]
                 row["vocabulary"] = vocabulary(tokenizer)
         else:
             model = load_model(model_path, device)
@@ -131,8 +140,8 @@ def main() -> None:
         if pair is None:
             continue
         w, l = pair
-        for side, k_side in (("chosen", w), ("rejected", l)):
-            row[side], row[f"{side}_ended"], ids = answers[k_side]
+        for side, (text, ended, ids) in (("chosen", answers[w]), ("rejected", answers[l])):
+            row |= {side: text, f"{side}_ended": ended}
             if ids is not None:
                 row[f"{side}_ids"] = ids
         row["margin"] = own[w] - own[l]

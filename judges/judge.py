@@ -99,8 +99,10 @@ def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torc
     """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA, B.2)."""
     model, tokenizer = load(args.judge_model, device)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
-    encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: [("A", False, None), ("B", False, None)])
-    if any(len(a) != len(b) or a[:-1] != b[:-1] or a == b for _, (a, b) in encoded):  # after what the template writes first
+    letters = [("A", False, None), ("B", False, None)]
+    encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: letters)
+    # the template may write something before a letter, Qwen3's a think block; it is the same for both
+    if any(len(a) != len(b) or a[:-1] != b[:-1] or a == b for _, (a, b) in encoded):
         fail(f"{args.judge_model}: its tokenizer does not write A and B as one token each")
     logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]

@@ -305,7 +305,8 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
         assert row["chosen_ids"] == text and row["vocabulary"] == vocabulary(tokenizer)
 
 
-def test_answers_with_special_tokens_inside_are_not_learnt(folder, tokenizer, tmp_path, monkeypatch):
+def test_answers_with_special_tokens_inside_are_not_learnt(folder, tokenizer, tmp_path,
+                                                           monkeypatch):
     """Left out of labels and counted, with a model and without; their text is kept."""
     answers = [[50, 0, 51, 2], [52, 53, 2], [54, 55, 56], [57, 2]]
     assert [is_foreign(tokenizer, ids, ids[-1] == 2) for ids in answers] == [True] + [False] * 3
@@ -315,10 +316,12 @@ def test_answers_with_special_tokens_inside_are_not_learnt(folder, tokenizer, tm
     said = ok(run("generate.py", "--model", folder, "--prompts", prompts, "-n", "4",
                   "--out", tmp_path / "r.jsonl", "--max-new-tokens", "4")).stdout
     row, = jsonl(tmp_path / "r.jsonl")
-    assert "1 with special tokens inside" in said and row["responses"][0] == tokenizer.decode([50, 51])
+    assert "1 with special tokens inside" in said
+    assert row["responses"][0] == tokenizer.decode([50, 51])
     for name, flags in (("model", ["--model", folder, "--reference", "none"]),
                         ("vader", ["--judge", "vader"])):
-        row["responses"] = ["Wonderful!", "Good.", "Well.", "Terrible!"]  # vader's best is the first
+        # vader's best is the first
+        row["responses"] = ["Wonderful!", "Good.", "Well.", "Terrible!"]
         responses = dump(tmp_path / "changed.jsonl", [row])
         done = ok(run("label.py", *flags, "--responses", responses, "--out", tmp_path / name))
         assert "1 responses with special tokens inside left out" in done.stdout
@@ -366,11 +369,11 @@ def test_letters_are_read_in_context(any_tokenizer):
 def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
     row = {"prompt": "Write.", "chosen": "yes", "rejected": "no", "chosen_ids": [5, 2],
            "rejected_ids": [6, 7], "chosen_ended": True, "rejected_ended": False, "vocabulary": "v"}
-    rows, *_ = prepare.collect(dump(tmp_path / "d.jsonl", [row]))
-    kept, = prepare.split(copy.deepcopy(rows), 1, [], 0, 0.0)["seed"]
+    (kept,), *_ = prepare.collect(dump(tmp_path / "d.jsonl", [row]))
     assert {key: kept[key] for key in row if key != "prompt"} == {
         key: row[key] for key in row if key != "prompt"}
-    flipped, = prepare.split(rows, 1, [], 0, 1.0)["seed"]
+    flipped = copy.deepcopy(kept)
+    prepare.flip(flipped)
     for key in ("", "_ids", "_ended"):
         assert flipped[f"chosen{key}"] == row[f"rejected{key}"]
         assert flipped[f"rejected{key}"] == row[f"chosen{key}"]
