@@ -67,7 +67,7 @@ STAGES = {  # rows, script, flag of the mutated file, other flags
     "generate": ([{"id": r["id"], "prompt": r["prompt"], "temperature": 0.5} for r in GOLD], "generate.py", "--prompts", ["--model", "{model}", *TINY]),
     "label": (ANSWERED, "label.py", "--responses", ["--model", "{model}", "--reference-model", "{other}", "--precision", "fp32"]),
     "dro": (LABELLED, "dro.py", "--pairs", []),
-    "train": (None, "train.py", "--pairs", ["--model", "{model}", *ONCE]),
+    "train": (None, "train.py", "--pairs", ["--model", "{model}", "--anchor", "init", *ONCE]),
     "evaluate": ([{k: r[k] for k in ("id", "prompt")} for r in GOLD], "evaluate.py", "--prompts", ["--models", "a={model}", "--judge", "vader", "-n", "1", *TINY]),
 }
 
