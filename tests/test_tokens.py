@@ -20,6 +20,7 @@ from core.chat import (
     encode_prompt,
     encode_response,
     encode_rows,
+    encode_text,
     end_of_turn,
     foreign_tokens,
     is_foreign,
@@ -329,6 +330,43 @@ def test_answers_with_special_tokens_inside_are_not_learnt(folder, tokenizer, tm
         assert {labelled["chosen"], labelled["rejected"]} <= {"Good.", "Well.", "Terrible!"}
         for side in ("chosen", "rejected"):
             assert labelled[f"{side}_ids"] == answers[row["responses"].index(labelled[side])]
+
+
+def test_an_evaluation_keeps_and_counts_what_holds_special_tokens(folder, tokenizer, tmp_path,
+                                                                  monkeypatch):
+    """And a response keeps the stop token that the model took, of several that it may take."""
+    model = tmp_path / "model"
+    make_model().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    transformers.GenerationConfig(eos_token_id=[2, 7]).save_pretrained(model)
+    sampled(monkeypatch, [[50, 1, 51, 7], [52, 2], [53, 7]])
+    prompts = dump(tmp_path / "p.jsonl", [{"id": str(k), "prompt": ASK} for k in range(3)])
+    ok(run("evaluate.py", "--models", f"a={model}", "--prompts", prompts, "--judge", "vader",
+           "--max-new-tokens", "4", "--out", tmp_path / "out"))
+    assert "`a`: special tokens stand inside 1 answers" in (tmp_path / "out/report.md").read_text()
+    rows = jsonl(tmp_path / "out/eval/a.jsonl")
+    assert all(row["ended"] == [True] for row in rows)
+    by_text = {row["responses"][0]: row["response_ids"][0] for row in rows}
+    assert by_text == {tokenizer.decode(ids[:-1], skip_special_tokens=True): ids
+                       for ids in ([50, 1, 51, 7], [52, 2], [53, 7])}
+
+
+CHANNELS = ("{% for m in messages %}{% if m.role == 'user' %}<|pad|>user{{ m.content }}<|im_end|>"
+            "{% else %}<|pad|>assistant<c>final<m>{{ m.content }}<|im_end|>{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}<|pad|>assistant{% endif %}")
+
+
+def test_channels(tokenizer):
+    """A template that writes a channel's name into an answer: gold answers have it, and what was
+    sampled with it is no text alone."""
+    multi = copy.deepcopy(tokenizer)
+    multi.add_tokens([transformers.AddedToken(t, special=True) for t in ("<c>", "<m>")])
+    multi.chat_template = CHANNELS
+    ids = encode_response(multi, ASK, "Hi <m>")
+    tokens = multi.convert_ids_to_tokens(ids)
+    assert multi.decode(ids) == "<c>final<m>Hi <m><|im_end|>" and tokens.count("<m>") == 1
+    assert is_foreign(multi, ids, True)
+    assert not is_foreign(multi, encode_text(multi, "Hi <m>"), False)
 
 
 @pytest.mark.parametrize("change, message", [
