@@ -132,6 +132,8 @@ def main() -> None:
     if not all(math.isfinite(r) for own in reward for r in own):
         fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
+    margin_of = {"judge": args.judge, "reference": args.reference if implicit else None, "beta": args.beta,
+                 "length_penalty": args.length_penalty, "policy": settings["model"]}  # what the margin is (D10)
     labelled, agreement = [], []
     for k, (row, own) in enumerate(zip(answered, reward)):
         answers = row.pop("answers")
@@ -144,7 +146,7 @@ def main() -> None:
             row |= {side: text, f"{side}_ended": ended}
             if ids is not None:
                 row[f"{side}_ids"] = ids
-        row["margin"] = own[w] - own[l]
+        row |= {"margin": own[w] - own[l], "margin_of": margin_of}
         if logps:
             row |= {"chosen_logp": logps[0][k][w], "rejected_logp": logps[0][k][l]}
         labelled.append(row)

@@ -84,7 +84,7 @@ for _ in $ROUNDS; do
     ${GROUP:+--group "$GROUP"}
   # π_t: noise-refined labels under that worst case                                                       S9 … S12
   launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" --lr "$LR" "${train[@]}" \
-    --anchor "$ANCHOR" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[-1]}}" --percentile "$PERCENTILE" --pieces "$PIECES"
+    --anchor "$ANCHOR" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[-1]}}" --percentile "$PERCENTILE"
   before=$policy
   policy=$round/policy
   models+=(round$t="$policy")

@@ -26,8 +26,8 @@ from core.chat import from_text, pair_of
 from core.models import load_model
 from core.parallel import distribute
 from core.policy import ResponseLogps
-from core.rows import fail, is_number
-from core.stage import is_done, natural, parser, ranged, run_stage, settings_of, share
+from core.rows import fail, foreign_margin, is_number
+from core.stage import is_done, parser, ranged, run_stage, settings_of, share
 from core.training import (
     Run,
     batch_at,
@@ -100,6 +100,35 @@ def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, shift
 
 
+def pieces_of(rows: list[dict], path: str) -> int:
+    """K, where ℓ* becomes straight (D5): what dro.py wrote; without moved atoms it is never used."""
+    found = {row.get("pieces", 6) for row in rows}
+    if len(found) > 1:
+        fail(f"{path}: 'pieces' must be one number in all rows, found {sorted(found)}")
+    return found.pop()
+
+
+def check_margins(run: Run) -> int:
+    """How many rows do not say what their margin is. Ends the program at a row whose log-probs are
+    another policy's, or, where the margin is used, whose margin is not against π_init (D10)."""
+    args = run.args
+    silent = 0
+    for row in run.rows:
+        if "margin_of" not in row:
+            silent += 1
+            continue
+        where = f"{args.pairs}: id {row['id']!r}: "
+        policy = row["margin_of"]["policy"]
+        if policy not in (None, run.settings["model"]):
+            fail(f"{where}its margin_of has policy {policy}, {args.model} is "
+                 f"{run.settings['model']}; label.py --model must name the same policy")
+        other = foreign_margin(row, args.beta) if args.anchor == "init" else None
+        if other:
+            fail(f"{where}{other}; --anchor init adds margins against π_init at --beta {args.beta} "
+                 "(D6): label with judge implicit and reference init, or take --anchor previous")
+    return silent
+
+
 def reference_policy(run: Run, args: argparse.Namespace) -> torch.nn.Module:
     """π_ref, frozen, over all processes as the policy is."""
     device = torch.device("cpu") if args.shard else run.device
@@ -126,8 +155,6 @@ def main() -> None:
                      help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
     cli.add_argument("--percentile", type=ranged(float, 0, 100), default=10.0,
                      help="K, least confident share to flag, in percent (papers: 10)")
-    cli.add_argument("--pieces", type=natural, default=6,
-                     help="K of dro.py: ℓ* is straight below 1/K (D5)")
     cli.add_argument("--anchor", choices=["init", "previous"], default="previous",
                      help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
     args = cli.parse_args()
@@ -137,7 +164,9 @@ def main() -> None:
 
     run = begin(args, settings, "labelled")
     device = run.device
+    silent = check_margins(run)
     weight, shift = atoms_of(run.rows, args.pairs)
+    pieces = pieces_of(run.rows, args.pairs)
     if args.anchor == "previous" and bool(((shift != 0) & (weight > 0)).any()):
         fail(f"{args.pairs} has a worst case of confidences against π_init: give --anchor init; "
              "against π_{t−1} it would be applied to others (D6)")
@@ -176,7 +205,7 @@ def main() -> None:
             # L: the refined label under the worst case                S10, T2-3, T2-5, D6
             gain = dpo_margin(logp, logp_ref[i], args.beta)
             margin = stored[i] + gain
-            loss = leader_loss(margin, z, weight[i], shift[i], args.alpha, args.pieces)
+            loss = leader_loss(margin, z, weight[i], shift[i], args.alpha, pieces)
             (scale * loss.sum()).backward()                             # ∇ of the mean over B, D7
             note(seen, i, scale, loss=loss, margin=margin, gain=gain, p_tilde=p_tilde, z=z)
         pairs = gather(run, seen, batch)
@@ -193,12 +222,15 @@ def main() -> None:
         keep(run, log, bar)
 
     flagged = sum(len(row["flagged"]) for row in log)
-    save_policy(run, log, anchor=args.anchor, flagged=flagged)
+    save_policy(run, log, anchor=args.anchor, flagged=flagged, margins_taken_as_against_init=silent)
     if run.rank == 0:
+        taken = ""
+        if silent and args.anchor == "init":
+            taken = f", {silent} margins taken as against π_init"
         print(f"train: {len(run.rows)} pairs, {from_text(run.tokenizer, run.rows, pair_of)}, "
               f"{len(log)} steps, anchor {args.anchor}; "
               f"loss {log[0]['loss']:.3f} → {log[-1]['loss']:.3f}, "
-              f"{flagged} labels flagged as noise → {args.out}")
+              f"{flagged} labels flagged as noise{taken} → {args.out}")
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ check_settings() {
     [[ $REFERENCE == init ]] || stop "REFERENCE=$REFERENCE: $needs; it goes with METHOD=spa"
     [[ $LENGTH_PENALTY == @(0|0.0) ]] || stop "LENGTH_PENALTY=$LENGTH_PENALTY: $needs; it goes with METHOD=spa"
   fi
+  [[ $ANCHOR == init || $EPSILON == @(0|0.0) ]] ||
+    stop "EPSILON=$EPSILON moves confidences against π_init; ANCHOR=previous measures others (D6)"
   [[ $JUDGE == implicit || "$REFERENCE $LENGTH_PENALTY" == "init 0" ]] ||
     stop "REFERENCE and LENGTH_PENALTY are of the implicit reward, not of JUDGE=$JUDGE"
 }

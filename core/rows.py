@@ -27,10 +27,13 @@ ROWS = {  # what each kind of file must hold, key by key; extra keys pass throug
     "labelled": ["prompt", "chosen", "rejected", "margin", "chosen_logp", "rejected_logp"],
 }
 
-OPTIONAL = [  # checked where a row has them
+# checked where a row has them
+OPTIONAL = [
     "temperature", "ended", "response_ids", "special_inside", "vocabulary", "chosen_ended",
-    "rejected_ended", "chosen_ids", "rejected_ids", "space"]
+    "rejected_ended", "chosen_ids", "rejected_ids", "pieces", "margin_of"]
 A_RESPONSE = ["ended", "response_ids", "special_inside"]  # hold a value for each response
+# what a row's margin is (D10); `policy` is the fingerprint of the model whose log-probs the row has
+MARGIN_OF = ["judge", "reference", "beta", "length_penalty", "policy"]
 
 
 def is_number(value: object) -> bool:
@@ -65,8 +68,11 @@ def wrong(key: str, value: object) -> str | None:
         return None if isinstance(value, str) else "a string"
     if key in ("chosen_ended", "rejected_ended"):
         return None if isinstance(value, bool) else "true or false"
-    if key == "space":
-        return None if value in ("confidence", "margin") else "confidence or margin"
+    if key == "pieces":
+        return None if isinstance(value, int) and value >= 1 else "an integer ≥ 1"
+    if key == "margin_of":
+        known = isinstance(value, dict) and all(name in value for name in MARGIN_OF)
+        return None if known else f"an object with {', '.join(MARGIN_OF)}"
     if key in ("margin", "temperature"):
         return None if is_number(value) and value >= 0 else "a finite number ≥ 0"
     return None if is_number(value) else "a finite number"
@@ -141,6 +147,21 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
         yield row
     if not seen:
         fail(f"{path}: holds no rows")
+
+
+def foreign_margin(row: dict, beta: float | None = None) -> str | None:
+    """Why a row's margin is no log-ratio against π_init at this β, or None (D10). A row that does
+    not say what its margin is, another program's perhaps, is taken as one."""
+    of = row.get("margin_of")
+    if of is None:
+        return None
+    wanted = {"judge": "implicit", "reference": "init", "length_penalty": 0}
+    if beta is not None:
+        wanted["beta"] = beta
+    for key, value in wanted.items():
+        if of[key] != value:
+            return f"its margin_of has {key} {of[key]!r}, where {value!r} is needed"
+    return None
 
 
 def read_rows(path: str, kind: str) -> list[dict]:

@@ -1,6 +1,8 @@
-"""A stage: its flags, its settings, whether it has work, how it publishes and how it fails. Needs no torch.
+"""A stage: its flags, its settings, whether it has work, how it publishes and how it fails. Needs
+no torch.
 
-The settings lie in OUT.stats.json, so the same command again has nothing to do, and a changed one says what changed.
+The settings lie in OUT.stats.json, so the same command again has nothing to do, and a changed one
+says what changed.
 """
 import argparse
 import hashlib
@@ -14,39 +16,84 @@ from pathlib import Path
 from core.rows import beside, fail, remove
 
 
+# Memory, not mathematics: what is written is the same whatever they are (D11).
+MEMORY_ONLY = ("micro_tokens", "sample_tokens", "gradient_checkpointing", "shard", "save_every")
+
+
 def fingerprint(path: str) -> str:
-    """Digest of a file's content; of the names, sizes and times in a folder (models are large); of the text of a hub id."""
-    digest = hashlib.sha256()
+    """Digest of a file's or a folder's content, or of the text of a hub id.
+
+    A folder's is kept beside it, FOLDER.digest.json: names, sizes and times only decide whether it
+    is computed anew, so that a copy is the same thing and a start costs no pass over a large model.
+    A training log is not looked at: it holds times.
+    """
     if os.path.isfile(path):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
+        return digest_of([path], [os.path.basename(path)])
+    if not os.path.isdir(path):
+        return hashlib.sha256(path.encode()).hexdigest()[:16]
+    files = sorted(f for f in Path(path).rglob("*") if f.is_file() and f.name != "log.jsonl")
+    names = [str(f.relative_to(path)) for f in files]
+    seen = [[name, f.stat().st_size, f.stat().st_mtime_ns] for name, f in zip(names, files)]
+    beside_it = Path(f"{os.path.normpath(path)}.digest.json")
+    try:
+        known = json.loads(beside_it.read_text())
+        if known["files"] == seen:
+            return known["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    digest = digest_of(files, names)
+    tmp = f"{beside_it}.{os.getpid()}.tmp"  # several processes may be at it
+    try:
+        Path(tmp).write_text(json.dumps({"digest": digest, "files": seen}) + "\n")
+        os.replace(tmp, beside_it)
+    except OSError:
+        remove(tmp)  # where nothing can be written, a folder is digested at every start
+    return digest
+
+
+def digest_of(files: list, names: list[str]) -> str:
+    """Digest of files' names and bytes."""
+    digest = hashlib.sha256()
+    for file, name in zip(files, names):
+        if len(files) > 1:
+            digest.update(f"{name}\0{os.path.getsize(file)}\0".encode(errors="surrogatepass"))
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
                 digest.update(block)
-    else:
-        files = sorted(f for f in Path(path).rglob("*") if f.is_file())
-        digest.update(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files] or path).encode())
     return digest.hexdigest()[:16]
 
 
 def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
-    """Everything that decides a stage's output: the arguments, with the paths named in `inputs` by their fingerprint."""
-    return {key: fingerprint(value) if key in inputs and value else value
-            for key, value in vars(args).items() if key not in ("out", "save_every")}
+    """Everything that decides a stage's output: the arguments, but for where it goes and what only
+    memory notices, with the paths named in `inputs` by their fingerprint."""
+    settings = {}
+    for key, value in vars(args).items():
+        if key == "out" or key in MEMORY_ONLY:
+            continue
+        settings[key] = fingerprint(value) if key in inputs and value else value
+    return settings
 
 
 def is_done(out: str, settings: dict) -> bool:
-    """True if `out` is complete from these very settings. Settings that changed are named; the stage then runs again."""
+    """True if `out` is complete from these very settings. Settings that changed are named; the
+    stage then runs again."""
     try:
         old = json.loads(Path(f"{out}.stats.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
         return False
-    changed = [f"{k} {old.get(k)!r} → {settings.get(k)!r}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
+               if key not in MEMORY_ONLY and old.get(key) != settings.get(key)]
     if os.path.exists(out) and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{out}: " + (f"changed since it was written: {'; '.join(changed)}. Redoing." if changed else "complete, skipped"))
+        if changed:
+            print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
+        else:
+            print(f"{out}: complete, skipped")
     return os.path.exists(out) and not changed
 
 
 def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None]) -> None:
-    """`write(tmp)`, rename to `out`, then write `out`.stats.json: at no moment do stats describe another output."""
+    """`write(tmp)`, rename to `out`, then write `out`.stats.json: at no moment do stats describe
+    another output."""
     with beside(out) as tmp, beside(f"{out}.stats.json") as tmp_stats:
         write(tmp)
         Path(tmp_stats).write_text(json.dumps({**stats, "settings": settings}, indent=1, ensure_ascii=False) + "\n")
@@ -58,7 +105,8 @@ def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None])
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage; a full disk or an unreadable file is one line, like every other error that a user can mend."""
+    """Run a stage; a full disk or an unreadable file is one line, like every other error that a
+    user can mend."""
     try:
         main()
     except OSError as error:
@@ -77,7 +125,8 @@ def run_stage(main: Callable[[], None]) -> None:
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """An argument parser whose --help is the module's docstring, then every flag with its default; an error is one line."""
+    """An argument parser whose --help is the module's docstring, then every flag with its default;
+    an error is one line."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
     cli = argparse.ArgumentParser(description=doc, formatter_class=Help)

@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,7 +33,7 @@ from core.chat import encode_rows, pair_of
 from core.models import load
 from core.parallel import autocast, distribute, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, shares_prompt, tokens_of
-from core.rows import fail, read_rows, write_rows
+from core.rows import fail, read_rows, remove, write_rows
 from core.stage import natural, positive, publish, ranged
 
 
@@ -49,6 +52,7 @@ class Run(NamedTuple):
     world: int
     total: int                        # steps
     peak: float                       # FLOP/s of all processes' matrix products
+    started: float                    # seconds, by time.perf_counter
 
 
 def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
@@ -78,8 +82,8 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
                      help="recompute each layer in backward: less memory, a third more work")
     cli.add_argument("--shard", action="store_true",
                      help="split weights, gradients and Adam over the processes (FSDP2)")
-    cli.add_argument("--save-every", type=ranged(int, 0), default=50,
-                     help="steps between checkpoints to go on from after a kill; 0: none")
+    cli.add_argument("--save-every", type=ranged(float, 0), default=10.0,
+                     help="minutes between checkpoints to go on from after a kill; 0: none")
 
 
 def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
@@ -97,7 +101,7 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     total = args.epochs * math.ceil(len(rows) / args.batch_size)
     peak = world * matmul_flops(device, args.precision)
     return Run(args, settings, rows, encoded, shared, policy, optimizer, tokenizer, device, rank,
-               world, total, peak)
+               world, total, peak, time.perf_counter())
 
 
 def resume(run: Run) -> list[dict]:
@@ -107,8 +111,7 @@ def resume(run: Run) -> list[dict]:
     Empty if no run of the same settings left one. While training runs, the log lies in
     OUT.log.jsonl.
     """
-    log = restore_state(f"{run.args.out}.checkpoint", run.policy, run.optimizer, run.settings,
-                        run.rank)
+    log = restore_state(run)
     if run.rank == 0:
         write_rows(f"{run.args.out}.log.jsonl", log)
     if log and run.world > 1 and not run.args.shard:
@@ -225,10 +228,21 @@ def keep(run: Run, log: list[dict], bar: tqdm) -> None:
     if run.rank == 0:
         with open(f"{run.args.out}.log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(last) + "\n")
-    every = run.args.save_every
-    if every and len(log) % every == 0 and len(log) < run.total:
-        save_state(f"{run.args.out}.checkpoint", run.policy, run.optimizer, log, run.settings,
-                   run.rank)
+    if checkpoint_is_due(run, last["seconds"]) and len(log) < run.total:
+        save_state(run, log)
+
+
+def checkpoint_is_due(run: Run, seconds: float) -> bool:
+    """Whether a boundary between two intervals of --save-every minutes fell into the step that has
+    just taken `seconds`. Rank 0's clock decides for all."""
+    interval = 60 * run.args.save_every
+    if interval == 0:
+        return False
+    now = time.perf_counter() - run.started
+    due = [now // interval > max(0.0, now - seconds) // interval]
+    if run.world > 1:
+        dist.broadcast_object_list(due)
+    return due[0]
 
 
 def training_flops(model, encoded: list, shared: bool) -> float:
@@ -270,48 +284,92 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
-MEMORY_ONLY = ("micro_tokens", "gradient_checkpointing", "shard")  # a run may go on with others: they change no mathematics
+def save_state(run: Run, log: list[dict]) -> None:
+    """Everything that training goes on from, in OUT.checkpoint, by one rename.
 
-
-def save_state(path: str, net, optimizer, log: list[dict], settings: dict, rank: int) -> None:
-    """Everything that training goes on from, by atomic rename. Nothing is drawn at random while
-    training, so no RNG: the order of the pairs follows from (seed, epoch), the position from the
-    length of the log, and so does τ's window."""
-    weights, moments = get_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        try:
-            torch.save({"settings": json.dumps(settings), "log": json.dumps(log), "weights": weights, "moments": moments}, f"{path}.tmp")
-        except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
-            Path(f"{path}.tmp").unlink(missing_ok=True)
-            fail(f"{path}: cannot be written; is the disk full? An earlier one, if any, is kept. ({str(error).splitlines()[0]})")
-        os.replace(f"{path}.tmp", path)
-
-
-def restore_state(path: str, net, optimizer, settings: dict, rank: int) -> list[dict]:
-    """The log up to where training goes on: weights and optimizer are set from `path` if it is of
-    these settings."""
-    if not os.path.isfile(path):
-        return []
+    Nothing is drawn at random while training, so there is no generator to save: the order of the
+    pairs follows from (seed, epoch), the position from the length of the log, and so does τ's
+    window. Under --shard the checkpoint is a folder to which each process writes its own shard.
+    """
+    path = f"{run.args.out}.checkpoint"
+    tmp = f"{path}.tmp"
+    text = {"settings": json.dumps(run.settings), "log": json.dumps(log)}
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        old, log = json.loads(state["settings"]), json.loads(state["log"])
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        fail(f"{path}: not a checkpoint of this program ({str(error).splitlines()[0]}); remove it to start again")
-    if changed := [key for key in settings if key not in MEMORY_ONLY and old.get(key) != settings[key]]:
-        if rank == 0:
+        if run.args.shard:
+            if run.rank == 0:
+                remove(tmp)  # what a kill left of an earlier one
+            dist.barrier()
+            weights, moments = get_state_dict(run.policy, run.optimizer)
+            state = {"weights": weights, "moments": moments}
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp, sync_files=False))
+            if run.rank == 0:
+                Path(tmp, "run.json").write_text(json.dumps(text))
+                old = f"{path}.old"
+                remove(old)
+                if os.path.exists(path):
+                    os.replace(path, old)
+                os.replace(tmp, path)
+                remove(old)
+            dist.barrier()
+            return
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = get_state_dict(run.policy, run.optimizer, options=whole)
+        if run.rank == 0:
+            # a CRC32 of every byte takes seven times as long as writing them
+            torch.serialization.set_crc32_options(False)
+            torch.save({**text, "weights": weights, "moments": moments}, tmp)
+            os.replace(tmp, path)
+    except (OSError, RuntimeError, CheckpointException) as error:  # a full disk has many names
+        if run.rank == 0:
+            remove(tmp)
+        fail(f"{path}: cannot be written; is the disk full? An earlier one, if any, is kept. "
+             f"({str(error).splitlines()[0]})")
+
+
+def restore_state(run: Run) -> list[dict]:
+    """The log up to where training goes on: weights and optimizer are set from OUT.checkpoint if it
+    is of these settings."""
+    path = f"{run.args.out}.checkpoint"
+    old = f"{path}.old"
+    if run.rank == 0 and os.path.isdir(old) and not os.path.exists(path):
+        os.replace(old, path)  # killed between two renames
+    if run.world > 1:
+        dist.barrier()
+    if not os.path.exists(path):
+        return []
+    sharded = os.path.isdir(path)
+    try:
+        if sharded:
+            state = json.loads(Path(path, "run.json").read_text())
+        else:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        settings, log = json.loads(state["settings"]), json.loads(state["log"])
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        fail(f"{path}: not a checkpoint of this program ({str(error).splitlines()[0]}); remove it to "
+             "start again")
+    changed = [key for key in run.settings if settings.get(key) != run.settings[key]]
+    if sharded != run.args.shard:
+        changed.append("--shard")
+    if changed:
+        if run.rank == 0:
             print(f"{path}: of other settings ({', '.join(changed)}); starting again", flush=True)
         return []
-    set_state_dict(net, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"],
-                   options=StateDictOptions(full_state_dict=True))
-    if rank == 0:
+    whole = StateDictOptions(full_state_dict=not sharded)
+    if sharded:
+        weights, moments = get_state_dict(run.policy, run.optimizer)
+        state = {"weights": weights, "moments": moments}
+        dcp.load(state, checkpoint_id=path)
+    set_state_dict(run.policy, run.optimizer, model_state_dict=state["weights"],
+                   optim_state_dict=state["moments"], options=whole)
+    if run.rank == 0:
         print(f"{path}: going on after step {len(log)}", flush=True)
     return log
 
 
 def clean(out: str) -> None:
     """Remove what only a run that is not finished needs."""
-    for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp"):
-        Path(f"{out}.{suffix}").unlink(missing_ok=True)
+    for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp", "checkpoint.old"):
+        remove(f"{out}.{suffix}")
 
 
 def save_policy(run: Run, log: list[dict], **stats) -> dict:
@@ -335,4 +393,6 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
     if run.rank == 0:
         publish(args.out, run.settings, stats, write)
         clean(args.out)
+    if run.world > 1:
+        dist.barrier()  # a machine whose processes leave early ends the others' rendezvous
     return stats

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from scipy.special import expit
 
 from conftest import dump, jsonl, ok, run
 from dro import (
-    SOFTPLUS,
     Loss,
     chords,
     gap,
     maximum_of,
     minus_log,
     solve_exact,
-    solve_groups,
+    average,
     solve_lp,
     tangents,
 )
@@ -55,9 +55,11 @@ def test_exact_equals_lp_equals_dual(xi, epsilon, pieces, a):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=15).map(np.array), st.floats(0, 3), st.integers(1, 12))
-def test_margins_exact_equals_lp(margins, epsilon, pieces):
+def test_another_convex_loss_exact_equals_lp(margins, epsilon, pieces):
+    """The closed form is right for any convex, non-increasing loss: here softplus(−m)."""
+    softplus = Loss(lambda m: np.logaddexp(0, -m), lambda m: -expit(-m))
     a, b = margins.min() - 1, margins.max() + 1
-    curve = tangents(SOFTPLUS, np.linspace(a, b, pieces + 1)[1:])
+    curve = tangents(softplus, np.linspace(a, b, pieces + 1)[1:])
     exact, lp = solve_exact(margins, maximum_of(*curve), epsilon, a), solve_lp(margins, *curve, epsilon, a, b)
     assert abs(exact.value - lp.value) < 1e-8 and gap(exact.value, exact.dual) < 1e-10
     for solution in (exact, lp):
@@ -130,7 +132,8 @@ def test_properties(xi, one, two, pieces, group, dice):
     shuffled = xi.copy()
     dice.shuffle(shuffled)
     assert value(shuffled, low) == pytest.approx(value(xi, low), abs=1e-12)              # the order of rows does not matter
-    grouped = solve_groups(xi, group, lambda x: solve_exact(x, loss, low, 0.0))
+    starts = list(range(0, len(xi), group))
+    grouped = average([solve_exact(xi[start:start + group], loss, low, 0.0) for start in starts], starts, len(xi))
     assert grouped.value <= value(xi, low) + 1e-12 and gap(grouped.value, grouped.dual) < 1e-10
     check(grouped, xi, loss, low, 0.0, 1.0, 1e-9)
 
@@ -151,16 +154,16 @@ def test_stage(tmp_path, solver):
     assert all(sum(w for w, _ in r["atoms"]) == pytest.approx(1) for r in rows)
 
 
-@pytest.mark.parametrize("extra", [["--group", "7"], ["--space", "margin", "--epsilon", "0.3"], ["--epsilon", "0"]])
+@pytest.mark.parametrize("extra", [["--group", "7"], ["--pieces", "5", "--epsilon", "0.1"], ["--epsilon", "0"]])
 def test_stage_variants(tmp_path, extra):
     rows = labelled(np.random.default_rng(1).exponential(1, 40))
     rows[3]["chosen"] = 'a "quoted" line\nand }'
     pairs, out = dump(tmp_path / "labelled.jsonl", rows), tmp_path / "worst.jsonl"
     ok(run("dro.py", "--pairs", pairs, "--out", out, "--plot", tmp_path / "p.png", *extra))
     stats, worst = json.load(open(f"{out}.stats.json")), jsonl(out)
-    assert [{k: v for k, v in r.items() if k not in ("xi", "atoms", "space")} for r in worst] == rows
+    assert [{k: v for k, v in r.items() if k not in ("xi", "atoms", "pieces")} for r in worst] == rows
     assert stats["empirical_loss"] <= stats["worst_case_loss"] <= stats["upper_bound"] + 1e-12
-    assert {r.get("space") for r in worst} == {"margin" if "margin" in extra else None} and (tmp_path / "p.png").stat().st_size > 5000
+    assert {r["pieces"] for r in worst} == {5 if "5" in extra else 6} and (tmp_path / "p.png").stat().st_size > 5000
     assert (stats["moved"] == 0) == ("0" in extra)
     ok(run("dro.py", "--pairs", out, "--out", tmp_path / "again.jsonl", *extra))  # its own output is fine as input
     assert jsonl(tmp_path / "again.jsonl") == worst
@@ -180,7 +183,7 @@ def test_memory_does_not_grow_with_the_responses(tmp_path):
 
 
 BAD = [(["--epsilon", "-0.1"], "at least 0"), (["--epsilon", "nan"], "--epsilon"), (["--epsilon", "inf"], "--epsilon"),
-       (["--pieces", "0"], "at least 1"), (["--group", "0"], "--group"), (["--space", "margin", "--slack", "0"], "above 0")]
+       (["--pieces", "0"], "at least 1"), (["--group", "0"], "--group")]
 
 
 @pytest.mark.parametrize("flags, words", BAD)
@@ -195,3 +198,17 @@ def test_bad_margins(tmp_path, margin):
     path.write_text(json.dumps(labelled([0.25])[0]) + "\n" + json.dumps({**labelled([0.25])[0], "id": "b"}).replace("0.25", margin) + "\n")
     done = run("dro.py", "--pairs", path, "--out", tmp_path / "worst.jsonl")
     assert done.returncode == 2 and f"{path}:2: 'margin' must be a finite number" in done.stderr
+
+
+@pytest.mark.parametrize("key, value", [("judge", "vader"), ("reference", "none"), ("reference", "previous"), ("length_penalty", 0.01)])
+def test_margins_that_are_not_against_init_are_refused_where_they_are_used(tmp_path, key, value):
+    """D10: with ε > 0 in one line that names the key; with ε = 0 nothing uses them. Rows that say nothing are counted."""
+    of = {"judge": "implicit", "reference": "init", "beta": 0.1, "length_penalty": 0, "policy": "x"}
+    rows = [{**row, "margin_of": of} for row in labelled([0.1, 0.2, 0.3])]
+    rows[1]["margin_of"] = {**of, key: value}
+    pairs = dump(tmp_path / "l.jsonl", rows)
+    done = run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and key in done.stderr and "id '1'" in done.stderr
+    ok(run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl", "--epsilon", "0"))
+    silent = ok(run("dro.py", "--pairs", dump(tmp_path / "s.jsonl", labelled([0.1, 0.2])), "--out", tmp_path / "v.jsonl"))
+    assert "2 margins taken as against π_init" in silent.stdout

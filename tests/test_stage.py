@@ -1,0 +1,57 @@
+"""What a stage remembers of its inputs, and what makes it work again."""
+import argparse
+import json
+import os
+import shutil
+
+import pytest
+
+from core import stage
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "weights").write_bytes(b"abc")
+    (folder / "deep/config").write_bytes(b"def")
+    return folder
+
+
+def test_a_copy_or_a_touch_is_the_same_content(model, tmp_path):
+    digest = stage.fingerprint(str(model))
+    shutil.copytree(model, tmp_path / "copy")
+    os.utime(model / "weights", (1, 1))
+    (model / "log.jsonl").write_text("times")
+    assert stage.fingerprint(str(model)) == stage.fingerprint(f"{tmp_path / 'copy'}/") == digest
+    (tmp_path / "copy/weights").write_bytes(b"abd")
+    assert stage.fingerprint(str(tmp_path / "copy")) != digest
+    (model / "weights").rename(model / "weight")
+    assert stage.fingerprint(str(model)) != digest
+
+
+def test_a_digest_is_computed_once(model, monkeypatch):
+    digest = stage.fingerprint(str(model))
+    kept = model.parent / "model.digest.json"
+    assert json.loads(kept.read_text())["digest"] == digest
+    monkeypatch.setattr(stage, "digest_of", None)  # nobody may read the files again
+    assert stage.fingerprint(str(model)) == digest
+
+
+def test_a_broken_or_unwritable_digest_is_computed_again(model, monkeypatch):
+    digest = stage.fingerprint(str(model))
+    kept = model.parent / "model.digest.json"
+    kept.write_text("{")
+    assert stage.fingerprint(str(model)) == digest
+    kept.unlink()
+    kept.mkdir()  # no file can be put there
+    assert stage.fingerprint(str(model)) == digest
+
+
+def test_memory_decides_no_output(tmp_path):
+    args = argparse.Namespace(lr=1.0, out="o", micro_tokens=1, shard=False, gradient_checkpointing=False, save_every=1.0)
+    settings = stage.settings_of(args)
+    assert settings == {"lr": 1.0}
+    out = tmp_path / "out"
+    stage.publish(str(out), settings | {"micro_tokens": 5}, {}, lambda tmp: out.with_suffix(".tmp").write_text("x") and None)
+    assert stage.is_done(str(out), settings) and not stage.is_done(str(out), settings | {"lr": 2.0})
