@@ -43,7 +43,8 @@ def is_number(value: object) -> bool:
 
 def are_ids(value: object) -> bool:
     """Whether a JSON value is a list of token ids, at least one."""
-    return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
+    return isinstance(value, list) and bool(value) and all(
+        type(i) is int and 0 <= i < 2 ** 31 for i in value)
 
 
 def wrong(key: str, value: object) -> str | None:

@@ -271,8 +271,9 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
     texts = [encode_response(tokenizer, row["prompt"], text, ended) for row in rows
              for text, ended in zip(row["responses"], row["ended"])]
     assert not all(ids in answers for ids in texts)
-    said = ok(run("label.py", "--model", any_folder, "--reference", "none", "--precision", "fp32",
-                  "--responses", tmp_path / "r.jsonl", "--out", tmp_path / "l.jsonl")).stdout
+    said = ok(run("label.py", "--model", any_folder, "--reference-model", other_folder,
+                  "--responses", tmp_path / "r.jsonl", "--out", tmp_path / "l.jsonl",
+                  "--precision", "fp32")).stdout
     assert "all read as sampled" in said
     labelled = jsonl(tmp_path / "l.jsonl")
     by_id = {row["id"]: row for row in rows}
