@@ -107,7 +107,9 @@ def judge_policies(args, answers: dict[str, list[dict]], rank: int, world: int, 
     baseline, *_ = answers
     for name, rows in answers.items():
         shape = len(rows), len(rows[0]["responses"])
-        p = policies[name] = {"characters": float(np.mean([len(text) for row in rows for text in row["responses"]]))}
+        lengths = [len(text) for row in rows for text in row["responses"]]
+        p = policies[name] = {"characters": float(np.mean(lengths))}
+        p["special_inside"] = sum(sum(row.get("special_inside", [])) for row in rows)
         scores = None
         if args.judge in SCORERS:
             scores = np.array(SCORERS[args.judge](args, rows, rank, world, device))
@@ -227,6 +229,9 @@ def main() -> None:
                      "line above (the first: as ½); length-controlled: AlpacaEval 2's regression without instruction difficulty; ± one standard error.")
         about += [f"`{name}`: the judge's two orders named different winners in {p['order_disagreement']:.1%} of the comparisons; {p['no_verdict']} "
                   f"of {2 * count * args.n} answers had no verdict and count ½." for name, p in policies.items() if "order_disagreement" in p]
+    about += [f"`{name}`: special tokens stand inside {p['special_inside']} answers; "
+              "what is judged is their text without these."
+              for name, p in policies.items() if p["special_inside"]]
     if any(quality.values()):
         about.append(f"Self-labels: on up to {LABELS} of the pairs that the policy was trained on, the share that the judge agrees with, and the share "
                      "that it calls wrong among those flagged as noise and among all.")

@@ -6,7 +6,13 @@ A token is drawn by inverting the cumulative distribution at a uniform number th
 position) alone, and batches depend on the prompts file alone. So the text is the same on one process or eight, and after
 a kill: finished batches lie in OUT.part*, and the same command goes on from there.
 
-Writes the prompt rows with `responses` (n strings) and `ended` (False where the length limit cut a response off).
+Writes the prompt rows with
+    responses       n texts: what judges read
+    response_ids    the tokens that were sampled, a sampled stop token included: what is learnt (D9)
+    vocabulary      a digest of what the ids mean
+    ended           False where the length limit cut a response off
+    special_inside  True where special tokens stand inside an answer (multi-channel templates write
+                    some), so that its text is not all of it: label.py leaves it out
 
     python generate.py --model runs/demo/seed --prompts runs/demo/data/prompts_1.jsonl --out responses.jsonl -n 4
     torchrun --nproc_per_node=8 generate.py --model pi_0 --prompts prompts_1.jsonl --out responses.jsonl

@@ -20,8 +20,16 @@ import argparse
 import math
 import os
 
-from core.chat import encode_rows, pair_of
-from core.models import load, load_model
+from core.chat import (
+    check_range,
+    encode_rows,
+    from_text,
+    is_foreign,
+    own_ids,
+    pair_of,
+    vocabulary,
+)
+from core.models import load_config, load_model, load_tokenizer
 from core.parallel import start_processes
 from core.policy import ResponseLogps, score
 from core.rows import fail, read_rows, write_rows
@@ -40,19 +48,31 @@ def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[int, int] | 
     return None if rewards[best] == rewards[worst] or texts[best] == texts[worst] else (best, worst)
 
 
-def read_candidates(args: argparse.Namespace) -> list[dict]:
-    """Rows with `responses` and `ended`, from --responses or from the two sides of --pairs; an empty response is no candidate."""
+def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], int]:
+    """Rows with `answers` (text, ended, ids or None), from --responses or from the two sides of
+    --pairs, and how many responses were left out because special tokens stand inside them.
+
+    An empty response is no candidate either.
+    """
     path = args.pairs or args.responses
-    rows = read_rows(path, "preferences" if args.pairs else "responses")
+    rows, special = read_rows(path, "preferences" if args.pairs else "responses"), 0
+    config = load_config(args.model) if args.model else None
     for row in rows:
         if args.pairs:
-            row["responses"], row["ended"] = map(list, zip(*pair_of(row)))
-        ended = row.pop("ended", [True] * len(row["responses"]))
-        if len(ended) != len(row["responses"]):
-            fail(f"{path}: id {row['id']!r}: 'ended' must hold true or false for each of its responses")
-        keep = [(text, e) for text, e in zip(row["responses"], ended) if text.strip()]
-        row["responses"], row["ended"] = [text for text, _ in keep], [e for _, e in keep]
-    return rows
+            row["answers"] = pair_of(row)
+            continue
+        texts = row.pop("responses")
+        ended = row.pop("ended", [True] * len(texts))
+        ids = row.pop("response_ids", [None] * len(texts))
+        inside = row.pop("special_inside", [False] * len(texts))
+        if tokenizer and own_ids(tokenizer, row) and ids[0] is not None:
+            for own in ids:
+                check_range(config, own, path, row)
+            inside = [is_foreign(tokenizer, own, e) for own, e in zip(ids, ended)]
+        row["answers"] = [answer for *answer, out in zip(texts, ended, ids, inside)
+                          if answer[0].strip() and not out]
+        special += sum(inside)
+    return rows, special
 
 
 def main() -> None:
@@ -78,15 +98,24 @@ def main() -> None:
     settings = settings_of(args, "model", "reference_model", "judge_model", "responses", "pairs")
     if is_done(args.out, settings):
         return
-    path, rows = args.pairs or args.responses, read_candidates(args)
-    answered = [row for row in rows if row["responses"]]
+    tokenizer = load_tokenizer(args.model) if args.model else None
+    path, (rows, special) = args.pairs or args.responses, read_candidates(args, tokenizer)
+    answered = [row for row in rows if row["answers"]]
     rank, world, device = start_processes()
+    how_read = ""
+    if tokenizer:
+        how_read = f", {from_text(tokenizer, answered, lambda row: row['answers'])}"
     logps, lengths = [], []
     for model_path in [args.model, *([args.reference_model] if implicit and args.reference != "none" else [])] if args.model else []:
         if not logps:  # both models read what the policy's tokenizer wrote: a base model as the reference has no chat template
-            model, tokenizer = load(model_path, device)
-            encoded = encode_rows(model.config, tokenizer, answered, path, lambda row: list(zip(row["responses"], row["ended"])))
+            model = load_model(model_path, device)
+            encoded = encode_rows(model.config, tokenizer, answered, path, lambda row: row["answers"])
             lengths = [[len(y) for y in ys] for _, ys in encoded]
+            # the ids that are scored are what is learnt
+            for row, (_, ys) in zip(answered, encoded):
+                row["answers"] = [(text, ended, ids)
+                                  for (text, ended, _), ids in zip(row["answers"], ys)]
+                row["vocabulary"] = vocabulary(tokenizer)
         else:
             model = load_model(model_path, device)
             if max(max(ids) for prompt, ys in encoded for ids in (prompt, *ys)) >= model.get_input_embeddings().num_embeddings:
@@ -98,7 +127,8 @@ def main() -> None:
         reward = [implicit_reward(*row, args.beta, n, args.length_penalty) for *row, n in zip(logps[0], reference, lengths)]
         behaviour = {}
     else:
-        reward, behaviour = rewards(args, answered, rank, world, device)
+        judged = [{**row, "responses": [text for text, *_ in row["answers"]]} for row in answered]
+        reward, behaviour = rewards(args, judged, rank, world, device)
     if not all(math.isfinite(r) for own in reward for r in own):
         fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
@@ -106,14 +136,17 @@ def main() -> None:
                  "length_penalty": args.length_penalty, "policy": settings["model"]}  # what the margin is (D10)
     labelled, agreement = [], []
     for k, (row, own) in enumerate(zip(answered, reward)):
-        texts, ended = row.pop("responses"), row.pop("ended")
-        pair = best_and_worst(texts, own)
+        answers = row.pop("answers")
+        pair = best_and_worst([text for text, *_ in answers], own)
         agreement.append(0.5 if pair is None else float(pair[0] == 0))  # --pairs: gold's choice stands first
         if pair is None:
             continue
         w, l = pair
-        row |= {"chosen": texts[w], "rejected": texts[l], "chosen_ended": ended[w], "rejected_ended": ended[l], "margin": own[w] - own[l],
-                "margin_of": margin_of}
+        for side, (text, ended, ids) in (("chosen", answers[w]), ("rejected", answers[l])):
+            row |= {side: text, f"{side}_ended": ended}
+            if ids is not None:
+                row[f"{side}_ids"] = ids
+        row |= {"margin": own[w] - own[l], "margin_of": margin_of}
         if logps:
             row |= {"chosen_logp": logps[0][k][w], "rejected_logp": logps[0][k][l]}
         labelled.append(row)
@@ -122,13 +155,15 @@ def main() -> None:
     if rank == 0:
         margins = sorted(row["margin"] for row in labelled)
         stats = {"prompts": len(rows), "labelled": len(labelled), "ties": len(rows) - len(labelled),
+                 "special_inside": special,
                  "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)], **behaviour}
         notes = f", {behaviour['order_disagreement']:.0%} decided by the order of the options, {behaviour['no_verdict']} without verdict" if behaviour else ""
         if args.pairs:
             stats["gold_agreement"] = sum(agreement) / len(agreement)
             notes += f", agreement with gold {stats['gold_agreement']:.3f}"
         publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled))
-        print(f"label: {len(labelled)} pairs by {args.judge}, {stats['ties']} ties dropped, median margin "
+        print(f"label: {len(labelled)} pairs by {args.judge}, {stats['ties']} ties dropped, "
+              f"{special} responses with special tokens inside left out{how_read}, median margin "
               f"{stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
 
 

@@ -21,6 +21,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from core.chat import from_text, pair_of
 from core.policy import score
 from core.stage import is_done, parser, run_stage, settings_of
 from core.training import (
@@ -105,6 +106,7 @@ def main() -> None:
     stats = save_policy(run, log)
     if run.rank == 0:
         print(f"seed_dpo: {len(run.rows)} {'responses' if supervised else 'gold pairs'}, "
+              f"{from_text(run.tokenizer, run.rows, pair_of)}, "
               f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f} → {args.out}")
 

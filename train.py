@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from core.chat import from_text, pair_of
 from core.models import load_model
 from core.parallel import distribute
 from core.policy import ResponseLogps
@@ -226,7 +227,8 @@ def main() -> None:
         taken = ""
         if silent and args.anchor == "init":
             taken = f", {silent} margins taken as against π_init"
-        print(f"train: {len(run.rows)} pairs, {len(log)} steps, anchor {args.anchor}; "
+        print(f"train: {len(run.rows)} pairs, {from_text(run.tokenizer, run.rows, pair_of)}, "
+              f"{len(log)} steps, anchor {args.anchor}; "
               f"loss {log[0]['loss']:.3f} → {log[-1]['loss']:.3f}, "
               f"{flagged} labels flagged as noise{taken} → {args.out}")
 

@@ -22,6 +22,7 @@ spa_or() {  # VALUE_FOR_SPA OTHERWISE
 define_settings() {
   setting METHOD worst-case "worst-case (SSAPO, the thesis) or spa"
   setting MODEL "" "π_init: a Hugging Face folder or hub id; empty: the demo's SmolLM2-135M-Instruct"
+  setting SYSTEM_TURN none "empty: MODEL was tuned with an empty system turn where a conversation has none"
   setting DATA "" "preferences, or prompts alone: JSONL, or whatever \`datasets\` loads"
   setting RUN "" "folder of this run; empty: runs/ and a name made of config or model, data and method"
   setting SEED 42 "decides data split, order and sampling"
@@ -118,6 +119,7 @@ near_names() {  # stops at a variable that is one slip of the finger away from a
 check_settings() {
   near_names
   one_of METHOD worst-case spa
+  one_of SYSTEM_TURN none empty
   one_of ANCHOR init previous
   one_of BACKEND transformers vllm
   one_of SHARD no yes
@@ -245,5 +247,9 @@ fi
 if [[ -z $MODEL ]]; then
   MODEL=models/smollm2
   "$python" -m data.demo --out "$MODEL"
+fi
+if [[ $SYSTEM_TURN == empty ]]; then  # from here on it is in the model's own template, and its policies inherit it
+  "$python" -m data.system_turn --model "$MODEL" --out "$RUN/init"
+  MODEL=$RUN/init
 fi
 echo "run: $METHOD on $MODEL, data $DATA, ε $EPSILON, α $ALPHA, lr $LR, n $N, seed $SEED → $RUN"

@@ -28,7 +28,10 @@ ROWS = {  # what each kind of file must hold, key by key; extra keys pass throug
 }
 
 # checked where a row has them
-OPTIONAL = ["temperature", "ended", "chosen_ended", "rejected_ended", "pieces", "margin_of"]
+OPTIONAL = [
+    "temperature", "ended", "response_ids", "special_inside", "vocabulary", "chosen_ended",
+    "rejected_ended", "chosen_ids", "rejected_ids", "pieces", "margin_of"]
+A_RESPONSE = ["ended", "response_ids", "special_inside"]  # hold a value for each response
 # what a row's margin is (D10); `policy` is the fingerprint of the model whose log-probs the row has
 MARGIN_OF = ["judge", "reference", "beta", "length_penalty", "policy"]
 
@@ -36,6 +39,12 @@ MARGIN_OF = ["judge", "reference", "beta", "length_penalty", "policy"]
 def is_number(value: object) -> bool:
     """Whether a JSON value is a number that a float can hold: neither NaN nor infinite, nor an integer of 400 digits."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def are_ids(value: object) -> bool:
+    """Whether a JSON value is a list of token ids, at least one."""
+    return isinstance(value, list) and bool(value) and all(
+        type(i) is int and 0 <= i < 2 ** 31 for i in value)
 
 
 def wrong(key: str, value: object) -> str | None:
@@ -48,8 +57,16 @@ def wrong(key: str, value: object) -> str | None:
         return None if turns else 'a non-empty list of {"role": …, "content": …}'
     if key == "responses":
         return None if isinstance(value, list) and value and all(isinstance(r, str) for r in value) else "a list of strings"
-    if key == "ended":
-        return None if isinstance(value, list) and all(isinstance(e, bool) for e in value) else "a list of true and false"
+    if key in ("ended", "special_inside"):
+        flags = isinstance(value, list) and all(isinstance(e, bool) for e in value)
+        return None if flags else "a list of true and false"
+    if key == "response_ids":
+        sound = isinstance(value, list) and all(map(are_ids, value))
+        return None if sound else "a list of lists of token ids (integers ≥ 0), none of them empty"
+    if key in ("chosen_ids", "rejected_ids"):
+        return None if are_ids(value) else "a list of token ids (integers ≥ 0), not empty"
+    if key == "vocabulary":
+        return None if isinstance(value, str) else "a string"
     if key in ("chosen_ended", "rejected_ended"):
         return None if isinstance(value, bool) else "true or false"
     if key == "pieces":
@@ -121,6 +138,10 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
         for key in ["id", *ROWS[kind], *OPTIONAL]:
             if key in row and (expected := wrong(key, row[key])) is not None:
                 fail(f"{path}:{number}: '{key}' must be {expected}, found {json.dumps(row[key])[:60]}")
+        for key in A_RESPONSE:
+            if key in row and "responses" in row and len(row[key]) != len(row["responses"]):
+                fail(f"{path}:{number}: id {row['id']!r}: '{key}' must hold a value for each of its "
+                     f"{len(row['responses'])} responses, found {len(row[key])}")
         if row["id"] in seen:
             fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; ids must differ")
         seen[row["id"]] = number

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from core.chat import encode_rows, end_of_turn
+from core.chat import decode_response, encode_rows, end_of_turn, is_foreign, vocabulary
 from core.models import load, load_config, load_tokenizer
 from core.parallel import bf16_pays
 from core.rows import fail, read_rows, write_rows
@@ -147,8 +147,12 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
             for i in batch:
                 mine = [next(tokens) for _ in range(args.n)]
                 ended = [bool(y) and y[-1] in stop for y in mine]
-                texts = [tokenizer.decode(y[:-1] if e else y, skip_special_tokens=True) for y, e in zip(mine, ended)]
-                file.write(json.dumps({**rows[i], "responses": texts, "ended": ended}, ensure_ascii=False) + "\n")
+                answers = list(zip(mine, ended))
+                row = {**rows[i], "responses": [decode_response(tokenizer, *own) for own in answers],
+                       "response_ids": mine, "ended": ended,
+                       "special_inside": [is_foreign(tokenizer, *own) for own in answers],
+                       "vocabulary": vocabulary(tokenizer)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     if world > 1:
         dist.barrier()
@@ -157,12 +161,14 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
         done = finished(args.out, header)
         lengths = [len(text) for row in done.values() for text in row["responses"]]
         stats |= {"mean_characters": sum(lengths) / len(lengths),
-                  "ended": sum(sum(row["ended"]) for row in done.values()) / len(lengths)}
+                  "ended": sum(sum(row["ended"]) for row in done.values()) / len(lengths),
+                  "special_inside": sum(sum(row["special_inside"]) for row in done.values())}
         publish(args.out, settings, stats, lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)))
         for path in glob.glob(f"{glob.escape(args.out)}.part*"):
             os.remove(path)
         print(f"generate: {len(rows)} prompts × {args.n} responses, {stats['mean_characters']:.0f} characters on average, "
-              f"{stats['ended']:.0%} ended by themselves → {args.out}")
+              f"{stats['ended']:.0%} ended by themselves, {stats['special_inside']} with special "
+              f"tokens inside → {args.out}")
     return stats
 
 

@@ -59,7 +59,7 @@ REASONS = {
 }
 COLUMNS = {"id", "prompt", "chosen", "rejected", "system", "instruction", "input"}
 # What the project's own pairs say of a response beside its text; it changes sides with the text.
-OF_A_SIDE = ["ended"]
+OF_A_SIDE = ["ended", "ids"]
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -262,6 +262,8 @@ def normalise(where: str, row: dict) -> dict | str:
     for keys in (("chosen_" + what, "rejected_" + what) for what in OF_A_SIDE):
         if sides and all(row.get(key) is not None for key in keys):
             extra |= {key: row[key] for key in keys}
+    if "chosen_ids" in extra and row.get("vocabulary") is not None:  # what the ids mean
+        extra["vocabulary"] = row["vocabulary"]
     for key, value in extra.items():
         if expected := wrong(key, value):
             fail(f"{where}: '{key}' must be {expected}, found {repr(value)[:60]}")
@@ -332,7 +334,8 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> list[dict]:
         if limit is None or len(text.encode(errors="replace")) + longest + 64 + room <= limit:
             kept.append(row)
             continue
-        after = max(room, *(len(encode_response(tokenizer, answer)) for answer in answers), 0)
+        lengths = (len(encode_response(tokenizer, prompt, answer)) for answer in answers)
+        after = max(room, *lengths, 0)
         if len(encode_prompt(tokenizer, prompt)) + after <= limit:
             kept.append(row)
     return kept

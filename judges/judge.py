@@ -28,7 +28,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from core.chat import encode_prompt, encode_rows
+from core.chat import answered, encode_prompt, encode_rows
 from core.models import load
 from core.parallel import autocast, merge
 from core.policy import ResponseLogps, score
@@ -77,7 +77,7 @@ def reward_model(args, rows: list[dict], rank: int, world: int, device: torch.de
     for i in tqdm(range(rank, len(rows), world), desc="reward model", unit="prompt", disable=None if rank == 0 else True):
         mine[i] = []
         for text in rows[i]["responses"]:
-            ids = encode_prompt(tokenizer, [*rows[i]["prompt"], {"role": "assistant", "content": text}], False)
+            ids = encode_prompt(tokenizer, answered(rows[i]["prompt"], text), False)
             with autocast(device, args.precision):
                 mine[i].append(model(torch.tensor([ids], device=device)).logits.float().item())
     merged = merge(mine, world)
@@ -99,8 +99,10 @@ def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torc
     """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA, B.2)."""
     model, tokenizer = load(args.judge_model, device)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
-    encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: [("A", False), ("B", False)])
-    if any(len(letter) != 1 for letter in encoded[0][1]):
+    letters = [("A", False, None), ("B", False, None)]
+    encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: letters)
+    # the template may write something before a letter, Qwen3's a think block; it is the same for both
+    if any(len(a) != len(b) or a[:-1] != b[:-1] or a == b for _, (a, b) in encoded):
         fail(f"{args.judge_model}: its tokenizer does not write A and B as one token each")
     logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]

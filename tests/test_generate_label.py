@@ -134,11 +134,13 @@ def test_a_turn_ends_as_the_template_says(tokenizer, folder):
     phi = copy.deepcopy(tokenizer)
     phi.eos_token = "<|pad|>"
     assert end_of_turn(tokenizer) == 2 and end_of_turn(phi) == 2 != phi.eos_token_id
-    assert encode_response(phi, "x")[-1] == 2 and encode_response(phi, "x", False)[-1] != 2
+    ask = [{"role": "user", "content": "?"}]
+    assert encode_response(phi, ask, "x")[-1] == 2 != encode_response(phi, ask, "x", False)[-1]
     assert stop_tokens(folder, None, phi) == [0, 2]
     phi = copy.deepcopy(phi)
     phi.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     assert end_of_turn(phi) == phi.eos_token_id
+    assert encode_response(phi, ask, "x") == phi("x").input_ids + [phi.eos_token_id]
 
 
 def test_best_and_worst():
@@ -166,7 +168,7 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
         for path in (other_folder, folder):
             model, tokenizer = load(path, torch.device("cpu"))
             prompt = encode_prompt(tokenizer, ask)
-            logps.append([score(ResponseLogps(model), [(prompt, [encode_response(tokenizer, t, e)])], "fp32", torch.device("cpu"))[0][0]
+            logps.append([score(ResponseLogps(model), [(prompt, [encode_response(tokenizer, ask, t, e)])], "fp32", torch.device("cpu"))[0][0]
                           for t, e in (("one", True), ("two lines", False), ("three", True))])
         reward = 0.2 * (np.array(logps[0]) - logps[1])
         w, l = reward.argmax(), reward.argmin()
@@ -176,7 +178,7 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
         assert (row["chosen_logp"], row["rejected_logp"]) == pytest.approx((logps[0][w], logps[0][l]), abs=1e-4)
         assert json.load(open(f"{out}.stats.json"))["ties"] == 2
     plain = ["label.py", "--model", other_folder, "--responses", responses, "--beta", "0.2", "--precision", "fp32"]
-    lengths = np.array([len(encode_response(tokenizer, t, e)) for t, e in (("one", True), ("two lines", False), ("three", True))])
+    lengths = np.array([len(encode_response(tokenizer, ask, t, e)) for t, e in (("one", True), ("two lines", False), ("three", True))])
     for name, flags, reward in (("none", ["--reference", "none"], 0.2 * np.array(logps[0])),  # Table 7's last row; S13
                                 ("short", ["--reference-model", folder, "--length-penalty", "0.5"], 0.2 * (np.array(logps[0]) - logps[1]) - 0.5 * lengths)):
         ok(run(*plain, *flags, "--out", tmp_path / name))

@@ -135,31 +135,6 @@ def test_dpo_loss_is_finite_with_a_gradient(m):
     assert margin.grad.item() == pytest.approx(-1 / (1 + math.exp(m)) if m < 700 else 0.0, abs=1e-12)
 
 
-CONTROLS = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from([*CONTROLS, "hello", " ", "\n", "<|im_", "end|>", chr(0xE000)]), min_size=1, max_size=6).map("".join))
-def test_special_token_text_stays_text(tokenizer, text):
-    ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
-    plain = encode_prompt(tokenizer, [{"role": "user", "content": "hello"}])
-    special = {tokenizer.convert_tokens_to_ids(c) for c in CONTROLS}
-    assert [i for i in ids if i in special] == [i for i in plain if i in special]  # control tokens are the template's alone
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                                  add_generation_prompt=True)
-    response = encode_response(tokenizer, text)
-    assert not set(response[:-1]) & special and response[-1] == tokenizer.eos_token_id
-
-
-def test_ordinary_prompt_equals_the_templates_own_tokens(tokenizer):
-    chat = [{"role": "user", "content": "Write a letter."}, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Do."}]
-    assert encode_prompt(tokenizer, chat) == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-
-
-def test_no_end_token_is_invented(tokenizer):
-    assert encode_response(tokenizer, "cut of", ended=False)[-1] != tokenizer.eos_token_id
-
-
 def test_learning_rate_schedule():
     rates = [seed_dpo.lr_at(s, 100, 1.0) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
@@ -218,7 +193,7 @@ def test_first_update_against_a_separate_computation(folder, tmp_path):
         prompt = encode_prompt(tokenizer, row["prompt"])
         m = 0
         for key, sign in (("chosen", 1), ("rejected", -1)):
-            y = encode_response(tokenizer, row[key])
+            y = encode_response(tokenizer, row["prompt"], row[key])
             lp = model(torch.tensor([prompt + y])).logits[0].log_softmax(-1)
             own = sum(lp[len(prompt) + j - 1, t] for j, t in enumerate(y))
             m = m + 0.1 * sign * (own - own.detach())

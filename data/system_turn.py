@@ -1,0 +1,50 @@
+"""A model whose prompts begin with an empty system turn where a conversation has none.
+
+Some models were tuned that way: alignment-handbook's SFT puts one before every conversation without
+a system turn (src/alignment/data.py, maybe_insert_system_message). That is a property of the model,
+so it belongs into its chat template: every stage, judge and benchmark that encodes a prompt reads
+it there, and the policies that are trained from the model inherit it.
+
+OUT is the model's folder, by links, with such a template.
+
+    python -m data.system_turn --model alignment-handbook/zephyr-7b-sft-full --out models/zephyr
+"""
+import os
+from pathlib import Path
+
+import huggingface_hub
+
+from core.models import load_tokenizer
+from core.stage import is_done, parser, publish, run_stage, settings_of
+
+EMPTY_TURN = ("{%- if messages[0]['role'] != 'system' %}"
+              "{%- set messages = [{'role': 'system', 'content': ''}] + messages %}"
+              "{%- endif %}\n")
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def main() -> None:
+    cli = parser(__doc__)
+    cli.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the model")
+    args = cli.parse_args()
+    settings = settings_of(args, "model")
+    if is_done(args.out, settings):
+        return
+    tokenizer = load_tokenizer(args.model)
+    tokenizer.chat_template = EMPTY_TURN + tokenizer.get_chat_template()
+    source = Path(args.model)
+    if not source.is_dir():
+        source = Path(huggingface_hub.snapshot_download(args.model, allow_patterns=FILES))
+
+    def write(tmp: str) -> None:
+        tokenizer.save_pretrained(tmp)
+        for file in source.iterdir():
+            if file.is_file() and not os.path.exists(f"{tmp}/{file.name}"):
+                os.symlink(file.resolve(), f"{tmp}/{file.name}")
+    publish(args.out, settings, {}, write)
+    print(f"system_turn: {args.model} with an empty system turn → {args.out}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
