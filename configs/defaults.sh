@@ -64,10 +64,13 @@ define_settings() {
 
   setting NPROC 1 "processes (GPUs) a machine"
   setting NNODES 1 "machines, which share this folder"
-  setting EACH_NODE "srun --nodes=${NNODES:-1} --ntasks-per-node=1" "runs a command once on every machine"
-  setting MASTER_ADDR "" "host where the machines meet; empty: this one"
+  # one task a machine would be given one core and a share of the memory, if it were not told otherwise
+  setting EACH_NODE "srun --nodes=${NNODES:-1} --ntasks-per-node=1 --cpu-bind=none --mem=0 --export=ALL" \
+    "runs a command once on every machine (MPI: mpirun --map-by ppr:1:node --bind-to none -x PATH)"
+  setting MASTER_ADDR "" "host where the machines meet; empty: the first of those that EACH_NODE reaches"
   setting MASTER_PORT 29500 "port there"
   setting BACKEND transformers "of sampling: transformers, or vllm (all GPUs of this machine)"
+  setting SAMPLE_TOKENS 131072 "tokens sampled together, prompts and answers: memory, not text"
   setting SHARD no "yes: weights, gradients and Adam are split over all processes, layers recomputed"
   setting MICRO_TOKENS 2048 "tokens a training pass and process: memory, not mathematics"
   setting PYTHON python3 "the interpreter; a .venv is made where it lacks what requirements.txt asks for"
@@ -169,14 +172,22 @@ install() {  # FILE: make $python an interpreter that has what it asks for
 # ------------------------------------------------------------------------------------------------- how a stage starts
 
 launch() {  # a stage on all processes of all machines
-  local torchrun=("$python" -m torch.distributed.run --nproc_per_node "$NPROC")
+  # Lengths differ from pass to pass: GPU memory in blocks of fixed size would be left full of holes.
+  # In the command itself, because torch reads it when loaded and not every launcher forwards variables.
+  local allocator=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+  local stage=(env PYTORCH_ALLOC_CONF="$allocator" "$python")
+  local torchrun=("${stage[@]}" -m torch.distributed.run --nproc_per_node "$NPROC")
   if (( NNODES > 1 )); then
+    if [[ -z $MASTER_ADDR ]]; then  # this host may be a login node, which the others cannot reach
+      MASTER_ADDR=$($EACH_NODE hostname | sort | sed -n 1p)
+      [[ -n $MASTER_ADDR ]] || stop "EACH_NODE=$EACH_NODE: reaches no machine; or set MASTER_ADDR"
+    fi
     $EACH_NODE "${torchrun[@]}" --nnodes "$NNODES" --rdzv_backend c10d --rdzv_id "$RANDOM" \
-      --rdzv_endpoint "${MASTER_ADDR:-$(hostname)}:$MASTER_PORT" "$@"
+      --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" "$@"
   elif (( NPROC > 1 )); then
     "${torchrun[@]}" --standalone "$@"
   else
-    "$python" "$@"
+    "${stage[@]}" "$@"
   fi
 }
 sampling() {  # a stage that samples; vLLM has processes of its own
