@@ -121,8 +121,8 @@ def checkpoint_gb(count: int) -> float:
 
 
 def host_gb(count: int, gpus: int) -> float:
-    """Main memory of a machine of up to 8 GPUs: each process reads the model in fp32 before it keeps
-    its shard; or one gathers a checkpoint."""
+    """Main memory of a machine of up to 8 GPUs: each process reads the model in fp32 before it
+    keeps its shard; or one gathers a checkpoint."""
     return max(4 * count * min(gpus, 8) / 1e9, checkpoint_gb(count))
 
 
@@ -241,9 +241,9 @@ def main() -> None:
     table(["config", "parameters", "one copy (DDP)", "sharded", "activations",
            "gathers, s a step", "products, s a step", "checkpoint: GB, s", "host GB a machine"],
           training)
-    print(f"The other stages on a GPU of {args.memory:.0f} GB: sampling with the fullest batch that "
-          "SAMPLE_TOKENS allows; the longest prompt, in tokens, whose N responses fit, of those "
-          "that the model's context takes; labelling; judging by an LLM of the same size.\n")
+    print(f"The other stages on a GPU of {args.memory:.0f} GB: sampling with the fullest batch "
+          "that SAMPLE_TOKENS allows; the longest prompt, in tokens, whose N responses fit, of "
+          "those that the model's context takes; labelling; judging by an LLM of the same size.\n")
     table(["config", "MB a sampled token", "sampling: GB", "longest prompt", "labelling: GB",
            "judging: GB"], others)
     print(f"Computed at {args.mfu:.0%} of {args.tflops:.0f} TFLOP/s on {args.gpus} GPUs:\n")

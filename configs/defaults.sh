@@ -64,10 +64,11 @@ define_settings() {
 
   setting NPROC 1 "processes (GPUs) a machine"
   setting NNODES 1 "machines, which share this folder"
-  # one task a machine would be given one core and a share of the memory, if it were not told otherwise
-  setting EACH_NODE "srun --nodes=${NNODES:-1} --ntasks-per-node=1 --cpu-bind=none --mem=0 --export=ALL" \
+  # one task a machine would be bound to one core and given its share of the memory
+  local slurm="srun --nodes=${NNODES:-1} --ntasks-per-node=1 --cpu-bind=none --mem=0 --export=ALL"
+  setting EACH_NODE "$slurm" \
     "runs a command once on every machine (MPI: mpirun --map-by ppr:1:node --bind-to none -x PATH)"
-  setting MASTER_ADDR "" "host where the machines meet; empty: the first of those that EACH_NODE reaches"
+  setting MASTER_ADDR "" "host where the machines meet; empty: the first that EACH_NODE reaches"
   setting MASTER_PORT 29500 "port there"
   setting BACKEND transformers "of sampling: transformers, or vllm (all GPUs of this machine)"
   setting SAMPLE_TOKENS 131072 "tokens sampled together, prompts and answers: memory, not text"
@@ -172,8 +173,8 @@ install() {  # FILE: make $python an interpreter that has what it asks for
 # ------------------------------------------------------------------------------------------------- how a stage starts
 
 launch() {  # a stage on all processes of all machines
-  # Lengths differ from pass to pass: GPU memory in blocks of fixed size would be left full of holes.
-  # In the command itself, because torch reads it when loaded and not every launcher forwards variables.
+  # Lengths differ from pass to pass: GPU memory in blocks of fixed size would be full of holes.
+  # In the command itself: torch reads it when loaded, and not every launcher forwards variables.
   local allocator=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   local stage=(env PYTORCH_ALLOC_CONF="$allocator" "$python")
   local torchrun=("${stage[@]}" -m torch.distributed.run --nproc_per_node "$NPROC")

@@ -116,7 +116,8 @@ def run_stage(main: Callable[[], None]) -> None:
     except RuntimeError as error:  # torch.OutOfMemoryError, without importing torch
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        fail(f"out of memory; lower --micro-tokens or --batch-size, or see --gradient-checkpointing. ({str(error).splitlines()[0]})")
+        fail("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
+             f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads can outlive the last collective and abort Python's teardown
