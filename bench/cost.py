@@ -60,7 +60,7 @@ def settings(config: str) -> dict[str, str]:
     defaults = {
         "ARCHITECTURE": "llama", "ROUNDS": "8000 20000 30000", "SEED_SIZE": "2000",
         "SEED_EPOCHS": "3", "SEED_POLICY": "", "BATCH_SIZE": "32", "MICRO_TOKENS": "2048",
-        "SAMPLE_TOKENS": "131072", "MAX_NEW_TOKENS": "300", "N": "2",
+        "SAMPLE_TOKENS": "131072", "MAX_NEW_TOKENS": "300", "N": "2", "SHARD": "no",
     }
     script = f"source configs/{config}.env\n"
     script += "\n".join(f'echo "${{{name}-{value}}}"' for name, value in defaults.items())
@@ -116,14 +116,15 @@ def gathered_gb(count: int, gpus: int) -> float:
 
 
 def checkpoint_gb(count: int) -> float:
-    """Weights and two Adam moments in fp32; one process holds and writes them all."""
+    """Weights and two Adam moments in fp32. With sharded weights each process writes its own."""
     return 12 * count / 1e9
 
 
-def host_gb(count: int, gpus: int) -> float:
+def host_gb(count: int, gpus: int, sharded: bool) -> float:
     """Main memory of a machine of up to 8 GPUs: each process reads the model in fp32 before it
-    keeps its shard; or one gathers a checkpoint."""
-    return max(4 * count * min(gpus, 8) / 1e9, checkpoint_gb(count))
+    keeps its shard; without shards one process gathers a checkpoint."""
+    loaded = 4 * count * min(gpus, 8) / 1e9
+    return loaded if sharded else max(loaded, checkpoint_gb(count))
 
 
 # ------------------------------------------------------------------------------ sampling, labelling
@@ -186,8 +187,8 @@ def main() -> None:
                      help="GB/s at which a GPU gathers: some 200 over NVLink, 25 to 50 between "
                      "machines")
     cli.add_argument("--write", type=positive, default=2.75,
-                     help="GB/s at which a checkpoint is written (torch.save without checksums "
-                     "into memory on one core; a shared disk may be slower)")
+                     help="GB/s at which a machine writes a checkpoint (torch.save without "
+                     "checksums into memory on one core; a shared disk may be slower)")
     cli.add_argument("--mfu", type=positive, default=0.27)
     args = cli.parse_args()
     speed = args.tflops * 1e12 * args.mfu
@@ -195,6 +196,8 @@ def main() -> None:
     for name, shape in SHAPES.items():
         chosen = settings(name)
         shared = chosen["ARCHITECTURE"] in SHARES_PROMPT
+        sharded = chosen["SHARD"] == "yes"
+        writers = math.ceil(args.gpus / 8) if sharded else 1  # machines that write a checkpoint
         tied = name == "demo"
         model = model_of(shape, chosen["ARCHITECTURE"], tied)
         count = sum(p.numel() for p in model.parameters())
@@ -212,8 +215,8 @@ def main() -> None:
             f"{sharded_gb(shape, count, args.gpus, tied):.1f}",
             f"{micro}: {activations_gb(shape, micro):.1f}",
             f"{gathers[0]:.1f} → {gathers[1]:.1f}", f"{pairs * train / speed:.1f}",
-            f"{checkpoint_gb(count):.0f}, {checkpoint_gb(count) / args.write:.0f}",
-            f"{host_gb(count, args.gpus):.0f}"])
+            f"{checkpoint_gb(count):.0f}, {checkpoint_gb(count) / writers / args.write:.0f}",
+            f"{host_gb(count, args.gpus, sharded):.0f}"])
 
         longest = largest_prompt(shape, count, n, new, args.memory)
         rows = min(128, int(chosen["SAMPLE_TOKENS"]) // (PROMPT + new))
