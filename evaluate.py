@@ -33,7 +33,7 @@ from core.parallel import start_processes
 from core.policy import ResponseLogps, score
 from core.rows import beside, fail, read_json_lines, read_json_list, read_rows, write_rows
 from core.sampling import respond, sampling_flags
-from core.stage import fingerprint, is_done, parser, publish, run_stage
+from core.stage import MEMORY_ONLY, fingerprint, is_done, parser, publish, run_stage
 from judges.judge import SCORERS, check_judge, compare, judge_flags, wins
 from judges.measures import (
     bootstrap_interval,
@@ -185,7 +185,7 @@ def main() -> None:
     if unknown := set(labels) - set(models):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --models does not")
     prints = {**{n: fingerprint(p) for n, p in models.items()}, **{f"labels of {n}": fingerprint(p) for n, p in labels.items()}}
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "models", "labels", "annotations")} | prints
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", *MEMORY_ONLY, "models", "labels", "annotations")} | prints
     settings |= {key: fingerprint(value) for key, value in (("prompts", args.prompts), ("mt_bench", args.mt_bench),
                                                          ("judge_model", args.judge_model)) if value}
     report = f"{args.out}/report.md"

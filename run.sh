@@ -17,7 +17,7 @@ cd "$(dirname "$0")"
 source configs/defaults.sh  # settings, checks, installation; `launch` starts a stage on all processes
 
 judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
-sample=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED")
+sample=(--max-new-tokens "$MAX_NEW_TOKENS" --sample-tokens "$SAMPLE_TOKENS" --seed "$SEED")
 train=(--beta "$BETA" --batch-size "$BATCH_SIZE" --seed "$SEED" --micro-tokens "$MICRO_TOKENS")
 [[ $SHARD == no ]] || train+=(--gradient-checkpointing)
 [[ $SHARD == no ]] || (( NPROC * NNODES == 1 )) || train+=(--shard)

@@ -1,9 +1,10 @@
-"""The sampler's throughput against transformers' own, on the same prompts, in one process each; the claim made of it is checked.
+"""The sampler's throughput against transformers' own, on the same prompts, in one process each.
 
-SmolLM2-135M (`python -m data.demo --out models/smollm2` first); prompts of log-normal length, median 100 tokens, as in
-UltraFeedback; n = 2 responses of at most 128 tokens at temperature 0.7; 64 responses a batch. `plain` is model.generate in the order
-of the input, `continuous` transformers' continuous batching, which makes its own batches.
-A quarter of an hour on two cores; a claim that fails gives exit status 1.
+SmolLM2-135M (`python -m data.demo --out models/smollm2` first); prompts of log-normal length,
+median 100 tokens, as in UltraFeedback; n = 2 responses of at most 128 tokens at temperature 0.7; 64
+responses a batch. `plain` is model.generate in the order of the input, `continuous` transformers'
+continuous batching, which makes its own batches. A quarter of an hour on two cores. The claim made
+of it is checked; if it fails, the exit status is 1.
 
     python bench/generate.py
     python bench/generate.py --prompts 512 --batch-size 256     # for a GPU
@@ -23,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 import core.sampling as generate  # noqa: E402
 from core.chat import encode_prompt  # noqa: E402
 from core.models import load  # noqa: E402
-from core.parallel import bf16_pays, start_processes
+from core.parallel import bf16_pays, start_processes  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
-from core.training import memory_gb
+from core.training import memory_gb  # noqa: E402
 
 N, LENGTH, TEMPERATURE, CLAIM = 2, 128, 0.7, 1.5
 
@@ -36,7 +37,8 @@ def make_prompts(tokenizer, count: int) -> list[list[int]]:
     prompts = []
     for length in np.exp(dice.normal(np.log(100), 0.9, count)).clip(8, 1024).astype(int):
         start = dice.integers(len(ids) - length)
-        prompts.append(encode_prompt(tokenizer, [{"role": "user", "content": tokenizer.decode(ids[start:start + length])}]))
+        text = tokenizer.decode(ids[start:start + length])
+        prompts.append(encode_prompt(tokenizer, [{"role": "user", "content": text}]))
     return prompts
 
 
@@ -46,29 +48,35 @@ def ours(model, tokenizer, prompts, args) -> list[int]:
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), size):
         batch = order[start:start + size]
-        u = torch.tensor(np.concatenate([generate.uniforms(0, str(i), N, LENGTH) for i in batch]), device=model.device)
+        u = np.concatenate([generate.uniforms(0, str(i), N, LENGTH) for i in batch])
+        u = torch.tensor(u, device=model.device)
         heat = torch.full((len(u),), TEMPERATURE, device=model.device)
-        lengths += [len(y) for y in generate.sample(model, [prompts[i] for i in batch], u, heat, stop)]
+        responses = generate.sample(model, [prompts[i] for i in batch], u, heat, stop)
+        lengths += [len(y) for y in responses]
     return lengths
 
 
 def settings(tokenizer, **more) -> transformers.GenerationConfig:
-    return transformers.GenerationConfig(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=LENGTH,
-                                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **more)
+    return transformers.GenerationConfig(
+        do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=LENGTH,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **more)
 
 
 def plain(model, tokenizer, prompts, args) -> list[int]:
     size, lengths = args.batch_size // N, []
     for start in range(0, len(prompts), size):
-        batch = tokenizer.pad({"input_ids": prompts[start:start + size]}, padding_side="left", return_tensors="pt").to(model.device)
-        out = model.generate(**batch, generation_config=settings(tokenizer, num_return_sequences=N))[:, batch["input_ids"].shape[1]:]
+        batch = tokenizer.pad({"input_ids": prompts[start:start + size]}, padding_side="left",
+                              return_tensors="pt").to(model.device)
+        config = settings(tokenizer, num_return_sequences=N)
+        out = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1]:]
         ended = (out == tokenizer.eos_token_id).int()
         lengths += torch.where(ended.any(1), ended.argmax(1) + 1, out.shape[1]).tolist()
     return lengths
 
 
 def continuous(model, tokenizer, prompts, args) -> list[int]:
-    out = model.generate_batch(inputs=[p for p in prompts for _ in range(N)], generation_config=settings(tokenizer), progress_bar=False)
+    out = model.generate_batch(inputs=[p for p in prompts for _ in range(N)],
+                               generation_config=settings(tokenizer), progress_bar=False)
     return [len(request.generated_tokens) for request in out.values()]
 
 
@@ -76,11 +84,13 @@ def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--prompts", type=natural, default=64)
     cli.add_argument("--batch-size", type=natural, default=64, help="responses")
-    cli.add_argument("--only", choices=["ours", "plain", "continuous"], help="one line of the table, in this process")
+    cli.add_argument("--only", choices=["ours", "plain", "continuous"],
+                     help="one line of the table, in this process")
     args = cli.parse_args()
     if args.only:
         *_, device = start_processes()
-        model, tokenizer = load(str(ROOT / "models/smollm2"), device, torch.bfloat16 if bf16_pays(device) else torch.float32)
+        dtype = torch.bfloat16 if bf16_pays(device) else torch.float32
+        model, tokenizer = load(str(ROOT / "models/smollm2"), device, dtype)
         prompts = make_prompts(tokenizer, args.prompts)
         run = globals()[args.only]
         run(model, tokenizer, prompts[:2], args)  # warm up
@@ -88,19 +98,25 @@ def main() -> None:
         started = time.perf_counter()
         lengths = run(model, tokenizer, prompts, args)
         seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "tokens": sum(lengths), "responses": len(lengths), "memory": memory_gb(device)}))
+        print(json.dumps({"seconds": seconds, "tokens": sum(lengths), "responses": len(lengths),
+                          "memory": memory_gb(device)}))
         return
     table = {}
-    print("| sampler | s | responses/s | tokens/s | peak GB |\n| --- | --- | --- | --- | --- |")
+    print("| sampler | s | responses/s | tokens/s | peak GB |")
+    print("| --- | --- | --- | --- | --- |")
     for name in ("ours", "plain", "continuous"):
-        done = subprocess.run([sys.executable, __file__, "--only", name, "--prompts", str(args.prompts), "--batch-size", str(args.batch_size)],
-                              capture_output=True, text=True)
+        command = [sys.executable, __file__, "--only", name, "--prompts", str(args.prompts),
+                   "--batch-size", str(args.batch_size)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"| {name} | {done.stderr.strip().splitlines()[-1][:120]} |")
             continue
         table[name] = row = json.loads(done.stdout.splitlines()[-1])
-        print(f"| {name} | {row['seconds']:.1f} | {row['responses'] / row['seconds']:.2f} | {row['tokens'] / row['seconds']:.0f} | {row['memory']:.1f} |", flush=True)
-    ratio = (table["ours"]["responses"] / table["ours"]["seconds"]) / (table["plain"]["responses"] / table["plain"]["seconds"])
+        rate = row["responses"] / row["seconds"]
+        print(f"| {name} | {row['seconds']:.1f} | {rate:.2f} | "
+              f"{row['tokens'] / row['seconds']:.0f} | {row['memory']:.1f} |", flush=True)
+    ours, plain = table["ours"], table["plain"]
+    ratio = (ours["responses"] / ours["seconds"]) / (plain["responses"] / plain["seconds"])
     print(f"ours / plain: {ratio:.2f} (claimed: {CLAIM})")
     sys.exit(ratio < CLAIM)
 

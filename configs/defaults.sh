@@ -65,12 +65,17 @@ define_settings() {
 
   setting NPROC 1 "processes (GPUs) a machine"
   setting NNODES 1 "machines, which share this folder"
-  setting EACH_NODE "srun --nodes=${NNODES:-1} --ntasks-per-node=1" "runs a command once on every machine"
-  setting MASTER_ADDR "" "host where the machines meet; empty: this one"
+  # one task a machine would be bound to one core and given its share of the memory
+  local slurm="srun --nodes=${NNODES:-1} --ntasks-per-node=1 --cpu-bind=none --mem=0 --export=ALL"
+  setting EACH_NODE "$slurm" \
+    "runs a command once on every machine (MPI: mpirun --map-by ppr:1:node --bind-to none -x PATH)"
+  setting MASTER_ADDR "" "host where the machines meet; empty: the first that EACH_NODE reaches"
   setting MASTER_PORT 29500 "port there"
   setting BACKEND transformers "of sampling: transformers, or vllm (all GPUs of this machine)"
+  setting SAMPLE_TOKENS 131072 "tokens sampled together, prompts and answers: memory, not text"
   setting SHARD no "yes: weights, gradients and Adam are split over all processes, layers recomputed"
   setting MICRO_TOKENS 2048 "tokens a training pass and process: memory, not mathematics"
+  setting REDO no "yes: replace complete stages whose settings have changed; else the run stops at the first"
   setting PYTHON python3 "the interpreter; a .venv is made where it lacks what requirements.txt asks for"
   setting INSTALL yes "no: take PYTHON as it is"
 }
@@ -123,6 +128,8 @@ check_settings() {
   one_of ANCHOR init previous
   one_of BACKEND transformers vllm
   one_of SHARD no yes
+  one_of REDO no yes
+  export REDO
   one_of SELECT random farthest
   one_of REFERENCE init previous none
   one_of JUDGE implicit vader reward-model pairrm llm openai
@@ -171,14 +178,22 @@ install() {  # FILE: make $python an interpreter that has what it asks for
 # ------------------------------------------------------------------------------------------------- how a stage starts
 
 launch() {  # a stage on all processes of all machines
-  local torchrun=("$python" -m torch.distributed.run --nproc_per_node "$NPROC")
+  # Lengths differ from pass to pass: GPU memory in blocks of fixed size would be full of holes.
+  # In the command itself: torch reads it when loaded, and not every launcher forwards variables.
+  local allocator=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+  local stage=(env PYTORCH_ALLOC_CONF="$allocator" "$python")
+  local torchrun=("${stage[@]}" -m torch.distributed.run --nproc_per_node "$NPROC")
   if (( NNODES > 1 )); then
+    if [[ -z $MASTER_ADDR ]]; then  # this host may be a login node, which the others cannot reach
+      MASTER_ADDR=$($EACH_NODE hostname | sort | sed -n 1p)
+      [[ -n $MASTER_ADDR ]] || stop "EACH_NODE=$EACH_NODE: reaches no machine; or set MASTER_ADDR"
+    fi
     $EACH_NODE "${torchrun[@]}" --nnodes "$NNODES" --rdzv_backend c10d --rdzv_id "$RANDOM" \
-      --rdzv_endpoint "${MASTER_ADDR:-$(hostname)}:$MASTER_PORT" "$@"
+      --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" "$@"
   elif (( NPROC > 1 )); then
     "${torchrun[@]}" --standalone "$@"
   else
-    "$python" "$@"
+    "${stage[@]}" "$@"
   fi
 }
 sampling() {  # a stage that samples; vLLM has processes of its own

@@ -3,8 +3,10 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import glob
 import os
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
@@ -12,18 +14,45 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
+from core.rows import fail
+
 
 def start_processes() -> tuple[int, int, torch.device]:
-    """(rank, world size, device). Under torchrun joins the process group; alone there is none and nothing changes."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    """(rank, world size, device). Under torchrun joins the process group; alone there is none and
+    nothing changes."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda_works():
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":
-        keep_freed_memory()
-    if world > 1 and not dist.is_initialized():  # the limit covers one stage's slowest rank, not one collective: ranks meet only when work is done
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+        # torch prefers cuDNN's attention on H100 and later, which gives NaN gradients with an
+        # explicit mask at some lengths and plans anew for every length; the others have neither.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        device = torch.device("cpu")
+        if sys.platform == "linux":
+            keep_freed_memory()
+    if world > 1 and not dist.is_initialized():
+        # the limit covers one stage's slowest rank, not one collective: ranks meet only when work
+        # is done
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
     return int(os.environ.get("RANK", 0)), world, device
+
+
+def cuda_works() -> bool:
+    """Whether there is a GPU to use. Ends the program where there is one that torch was built for
+    and cannot use: a large model on CPU processes is nobody's wish."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's reason, which the line below replaces
+        works = torch.cuda.is_available()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not works and not hidden and torch.version.cuda and glob.glob("/dev/nvidia[0-9]*"):
+        fail(f"this machine has a GPU, but torch {torch.__version__} finds no driver for CUDA "
+             f"{torch.version.cuda}: update the driver (CUDA 13 needs 580 or newer; nvidia-smi "
+             "shows it), or install torch built for it (pytorch.org); CUDA_VISIBLE_DEVICES= in "
+             "front runs on the CPU")
+    return works
 
 
 def keep_freed_memory() -> None:
@@ -50,7 +79,11 @@ def distribute(net: torch.nn.Module, device: torch.device, world: int, args: arg
     if world == 1 or not any(p.requires_grad for p in net.parameters()):
         return net
     ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    net = torch.nn.parallel.DistributedDataParallel(net, ids, gradient_as_bucket_view=True)
+    # Buffers (rotary frequencies) never change. As an attribute, because torch renamed the argument
+    # after 2.11 and warns of the old name; this name reads and sets either.
+    net.broadcast_buffers = False
+    return net
 
 
 def model_of(net: torch.nn.Module):

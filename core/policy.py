@@ -86,9 +86,10 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
             target, lengths = target + y, lengths + [len(y)]
     mask = None
     if shared and any(len(ys) > 1 for _, ys in rows):
+        part = part.to(device)  # T numbers a sequence travel, and not T² of the mask
         query, key = part[:, :, None], part[:, None, :]
-        mask = ((key == 0) | (key == query)) & torch.ones(width, width, dtype=torch.bool).tril()
-        mask = mask[:, None].to(device)
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        mask = (((key == 0) | (key == query)) & causal)[:, None]
     return {"input_ids": ids.to(device), "position_ids": positions.to(device), "attention_mask": mask, "lengths": lengths,
             "where": torch.tensor(where, device=device), "target": torch.tensor(target, device=device)}
 

@@ -11,6 +11,9 @@ import inspect
 import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ from core.parallel import bf16_pays
 from core.rows import fail, read_rows, write_rows
 from core.stage import is_done, natural, publish, ranged, settings_of
 
+VLLM = "vllm>=0.30,<0.33"  # needs the torch of requirements.txt; 0.33 would replace it
+PREFILL = 8192  # prompt tokens a forward pass: a few gigabytes of activations at 14 B
+
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
     """The uniform numbers [n, length] that decide the n responses to one prompt."""
@@ -32,11 +38,16 @@ def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Tokens [B] from logits [B, V] at temperature [B]: the smallest token whose cumulative probability exceeds u [B] in [0, 1);
-    at temperature 0 the likeliest token."""
-    cumulative = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1).cumsum(-1)
+    """Tokens [B] from logits [B, V] at temperature [B]: the smallest token whose cumulative
+    probability exceeds u [B] in [0, 1); at temperature 0 the likeliest token.
+
+    Summed in float64: in float32 the sum over 128 K tokens is off by more than most of their
+    probabilities, and differently on every device.
+    """
+    probability = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
+    cumulative = probability.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    point = torch.minimum((u[:, None] * total).float(), torch.nextafter(total, torch.zeros_like(total)))  # u·total may round up
+    point = torch.minimum(u.double()[:, None] * total, total.nextafter(torch.zeros_like(total)))  # u·total may round up
     return torch.where(temperature > 0, torch.searchsorted(cumulative, point, right=True)[:, 0], logits.argmax(-1))
 
 
@@ -55,11 +66,18 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
     slot = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
     head = model.get_output_embeddings()
 
-    def last_logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def last_logits(ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{slot: cache})
         return head(out.last_hidden_state[:, -1])
 
-    logits = last_logits(ids, (mask.cumsum(-1) - 1).clamp(min=0)).repeat_interleave(n, 0)
+    # a long prefill in pieces, so that activations do not grow with the prompts: a query sees the
+    # same keys in either way
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    step = max(1, PREFILL // len(prompts))
+    for start in range(0, width, step):
+        end = min(start + step, width)
+        logits = last_logits(ids[:, start:end], positions[:, start:end], mask[:, :end])
+    logits = logits.repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
     mask = mask.repeat_interleave(n, 0)
     alive = torch.arange(len(u), device=device)
@@ -78,8 +96,27 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
             cache.batch_select_indices(keep)
             token, mask, alive, done = token[keep], mask[keep], alive[keep], done[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = last_logits(token[:, None], mask.sum(-1, keepdim=True) - 1)
+        logits = last_logits(token[:, None], mask.sum(-1, keepdim=True) - 1, mask)
     return tokens
+
+
+def batches_of(lengths: list[int], n: int, new: int, most: int, budget: float) -> list[list[int]]:
+    """Prompts that are sampled together, longest first: at most `most` responses, whose prompts and
+    `new` tokens, padded, are at most `budget` tokens.
+
+    Keys and values grow with tokens, not with responses. The responses to one prompt stay together,
+    so a prompt beyond a limit is a batch of its own. The text depends on the prompts' ids alone.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches:
+            rows = (len(batches[-1]) + 1) * n
+            longest = lengths[batches[-1][0]]
+            if rows <= most and rows * (longest + new) <= budget:
+                batches[-1].append(i)
+                continue
+        batches.append([i])
+    return batches
 
 
 def stop_tokens(path: str, config, tokenizer) -> list[int]:
@@ -116,9 +153,11 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
     config = load_config(args.model)
     if args.backend == "vllm":
-        draw_responses, (model, tokenizer), together = sample_vllm, start_vllm(args.model, config, bf16, world), 4096  # it makes its own batches
+        draw_responses, (model, tokenizer), together = sample_vllm, start_vllm(args.model, config, bf16, world), 4096
+        budget = math.inf  # it makes its own batches
     else:
         draw_responses, (model, tokenizer), together = sample, load(args.model, device, torch.bfloat16 if bf16 else torch.float32), args.batch_size
+        budget = args.sample_tokens
     encoded = [prompt for prompt, _ in encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])]
     limit = getattr(config, "max_position_embeddings", None)
     if limit and max(map(len, encoded)) + args.max_new_tokens > limit:
@@ -126,12 +165,11 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
              f"exceed the model's context of {limit}")
     stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
 
-    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))
-    size = max(1, together // args.n)
+    batches = batches_of(list(map(len, encoded)), args.n, args.max_new_tokens, together, budget)
     header = json.dumps(settings)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     done = finished(args.out, header)
-    todo = [b for b in (order[i:i + size] for i in range(0, len(order), size)) if any(rows[i]["id"] not in done for i in b)]
+    todo = [batch for batch in batches if any(rows[i]["id"] not in done for i in batch)]
     if done and rank == 0:
         print(f"generate: {len(done)} of {len(rows)} prompts were done before; going on")
     if world > 1:
@@ -173,9 +211,24 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
 
 
 def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: int, world: int, device: torch.device, **changes) -> list[dict]:
-    """The rows of `out`, generated with the sampling flags in `args` but for `changes`; for other stages."""
-    flags = {key: getattr(args, key) for key in ("n", "temperature", "max_new_tokens", "batch_size", "precision", "backend", "seed")}
-    generate(argparse.Namespace(model=model, prompts=prompts, out=out, **{**flags, **changes}), rank, world, device)
+    """The rows of `out`, generated with the sampling flags in `args` but for `changes`; for other stages.
+
+    vLLM's engine gives a card back only when its process ends, so with it every policy is sampled
+    by a process of its own, generate.py, for which this one frees what it keeps.
+    """
+    known = ("n", "temperature", "max_new_tokens", "batch_size", "sample_tokens", "precision", "backend", "seed")
+    flags = {key: getattr(args, key) for key in known} | changes
+    if args.backend == "vllm":
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        command = [sys.executable, str(Path(__file__).parent.parent / "generate.py")]
+        for key, value in {"model": model, "prompts": prompts, "out": out, **flags}.items():
+            command += ["-n" if key == "n" else f"--{key.replace('_', '-')}", str(value)]
+        status = subprocess.run(command).returncode
+        if status:
+            raise SystemExit(status)  # generate.py has said why
+    else:
+        generate(argparse.Namespace(model=model, prompts=prompts, out=out, **flags), rank, world, device)
     if world > 1:
         dist.barrier()
     return read_rows(out, "responses")
@@ -187,7 +240,10 @@ def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
     cli.add_argument("--temperature", type=ranged(float, 0), default=0.7, help="sampling temperature (papers: 0.7; 0: greedy), unless "
                      "a prompt row has a `temperature` of its own")
     cli.add_argument("--max-new-tokens", type=natural, default=300, help="length limit of a response in tokens (papers: 300)")
-    cli.add_argument("--batch-size", type=natural, default=128, help="responses sampled together; memory, and at most rounding in the text")
+    cli.add_argument("--batch-size", type=natural, default=128, help="responses sampled together, at most; at most rounding in the text")
+    cli.add_argument("--sample-tokens", type=natural, default=131072,
+                     help="tokens sampled together, prompts and --max-new-tokens counted: memory (0.13 MB a token for a 7 B "
+                     "Mistral, 0.33 MB for Phi-2), not text; a run may go on with another")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the weights while sampling")
     cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers", help="vllm: if installed; all GPUs of one machine, no torchrun")
     cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the text, together with the prompt's id")
@@ -204,13 +260,24 @@ def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: 
 
 
 def start_vllm(path: str, config, bf16: bool, world: int):
-    """(vllm.LLM over as many GPUs of this machine as divide the attention heads, tokenizer)."""
+    """(vllm.LLM over GPUs of this machine, tokenizer)."""
     try:
         import vllm  # never needed but for --backend vllm
     except ImportError:
-        fail("--backend vllm needs the vllm package (pip install vllm)")
+        fail(f"--backend vllm needs the vllm package, of a version made for this torch: pip install '{VLLM}'")
     if world > 1:
         fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
-    heads = math.gcd(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    gpus = max(n for n in range(1, max(1, torch.cuda.device_count()) + 1) if heads % n == 0)
+    gpus = tensor_parallel(config, torch.cuda.device_count())
     return vllm.LLM(path, dtype="bfloat16" if bf16 else "float32", tensor_parallel_size=gpus), load_tokenizer(path)
+
+
+def tensor_parallel(config, gpus: int) -> int:
+    """How many of `gpus` GPUs vLLM can split a model over: the largest power of two that divides
+    query heads, key-value heads and the vocabulary, which it pads to a multiple of 64."""
+    heads = config.num_attention_heads
+    vocabulary = math.ceil(config.vocab_size / 64) * 64
+    parts = math.gcd(heads, getattr(config, "num_key_value_heads", None) or heads, vocabulary)
+    size = 1
+    while 2 * size <= gpus and parts % (2 * size) == 0:
+        size *= 2
+    return size

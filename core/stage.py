@@ -81,20 +81,27 @@ def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
 
 
 def is_done(out: str, settings: dict) -> bool:
-    """True if `out` is complete from these very settings. Settings that changed are named; the
-    stage then runs again."""
+    """True if `out` is complete from these very settings. A complete output of other settings is never
+    replaced unasked: what differs is named, and the program ends, unless REDO=yes is set."""
     try:
         old = json.loads(Path(f"{out}.stats.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
         return False
+    if not os.path.exists(out):
+        return False
     changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
                if key not in MEMORY_ONLY and old.get(key) != settings.get(key)]
-    if os.path.exists(out) and int(os.environ.get("RANK", 0)) == 0:
-        if changed:
-            print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
-        else:
+    first = int(os.environ.get("RANK", 0)) == 0
+    if not changed:
+        if first:
             print(f"{out}: complete, skipped")
-    return os.path.exists(out) and not changed
+        return True
+    if os.environ.get("REDO") != "yes":
+        fail(f"{out}: complete, of other settings: {'; '.join(changed)}. REDO=yes replaces it and all "
+             "that follows from it; another --out (RUN) keeps both")
+    if first:
+        print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
+    return False
 
 
 def about() -> dict:
@@ -141,7 +148,7 @@ def run_stage(main: Callable[[], None]) -> None:
     except RuntimeError as error:  # torch.OutOfMemoryError, without importing torch
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        fail("out of memory; lower --micro-tokens or --batch-size, or see "
+        fail("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
              f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None

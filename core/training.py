@@ -203,6 +203,10 @@ def log_row(run: Run, step: int, batch: list[int], pairs: dict, norm: float, lr:
     `gain` is the margin against π_ref, where training starts: accuracy counts what training itself
     did, and is ½ at step 1 whatever the margin is measured against.
     """
+    if run.device.type == "cuda":
+        # The device runs behind the program: this waits for the update, so that the step's time is
+        # its own. The next step's stamp follows with nothing under way.
+        torch.cuda.synchronize(run.device)
     seconds = time.perf_counter() - started
     rows = [run.encoded[i] for i in batch]
     margin = np.array(pairs["margin"])

@@ -90,7 +90,7 @@ def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path
 def test_ended_says_whether_the_model_stopped(folder, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "sample", lambda model, prompts, u, t, stop: [[50, 51, 2] if k % 2 else [50, 51] for k in range(len(u))])
     args = stage.argparse.Namespace(model=folder, prompts=prompts, out=str(tmp_path / "o.jsonl"), n=2, temperature=1.0, max_new_tokens=3,
-                                    batch_size=4, precision="fp32", backend="transformers", seed=0)
+                                    batch_size=4, sample_tokens=1000, precision="fp32", backend="transformers", seed=0)
     stage.generate(args, 0, 1, torch.device("cpu"))
     row = jsonl(tmp_path / "o.jsonl")[0]
     assert row["ended"] == [False, True] and row["responses"][0] == row["responses"][1]
@@ -121,7 +121,7 @@ def test_vllm_backend_writes_the_same_rows(folder, prompts, tmp_path, monkeypatc
 
     flags = ["--model", folder, "--prompts", prompts, "-n", "2", "--max-new-tokens", "12", "--temperature", "0", "--precision", "fp32"]
     error = run("generate.py", *flags, "--backend", "vllm", "--out", tmp_path / "none.jsonl")
-    assert error.returncode == 2 and error.stderr.endswith("--backend vllm needs the vllm package (pip install vllm)\n")
+    assert error.returncode == 2 and error.stderr.endswith("pip install 'vllm>=0.30,<0.33'\n")
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
     ok(run("generate.py", *flags, "--backend", "vllm", "--out", tmp_path / "vllm.jsonl"))
     ok(run("generate.py", *flags, "--out", tmp_path / "own.jsonl"))

@@ -1,0 +1,418 @@
+"""What holds on GPUs and on many machines, as far as it can be checked without either."""
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import core.parallel as parallel
+import core.sampling as sampling
+from bench import cost
+from conftest import ROOT, dump, jsonl, make_model, ok, run
+from core.policy import ResponseLogps, pack
+from core.sampling import batches_of, draw, sample, tensor_parallel, uniforms
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_attention_of_cudnn_is_off_where_cuda_is_set_up(one_process, monkeypatch):
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        assert parallel.start_processes() == (0, 1, torch.device("cuda", 3))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert asked == [torch.device("cuda", 3)]
+
+
+def test_a_card_without_a_usable_driver_is_one_line(one_process, monkeypatch, capsys):
+    def unusable() -> bool:
+        warnings.warn("CUDA initialization: the driver on your system is too old")
+        return False
+
+    cards = ["/dev/nvidia0"]
+    monkeypatch.setattr(torch.cuda, "is_available", unusable)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(parallel.glob, "glob", lambda pattern: cards)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(SystemExit) as stop:
+            parallel.start_processes()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "CUDA 13.0" in said and "driver" in said and "CUDA_VISIBLE_DEVICES=" in said
+    # on purpose on the CPU; torch without CUDA; no card
+    cpu = (0, 1, torch.device("cpu"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert parallel.start_processes() == cpu
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert parallel.start_processes() == cpu
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    cards.clear()
+    assert parallel.start_processes() == cpu
+
+
+def test_copies_of_a_policy_send_no_buffers_and_warn_of_nothing(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        args = argparse.Namespace(gradient_checkpointing=False, shard=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            net = parallel.distribute(ResponseLogps(make_model()), torch.device("cpu"), 2, args)
+        assert isinstance(net, torch.nn.parallel.DistributedDataParallel)
+        assert len(list(net.buffers())) > 0 and not net.will_sync_module_buffers()
+    finally:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------- passes
+
+
+def test_a_mask_is_formed_on_the_device():
+    """Nothing of the mask's size exists on the CPU: only what the pass is made from travels."""
+    on_cpu = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+                on_cpu.append(out.numel())
+            return out
+
+    rows = [(list(range(40)), [list(range(30)), list(range(20))])] * 2
+    width = 40 + 29 + 19
+    with Watch():
+        batch = pack(rows, True, torch.device("meta"))
+    assert batch["attention_mask"].shape == (2, 1, width, width)
+    assert batch["attention_mask"].device.type == "meta"
+    assert 2 * width in on_cpu and max(on_cpu) <= 2 * width  # ids and parts, and nothing larger
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+def test_batches_are_bounded_by_tokens_and_by_responses():
+    dice = np.random.default_rng(0)
+    lengths = dice.integers(1, 200, 300).tolist()
+    batches = batches_of(lengths, 2, 50, 16, 2000)
+    assert sorted(i for batch in batches for i in batch) == list(range(300))
+    sizes = [(2 * len(batch), 2 * len(batch) * (max(lengths[i] for i in batch) + 50))
+             for batch in batches]
+    assert all(rows <= 16 and tokens <= 2000 for rows, tokens in sizes)
+    assert {rows for rows, _ in sizes} >= {8, 16}  # either limit is reached
+    order = [lengths[i] for batch in batches for i in batch]
+    assert order == sorted(lengths, reverse=True)  # a card that is too small shows at once
+    # a prompt beyond a limit is a batch of its own; no budget: as many as are asked for
+    assert batches_of([5000, 10, 10], 2, 50, 16, 2000) == [[0], [1, 2]]
+    assert batches_of([3, 2, 1], 4, 5, 2, 1000) == [[0], [1], [2]]
+    assert list(map(len, batches_of([7] * 10, 2, 50, 8, math.inf))) == [4, 4, 2]
+
+
+def test_text_does_not_depend_on_the_budget_of_tokens(folder, tmp_path, monkeypatch):
+    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": "word " * (i % 5) + str(i)}]}
+            for i in range(9)]
+    prompts = dump(tmp_path / "prompts.jsonl", rows)
+    seen = []
+
+    def watched(model, prompts, *rest):
+        seen.append(len(prompts))
+        return sample(model, prompts, *rest)
+
+    monkeypatch.setattr(sampling, "sample", watched)
+    command = ["generate.py", "--model", folder, "--prompts", prompts, "--max-new-tokens", "12",
+               "--precision", "fp32", "-n", "2"]
+    ok(run(*command, "--out", tmp_path / "all.jsonl"))
+    assert seen == [9]
+    ok(run(*command, "--out", tmp_path / "few.jsonl", "--sample-tokens", "150"))
+    assert max(seen[1:]) < 9 and sum(seen[1:]) == 9
+    assert jsonl(tmp_path / "all.jsonl") == jsonl(tmp_path / "few.jsonl")
+    # memory alone: another budget is no other output, and parts of a run that was killed are kept
+    again = run(*command, "--out", tmp_path / "all.jsonl", "--sample-tokens", "150")
+    assert "complete, skipped" in again.stdout
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_prefill_in_pieces_is_the_whole(window, monkeypatch):
+    """Also where padding fills a piece of a row, and where a piece crosses the attention window."""
+    model = make_model(transformers.MistralConfig, sliding_window=window)
+    prompts = [list(range(3, 26)), [10, 11], [12, 13, 14, 15, 16, 17, 18]]
+    u = torch.tensor(np.concatenate([uniforms(0, str(i), 2, 20) for i in range(3)]))
+    heat, stop = torch.full((6,), 0.7), torch.tensor([2, 7, 40, 41])
+    whole = sample(model, prompts, u, heat, stop)
+    lengths = []
+    forward = model.base_model.forward
+
+    def watched(*args, **known):
+        lengths.append(known["input_ids"].shape[1])
+        return forward(*args, **known)
+
+    watched.__signature__ = sampling.inspect.signature(forward)
+    monkeypatch.setattr(model.base_model, "forward", watched)
+    monkeypatch.setattr(sampling, "PREFILL", 15)
+    assert sample(model, prompts, u, heat, stop) == whole
+    assert lengths[:6] == [5, 5, 5, 5, 3, 1]
+
+
+def test_draw_sums_in_float64():
+    """Tokens below float32's precision at 1, behind a likely one; against numpy's float64."""
+    size = 30000
+    logits = torch.zeros(1, size)
+    logits[0, 0] = 24.0
+    p = logits.softmax(-1).numpy()[0].astype(np.float64)
+    assert p[1] < 2 ** -26
+    u = 1 - (1 - p[0]) * np.random.default_rng(0).random(16)  # all in the tail
+    expected = np.searchsorted(p.cumsum(), u * p.sum(), side="right")
+    tokens = draw(logits.expand(16, size), torch.tensor(u), torch.ones(16))
+    assert len(set(tokens.tolist())) == 16 and tokens.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("heads, kv, vocabulary, gpus, size", [
+    (32, 8, 32000, 8, 8),     # Mistral
+    (32, 8, 32000, 6, 4),     # a power of two
+    (40, 10, 32064, 8, 2),    # Phi-3-medium: 5 would divide its heads, and not its vocabulary
+    (32, 32, 51200, 8, 8),    # Phi-2
+    (9, 3, 49152, 4, 1),      # SmolLM2
+    (32, 8, 32001, 8, 8),     # an odd vocabulary is padded
+    (32, 8, 32000, 0, 1),
+])
+def test_vllm_splits_over_powers_of_two(heads, kv, vocabulary, gpus, size):
+    config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv,
+                             vocab_size=vocabulary)
+    assert tensor_parallel(config, gpus) == size
+    assert heads % size == kv % size == math.ceil(vocabulary / 64) * 64 % size == 0
+
+
+def test_one_vllm_engine_a_process(folder, tmp_path, monkeypatch):
+    """Five policies: five processes, each by the command line that generate.py understands."""
+    prompts = dump(tmp_path / "prompts.jsonl", [
+        {"id": "a", "prompt": [{"role": "user", "content": "Write."}]}])
+    engines, commands = [], []
+
+    class LLM:
+        def __init__(self, model, dtype, tensor_parallel_size):
+            engines.append((model, dtype, tensor_parallel_size))
+
+        def generate(self, prompts, settings, use_tqdm):
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5] * own["max_tokens"])])
+                    for own in settings]
+
+    def process(command):
+        commands.append(command)
+        assert command[:2] == [sys.executable, str(ROOT / "generate.py")]
+        with monkeypatch.context() as child:
+            fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **known: known)
+            child.setitem(sys.modules, "vllm", fake)
+            return run("generate.py", *command[2:])
+
+    monkeypatch.setattr(subprocess, "run", process)
+    cli = argparse.ArgumentParser()
+    sampling.sampling_flags(cli, n=1)
+    args = cli.parse_args(["--backend", "vllm", "--max-new-tokens", "9", "-n", "3", "--seed", "7"])
+    for k in range(5):
+        rows = sampling.respond(folder, prompts, str(tmp_path / f"{k}.jsonl"), args, 0, 1,
+                                torch.device("cpu"), max_new_tokens=4)
+        assert len(rows[0]["responses"]) == 3
+    assert len(commands) == len(engines) == 5
+    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=2))
+    with pytest.raises(SystemExit) as stop:
+        sampling.respond(folder, prompts, str(tmp_path / "x"), args, 0, 1, torch.device("cpu"))
+    assert stop.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------- launch
+
+
+def launched(tmp_path, **variables) -> list[str]:
+    """Every command of run.sh with a stand-in for Python that writes its arguments down."""
+    python = tmp_path / "python"
+    log = tmp_path / "commands"
+    log.unlink(missing_ok=True)
+    python.write_text(f'#!/bin/sh\necho "conf=$PYTORCH_ALLOC_CONF $*" >> "{log}"\n')
+    python.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(python), "INSTALL": "no", "DATA": "x.jsonl",
+           "MODEL": "model", "RUN": str(tmp_path / "run"), **variables}
+    subprocess.run(["bash", ROOT / "run.sh"], cwd=tmp_path, env=env, check=True,
+                   capture_output=True)
+    return log.read_text().splitlines()
+
+
+def stage_of(commands: list[str], name: str) -> str:
+    return next(line for line in commands if f" {name}" in line)
+
+
+def test_stages_get_the_allocator_and_the_budget(tmp_path):
+    commands = launched(tmp_path, SAMPLE_TOKENS="777", NPROC="2")
+    for name in ("seed_dpo.py", "generate.py", "label.py", "train.py", "evaluate.py"):
+        assert stage_of(commands, name).startswith("conf=expandable_segments:True ")
+    for name in ("generate.py", "evaluate.py"):
+        assert " --sample-tokens 777" in stage_of(commands, name)
+    own = launched(tmp_path, PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64")
+    assert stage_of(own, "train.py").startswith("conf=max_split_size_mb:64 ")
+    # vLLM has an allocator of its own
+    assert stage_of(launched(tmp_path, BACKEND="vllm"), "generate.py").startswith("conf= generate")
+
+
+def test_machines_meet_on_one_of_them(tmp_path):
+    """Not on the host that starts them, which may be a login node."""
+    each = tmp_path / "each"
+    each.write_text('#!/bin/sh\nif [ "$1" = hostname ]; then printf "node2\\nnode1\\n"; exit; fi\n'
+                    'exec env -i PATH="$PATH" "$@"\n')  # a launcher that forwards no variable
+    each.chmod(0o755)
+    commands = launched(tmp_path, NNODES="2", NPROC="8", EACH_NODE=str(each))
+    for name in ("seed_dpo.py", "generate.py", "label.py", "train.py", "evaluate.py"):
+        line = stage_of(commands, name)
+        assert "--rdzv_endpoint node1:29500 " in line and "--nproc_per_node 8" in line
+        assert line.startswith("conf=expandable_segments:True ")
+    named = launched(tmp_path, NNODES="2", EACH_NODE=str(each), MASTER_ADDR="node7")
+    assert "--rdzv_endpoint node7:29500 " in stage_of(named, "train.py")
+
+
+def test_slurm_starves_no_machine(tmp_path):
+    """The default EACH_NODE, with a stand-in for srun."""
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/bash\necho "$*" >> "{tmp_path}/asked"\n'
+                    'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
+    srun.chmod(0o755)
+    launched(tmp_path, NNODES="3", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    asked = (tmp_path / "asked").read_text().splitlines()
+    expected = "--nodes=3 --ntasks-per-node=1 --cpu-bind=none --mem=0 --export=ALL "
+    assert len(asked) > 5 and all(line.startswith(expected) for line in asked)
+
+
+# -------------------------------------------------------------------------------------------- costs
+
+
+def count_of(name: str) -> int:
+    shape = cost.SHAPES[name]
+    model = cost.model_of(shape, cost.settings(name)["ARCHITECTURE"], name == "demo")
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_costs_by_hand():
+    """Mistral-7B: 7.24 B parameters; 32 layers of 8 key-value heads of width 128."""
+    shape, count = cost.SHAPES["mistral-7b"], count_of("mistral-7b")
+    assert count == 7_241_732_096  # as its model card says
+    assert cost.kv_bytes(shape) == 2 * 32 * 8 * 128 * 2
+    assert cost.checkpoint_gb(count) == pytest.approx(86.9, abs=0.1)
+    assert cost.host_gb(count, 8, True) == pytest.approx(231.7, abs=0.1)
+    assert cost.host_gb(count, 32, True) == cost.host_gb(count, 8, True)  # a machine's
+    assert cost.host_gb(count, 1, False) == cost.checkpoint_gb(count)
+    # 4 pairs of 711 tokens: in passes of 2 048 two by two, in one of 8 192 all together
+    assert [cost.passes(4, 711, tokens) for tokens in (2048, 8192, 500)] == [2, 1, 4]
+    assert cost.gathered_gb(count, 8) == pytest.approx(16 * 7.2417 * 7 / 8, abs=0.01)
+    # what was there before is what it was
+    assert cost.whole_gb(count) == pytest.approx(159.3, abs=0.1)
+    assert cost.sharded_gb(shape, count, 8, False) == pytest.approx(23.4, abs=0.1)
+    assert cost.activations_gb(shape, 2048) == pytest.approx(2.5, abs=0.1)
+
+
+def test_the_longest_prompt_fits_and_one_token_more_does_not():
+    shape, count = cost.SHAPES["phi-3-14b"], count_of("phi-3-14b")
+    wide = shape._replace(context=10 ** 6)
+    longest = cost.largest_prompt(wide, count, 2, 300, 80)
+    room = cost.ROOM * 80
+    assert cost.sampling_gb(wide, count, 2, longest, 300) <= room
+    assert cost.sampling_gb(wide, count, 2, longest + 1, 300) > room
+    assert cost.largest_prompt(shape, count, 2, 300, 80) == 4096 - 300
+    assert cost.largest_prompt(shape, count, 2, 300, 20) == 0  # not even the weights
+
+
+@pytest.mark.parametrize("name", [name for name in cost.SHAPES if name != "demo"])
+def test_every_config_fits_eighty_gigabytes(name):
+    shape, count, chosen = cost.SHAPES[name], count_of(name), cost.settings(name)
+    micro, budget, new = (int(chosen[key]) for key in
+                          ("MICRO_TOKENS", "SAMPLE_TOKENS", "MAX_NEW_TOKENS"))
+    assert 4096 <= micro <= 8192
+    room = cost.ROOM * 80
+    training = cost.sharded_gb(shape, count, 8, False) + cost.activations_gb(shape, micro)
+    assert training < room
+    assert cost.scoring_gb(shape, count, cost.CHUNK) < room
+    for rows in (2, 16, 128):  # a full batch of long prompts, or of short ones
+        assert cost.sampling_gb(shape, count, rows, budget // rows - new, new) < room
+
+
+def test_costs_print_a_line_for_each_config(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--gpus", "16"])
+    cost.main()
+    text = capsys.readouterr().out
+    for name in cost.SHAPES:
+        assert len(re.findall(rf"^\| {name} \|", text, re.MULTILINE)) == 3
+    tables = text.split("\n\n")
+    for table in tables[1::2]:
+        assert len({line.count("|") for line in table.strip().splitlines()}) == 1
+
+
+# ------------------------------------------------------------------------------------------- timing
+
+
+def test_measurements_see_one_card_and_wait_for_it(monkeypatch):
+    from bench import train as bench
+    seen, waited = [], []
+
+    def process(command, env, **known):
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return SimpleNamespace(returncode=0, stdout='{"seconds": 1}', stderr="")
+
+    monkeypatch.setattr(bench.subprocess, "run", process)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert bench.child("ours") == {"seconds": 1}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    bench.child("trl")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    bench.child("ours")
+    assert seen == ["0", "2", None]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    bench.stamp(torch.device("cpu"))
+    assert not waited
+    bench.stamp(torch.device("cuda"))
+    assert waited == [torch.device("cuda")]
+
+
+def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch):
+    """The clock stands still but while the device is waited for."""
+    from core import training
+    now = [10.0]
+
+    def wait(device) -> None:
+        now[0] += 5.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "memory_gb", lambda device: 0.0)
+    encoded = [([1, 2], [[3], [4]])]
+    for kind, seconds in (("cuda", 7.0), ("cpu", 2.0)):
+        now[0] = 10.0
+        policy = ResponseLogps(make_model())
+        stage = SimpleNamespace(device=torch.device(kind), encoded=encoded, shared=True,
+                                policy=policy, peak=1e9, total=1)
+        pairs = {"loss": [1.0], "margin": [0.0], "gain": [0.0]}
+        row = training.log_row(stage, 0, [0], pairs, 1.0, 1e-6, 8.0)
+        assert row["seconds"] == seconds
