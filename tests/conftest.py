@@ -23,6 +23,7 @@ from core.stage import run_stage
 from data.tiny import PROMPTS, make_tokenizer
 
 torch.set_num_threads(2)
+os.environ["REDO"] = "yes"  # most tests write over what they wrote; one tests the refusal
 
 CORPUS = PROMPTS
 

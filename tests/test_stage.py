@@ -55,3 +55,17 @@ def test_memory_decides_no_output(tmp_path):
     out = tmp_path / "out"
     stage.publish(str(out), settings | {"micro_tokens": 5}, {}, lambda tmp: out.with_suffix(".tmp").write_text("x") and None)
     assert stage.is_done(str(out), settings) and not stage.is_done(str(out), settings | {"lr": 2.0})
+
+
+def test_a_complete_stage_is_never_replaced_unasked(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert not stage.is_done(str(out), {"lr": 1.0})  # nothing there yet
+    stage.publish(str(out), {"lr": 1.0}, {}, lambda tmp: out.with_suffix(".tmp").write_text("x") and None)
+    assert stage.is_done(str(out), {"lr": 1.0})
+    monkeypatch.delenv("REDO", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        stage.is_done(str(out), {"lr": 2.0})
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.splitlines()) == 1 and "lr 1.0 → 2.0" in error
+    monkeypatch.setenv("REDO", "yes")
+    assert not stage.is_done(str(out), {"lr": 2.0}) and out.read_text() == "x"
