@@ -72,8 +72,8 @@ class Setting(NamedTuple):
     epsilon: float = 0.0
     pieces: int = 6
     group: int | None = None  # pairs a ball
-    # the least certain move, as dro.py has it; random: the same fractions of other pairs; dual:
-    # each pair where it hurts most at θ, max(ℓ*(ξ_θ), ℓ*(0) − λ* ξ_θ)
+    # the least certain move, as dro.py has it; random, most: the same fractions of random pairs, of
+    # the most certain; dual: each pair where it hurts most at θ, max(ℓ*(ξ_θ), ℓ*(0) − λ* ξ_θ)
     atoms: str = "least"
 
 
@@ -260,6 +260,9 @@ def worst_case(xi: np.ndarray, setting: Setting, order: torch.Tensor) -> Atoms:
     moved = torch.from_numpy(moved)
     if setting.atoms == "random":
         moved = moved.gather(1, order)
+    elif setting.atoms == "most":
+        rank = torch.from_numpy(xi).argsort(1)
+        moved = torch.zeros_like(moved).scatter(1, rank, moved.gather(1, rank.flip(1)))
     shift = torch.from_numpy(xi) * (moved > 0)  # the closed form moves mass to 0
     weight = torch.stack([1 - moved, moved], -1)
     return Atoms(weight, torch.stack([0 * shift, shift], -1), torch.from_numpy(lam))
@@ -444,12 +447,14 @@ def causes(flips: float) -> Table:
             "anchor init, ε = 0.05": LEAST,
             "anchor previous, ε = 0.05": LEAST._replace(anchor="previous"),
             "ε = 0.05, random pairs": LEAST._replace(atoms="random"),
+            "ε = 0.05, most certain pairs": LEAST._replace(atoms="most"),
             "ε = 0.3": LEAST._replace(epsilon=0.3),
             "ε = 0.3, random pairs": LEAST._replace(epsilon=0.3, atoms="random"),
             "ε = 0.05, dual leader": LEAST._replace(atoms="dual"),
             "ε = 0.3, dual leader": LEAST._replace(epsilon=0.3, atoms="dual"),
             "ε = 0, stored margins permuted": Setting(anchor="permuted"),
-            "weights 2(1 − ξ), anchor previous": Setting(anchor="weights")}
+            "weights 2(1 − ξ), anchor previous": Setting(anchor="weights"),
+            "ε = 0, peak rate 0.025": Setting(lr=0.025)}
     return Table("What separates causes", BASE,
                  {name: s._replace(flips=flips) for name, s in rows.items()})
 

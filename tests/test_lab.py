@@ -182,6 +182,11 @@ def test_atoms_are_the_followers():
     moved = random.weight[..., 1] > 0
     assert torch.equal(random.shift[..., 1], torch.from_numpy(xi) * moved)
     assert (random.weight[..., 1] * random.shift[..., 1]).mean() > 0.05
+    most = lab.worst_case(xi, SMALL._replace(epsilon=0.05, atoms="most"), order)
+    for s in range(2):
+        fractions = [atoms.weight[s, :, 1].numpy()[xi[s].argsort()] for atoms in (least, most)]
+        np.testing.assert_array_equal(fractions[0], fractions[1][::-1])
+        assert fractions[0][0] == 1 and fractions[0][-1] == 0
 
 
 def test_dual_leader_starts_at_the_followers_dual():
