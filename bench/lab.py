@@ -726,11 +726,14 @@ def print_phase(grid: dict, results: dict, rounds: int) -> None:
         seed, base, least = own["seed stage"], own[BASE], own["ε = 0.05"]
         random = own["ε = 0.05, random pairs"]
         pairs = [(base, seed), (least, base), (random, base), (least, random)]
-        lines.append([f"{flips:.0%}", lr, f"{seed['value'].mean():.3f}",
-                      *(difference(one["value"], other["value"]) for one, other in pairs),
+        found = [difference(one["value"], other["value"]) for one, other in pairs]
+        won = found[0]
+        tax = f"{-found[1].mean / won.mean:.0%}" if won.mean > won.half else "–"
+        lines.append([f"{flips:.0%}", lr, f"{seed['value'].mean():.3f}", *found, tax,
                       difference(least["tenth"], base["tenth"])])
     heads = ["flips", "peak rate", "seed stage", "ε = 0 − seed stage", "ε = 0.05 − ε = 0",
-             "random pairs − ε = 0", "ε = 0.05 − random pairs", "worst tenth: ε = 0.05 − ε = 0"]
+             "random pairs − ε = 0", "ε = 0.05 − random pairs", "cost of ε in what the rounds win",
+             "worst tenth: ε = 0.05 − ε = 0"]
     show(heads, lines)
 
 
