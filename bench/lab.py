@@ -4,9 +4,9 @@
 
 so that log-probs, expectations and the worth of a policy are sums, not estimates. All else is the
 project's own: labels from label.py (S7, S8), worst cases from dro.py (T2-3, T2-5), losses, noise
-flags and schedule from seed_dpo.py and train.py (S6, S9 … S12, T2-6). A run takes milliseconds,
-so that 200 seeds decide a hundredth; every arm of one seed sees the same prompts, features, seed
-labels and random numbers, and differences are paired.
+flags and schedule from seed_dpo.py, core/policy.py and train.py (S6, S9 … S12, T2-6). A run takes
+milliseconds, so that 200 seeds decide a hundredth; every arm of one seed sees the same prompts,
+features, seed labels and random numbers, and differences are paired.
 
 What has no meaning here: a length penalty (S13), since there are no texts, and extrapolation
 (S12), since in a log-linear policy it scales every margin by 1 + λ, ahead of a percentile: the
@@ -36,9 +36,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dro  # noqa: E402
+from core.policy import token_logps  # noqa: E402
 from label import best_and_worst, implicit_reward  # noqa: E402
 from seed_dpo import dpo_loss, dpo_margin, lr_at  # noqa: E402
-from train import QUIET, extrapolated_logps, leader_loss, loss_star, threshold  # noqa: E402
+from train import QUIET, leader_loss, loss_star, threshold  # noqa: E402
 
 RESPONSES, PROMPTS = 64, 96  # a prompt's responses; prompts of a round, and of each evaluation
 GOLD, MOST_ROUNDS = 120, 5   # prompts of the seed stage alone; rounds there are prompts for
@@ -239,6 +240,16 @@ def label(world: World, setting: Setting, prompts: slice, policy: torch.Tensor,
     return make_pairs(world, prompts, drawn, reward, gold)
 
 
+@torch.no_grad()
+def extrapolated(policy: torch.Tensor, reference: torch.Tensor, lam: float) -> torch.Tensor:
+    """log π̃ [m, 2] (S12) of pairs from logits [m, 2] of policy and reference. What it is
+    normalised over cancels in a margin, so the two responses will do for a vocabulary."""
+    head = torch.nn.Identity()
+    sides = [torch.full((len(policy),), side) for side in (0, 1)]
+    return torch.stack([token_logps(head, policy, side, (head, reference), lam)[1]
+                        for side in sides], 1)
+
+
 def follower_loss(pieces: int) -> dro.Loss:
     return dro.maximum_of(*dro.tangents(dro.minus_log(pieces), np.arange(1, pieces + 1) / pieces))
 
@@ -249,12 +260,12 @@ def worst_case(xi: np.ndarray, setting: Setting, order: torch.Tensor) -> Atoms:
     loss = follower_loss(setting.pieces)
     moved = np.zeros_like(xi)
     lam = np.zeros_like(xi)
-
-    def solve(x: np.ndarray) -> dro.WorstCase:
-        return dro.solve_exact(x, loss, setting.epsilon, 0.0)
-
+    size = setting.group or xi.shape[1]
+    starts = list(range(0, xi.shape[1], size))
     for s, own in enumerate(xi):
-        solution = dro.solve_groups(own, setting.group, solve)
+        parts = [dro.solve_exact(own[start:start + size], loss, setting.epsilon, 0.0)
+                 for start in starts]
+        solution = dro.average(parts, starts, len(own))
         moved[s] = np.bincount(solution.owner, solution.weight * (solution.shift != 0), len(own))
         lam[s] = solution.lam
     moved = torch.from_numpy(moved)
@@ -315,12 +326,9 @@ def train_round(theta: torch.Tensor, pairs: Pairs, setting: Setting, t: int,
         batch = slice(step * BATCH, (step + 1) * BATCH)
         ref, prior = reference[:, batch].flatten(0, 1), pairs.prior[:, batch]
         now = logits(theta, pairs.phi[:, batch], prior).flatten(0, 1)
-        # de-coupled noise detection: p̃ of the extrapolated policy; whatever it is normalised
-        # over cancels in a margin, so these two responses will do
-        lam = setting.lam / 2 ** t
-        sides = [extrapolated_logps(now.detach(), ref, torch.full((len(ref),), side), lam)
-                 for side in (0, 1)]
-        p = torch.sigmoid(dpo_margin(torch.stack(sides, 1), ref, setting.beta)).view(seeds, -1)
+        # de-coupled noise detection                                                   S11, S12
+        tilde = extrapolated(now, ref, setting.lam / 2 ** t)
+        p = torch.sigmoid(dpo_margin(tilde, ref, setting.beta)).view(seeds, -1)
         tau = torch.full((seeds, 1), -math.inf, dtype=torch.float64)
         if setting.alpha > 0 and step >= math.ceil(QUIET * total):
             tau[:, 0] = torch.tensor([threshold(log, PERCENTILE) for log in logs])

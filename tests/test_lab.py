@@ -18,6 +18,7 @@ import lab
 import label
 import seed_dpo
 import train
+from core import policy as core_policy
 
 SMALL = lab.Setting(features=4, rounds=1)
 ROUND = slice(lab.START, lab.START + lab.PROMPTS)
@@ -46,7 +47,8 @@ def test_formulas_are_the_projects():
     assert lab.implicit_reward is label.implicit_reward
     assert lab.best_and_worst is label.best_and_worst
     assert lab.dro is dro
-    for name in ("leader_loss", "loss_star", "threshold", "extrapolated_logps"):
+    assert lab.token_logps is core_policy.token_logps
+    for name in ("leader_loss", "loss_star", "threshold"):
         assert getattr(lab, name) is getattr(train, name)
     for name in ("dpo_margin", "dpo_loss", "lr_at"):
         assert getattr(lab, name) is getattr(seed_dpo, name)
@@ -218,9 +220,8 @@ def test_extrapolation_scales_margins_alone(world, theta):
     """What bench/lab.py says of S12 in a log-linear policy, so that its row equals SPA's."""
     phi, prior = world.phi[:, :50, :2], world.prior[:, :50, :2]
     now, ref = (lab.logits(own, phi, prior).flatten(0, 1) for own in (theta, 0.3 * theta))
-    sides = [lab.extrapolated_logps(now, ref, torch.full((150,), side), 0.5) for side in (0, 1)]
-    extrapolated = lab.dpo_margin(torch.stack(sides, 1), ref, 0.1)
-    np.testing.assert_allclose(extrapolated, 1.5 * lab.dpo_margin(now, ref, 0.1), atol=1e-12)
+    tilde = lab.dpo_margin(lab.extrapolated(now, ref, 0.5), ref, 0.1)
+    np.testing.assert_allclose(tilde, 1.5 * lab.dpo_margin(now, ref, 0.1), atol=1e-12)
     settings = [SMALL._replace(anchor="previous", lr=0.1, lam=lam) for lam in (0, 0.5)]
     one, other = (lab.run(world, setting, theta) for setting in settings)
     assert max(one["flagged"]) > 0
