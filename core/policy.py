@@ -118,7 +118,7 @@ def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tup
         # last, because recomputation in backward stops where it has what the gradient needs
         with torch.no_grad():
             head_ref, hidden_ref = reference
-            logits_ref = head_ref(hidden_ref[part]).float()
+            logits_ref = head_ref(hidden_ref[part]).to(logits.dtype)
             # h̃ = (1 + λ) h_θ − λ h_ref, renormalised                                               S12
             logp_tilde = ((1 + lam) * logits - lam * logits_ref).log_softmax(-1).gather(-1, label)[:, 0]
         return logp, logp_tilde
