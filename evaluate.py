@@ -28,9 +28,10 @@ import numpy as np
 import torch.distributed as dist
 
 from core.chat import encode_rows, pair_of
-from core.models import load
+from core.models import load_config, load_tokenizer
 from core.parallel import start_processes
 from core.policy import ResponseLogps, score
+from core.probe import load_scorer
 from core.rows import beside, fail, read_json_lines, read_json_list, read_rows, write_rows
 from core.sampling import respond, sampling_flags
 from core.stage import MEMORY_ONLY, fingerprint, is_done, parser, publish, run_stage
@@ -147,8 +148,9 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int, device) ->
     margin, after = np.array([row["margin"] for row in rows]), None
     log, settings = trained(policy)
     if "beta" in settings:
-        model, tokenizer = load(policy, device)
-        encoded = encode_rows(model.config, tokenizer, rows, path, pair_of)
+        tokenizer = load_tokenizer(policy)
+        encoded = encode_rows(load_config(policy), tokenizer, rows, path, pair_of)
+        model = load_scorer(policy, device, encoded, args.precision, tokenizer)
         logps = np.array(score(ResponseLogps(model), encoded, args.precision, device, rank, world, "confidence"))
         change = logps - np.array([[row["chosen_logp"], row["rejected_logp"]] for row in rows])
         after = 1 / (1 + np.exp(-(margin + settings["beta"] * (change[:, 0] - change[:, 1]))))

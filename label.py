@@ -29,9 +29,10 @@ from core.chat import (
     pair_of,
     vocabulary,
 )
-from core.models import load_config, load_model, load_tokenizer
+from core.models import load_config, load_tokenizer
 from core.parallel import start_processes
 from core.policy import ResponseLogps, score
+from core.probe import load_scorer
 from core.rows import fail, read_rows, write_rows
 from core.stage import is_done, parser, positive, publish, ranged, run_stage, settings_of
 from judges.judge import check_judge, judge_flags, rewards
@@ -108,18 +109,16 @@ def main() -> None:
     logps, lengths = [], []
     for model_path in [args.model, *([args.reference_model] if implicit and args.reference != "none" else [])] if args.model else []:
         if not logps:  # both models read what the policy's tokenizer wrote: a base model as the reference has no chat template
-            model = load_model(model_path, device)
-            encoded = encode_rows(model.config, tokenizer, answered, path, lambda row: row["answers"])
+            encoded = encode_rows(load_config(model_path), tokenizer, answered, path,
+                                  lambda row: row["answers"])
             lengths = [[len(y) for y in ys] for _, ys in encoded]
             # the ids that are scored are what is learnt
             for row, (_, ys) in zip(answered, encoded):
                 row["answers"] = [(text, ended, ids)
                                   for (text, ended, _), ids in zip(row["answers"], ys)]
                 row["vocabulary"] = vocabulary(tokenizer)
-        else:
-            model = load_model(model_path, device)
-            if max(max(ids) for prompt, ys in encoded for ids in (prompt, *ys)) >= model.get_input_embeddings().num_embeddings:
-                fail(f"{model_path}: has fewer tokens than {args.model} writes; the reference of a judgement must share its vocabulary")
+        own = tokenizer if not logps else None
+        model = load_scorer(model_path, device, encoded, args.precision, own)
         logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world, f"score {model_path}"))
         del model
     if implicit:

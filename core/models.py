@@ -1,53 +1,102 @@
-"""Loading: configs, models and tokenizers from a Hugging Face folder or the hub."""
+"""Loading: configs, models and tokenizers from a Hugging Face folder or the hub.
+
+Weights are safetensors and complete, a folder's own code never runs, and whatever goes wrong is one
+line. What is only read needs no gradient: under autocast a copy of every weight that does is kept.
+"""
 import os
 import sys
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from core.rows import fail
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
+if "TRANSFORMERS_VERBOSITY" not in os.environ:  # what loading must say is said here, in one line
+    transformers.utils.logging.set_verbosity_error()
+
+
+def reason(error: Exception) -> str:
+    """What an exception of other people's code says, on one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own folder, which is never run"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else "no reason given"
+    return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
+
+
+def check_path(path: str) -> None:
+    hub = path.count("/") == 1 and not path.startswith((".", "/")) and not os.path.exists(path)
+    if not os.path.isdir(path) and not hub:
+        fail(f"{path}: no such model folder, and not the id of a model on the hub")
 
 
 def load_config(path: str):
     """A model's config.json, from a folder or the hub."""
-    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") != 1):
-        fail(f"{path}: no such model folder, and not the id of a model on the hub")
+    check_path(path)
     try:
-        return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: cannot load the model: {str(error).splitlines()[0]}")
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # also what a config's own checks raise
+        fail(f"{path}: cannot load the model: {reason(error)}")
+
+
+def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
+    """A frozen model of an Auto class of transformers, dropout off; every weight is in the folder.
+
+    Attention is PyTorch's, whatever config.json names: eager attention *adds* a boolean mask, so
+    that every token sees its siblings and its future. A model that is not PyTorch's in spite of
+    that is never given such a mask.
+    """
+    config = load_config(path)
+    try:
+        family = kind._model_mapping.get(type(config), None)
+        attention = "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
+        if config.get_text_config() is not config:
+            attention = None  # each part of a composite model its own
+        model, found = kind.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True)
+        model = model.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # quantisers, attention kernels, sizes that do not match …
+        fail(f"{path}: cannot load the model: {reason(error)}")
+    if missing := sorted(found["missing_keys"]):
+        extra = sorted(found["unexpected_keys"])
+        unused = f"; {len(extra)} fit nothing ({some(extra)})" if extra else ""
+        fail(f"{path}: {len(missing)} weights are missing ({some(missing)}){unused}; is the folder "
+             f"whole, and of a {type(model).__name__}?")
+    return model
+
+
+def some(names: list[str]) -> str:
+    """The first three of many names."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
-    """A causal LM from a folder or the hub: safetensors only, no remote code, dropout off.
+    """A frozen causal LM.
 
-    Dropout stays off in training too: policy and reference must be the same function of the same tokens (D8).
+    Dropout stays off in training too: policy and reference must be the same function of the same
+    tokens (D8).
     """
-    load_config(path)  # says so if there is no model
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(f"{path}: cannot load the model: {str(error).splitlines()[0]}")
-    if any(getattr(model.config, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
-        fail(f"{path}: not supported, because the logits of {model.config.model_type} are not lm_head(hidden)")
-    return model.to(device).eval()
+    return load_weights(transformers.AutoModelForCausalLM, path, device, dtype)
 
 
 def load_tokenizer(path: str):
     """A tokenizer that knows how a chat is written and where a turn ends."""
+    check_path(path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: cannot load the tokenizer: {str(error).splitlines()[0]}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        fail(f"{path}: cannot load the tokenizer: {reason(error)}")
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model folder) and an end-of-sequence token")
+        fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model "
+             "folder) and an end-of-sequence token")
     return tokenizer
 
 
 def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer)."""
-    return load_model(path, device, dtype), load_tokenizer(path)
+    """(model to be trained, tokenizer)."""
+    return load_model(path, device, dtype).requires_grad_(True), load_tokenizer(path)

@@ -8,25 +8,66 @@ import os
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from core.parallel import autocast, merge, model_of
 
-# One sequence for all responses to a prompt needs attention that follows a given mask and given positions and nothing else.
-SHARES_PROMPT = {"llama", "mistral", "phi3", "qwen2"}
+# Families whose attention follows a given mask and given positions and nothing else: one sequence
+# may hold all responses to a prompt. The probe verifies it for every model that is loaded.
+SHARES_PROMPT = {
+    "cohere", "gemma", "gemma3_text", "glm4", "granite", "granitemoe", "llama", "mistral",
+    "mixtral", "nemotron", "olmo", "olmo2", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+}
+
+
+def can_share(model, encoded: list) -> bool:
+    """Whether the responses of a row may share their prompt's forward pass: in a plain-attention
+    family, where no row passes a sliding window or the context that its positions were made for."""
+    config = model.config.get_text_config()
+    longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
+    plain = config.model_type in SHARES_PROMPT and config._attn_implementation == "sdpa"
+    return plain and longest <= window_of(config)
 
 
 def shares_prompt(model, encoded: list) -> bool:
-    """Whether the responses of a row may share their prompt's forward pass: in a plain-attention family, and with no sliding
-    window shorter than the rows. Else every response is a sequence of its own, which is said once."""
-    window = getattr(model.config, "sliding_window", None) or math.inf
-    longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
-    shared = model.config.model_type in SHARES_PROMPT and longest <= window
+    """As `can_share`; where not, every response is a sequence of its own, which is said once."""
+    shared = can_share(model, encoded)
     if not shared:
-        say_apart(model.config.model_type, window)
+        config = model.config.get_text_config()
+        say_apart(config.model_type, window_of(config))
     return shared
+
+
+def window_of(config) -> float:
+    """Tokens within which every layer sees all that came before."""
+    return min(getattr(config, "sliding_window", None) or math.inf, rope_switch(config)[0])
+
+
+def rope_switch(config) -> tuple[float, bool]:
+    """(length, dynamic): one position beyond `length` has *every* position of its forward pass
+    rotated otherwise; if `dynamic`, by angles that depend on how far beyond. (∞, False): none does.
+    """
+    config = config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    ropes = [given, *(rope for rope in given.values() if isinstance(rope, dict))]  # one a layer type
+    switch = math.inf, False
+    for rope in ropes:
+        if rope.get("rope_type") == "longrope":
+            switch = min(switch, (rope["original_max_position_embeddings"], False))
+        elif rope.get("rope_type") == "dynamic":
+            switch = min(switch, (config.max_position_embeddings, True))
+    return switch
+
+
+def forget_length(model) -> None:
+    """Make dynamic rope take its angles from the next pass, not from the longest one before it."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, 0)
 
 
 @functools.cache
@@ -66,18 +107,20 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
     sees what it would see alone (Wang & Hegde 2024), and the prompt is computed once. A response's last token is
     predicted, never read, so it is left out.
 
-    Returns input_ids, position_ids [B, T]; attention_mask bool [B, 1, T, T], None where the causal mask is right already
-    (padding stands on the right); and for the M response tokens of the R responses: where [M] (flat index of the position
-    that predicts the token), target [M], and lengths (R integers that sum to M).
+    Returns input_ids, position_ids [B, T], 0 where padding stands; attention_mask bool
+    [B, 1, T, T], None where the causal mask is right already (padding stands on the right); and for
+    the M response tokens of the R responses: where [M] (flat index of the position that predicts
+    the token), target [M], and lengths (R integers that sum to M).
     """
     rows = encoded if shared else [(prompt, [y]) for prompt, ys in encoded for y in ys]
     width = max(len(p) + sum(len(y) - 1 for y in ys) for p, ys in rows)
-    ids, positions = torch.zeros(len(rows), width, dtype=torch.long), torch.arange(width).repeat(len(rows), 1)
+    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     part = torch.full((len(rows), width), -1)  # 0 the prompt, 1, 2, … its responses, −1 padding
     where, target, lengths = [], [], []
     for b, (prompt, ys) in enumerate(rows):
         n = end = len(prompt)
         ids[b, :n], part[b, :n] = torch.tensor(prompt), 0
+        positions[b, :n] = torch.arange(n)
         for j, y in enumerate(ys, 1):
             start, end = end, end + len(y) - 1
             ids[b, start:end], part[b, start:end] = torch.tensor(y[:-1], dtype=torch.long), j
@@ -95,10 +138,47 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
 
 
 def response_hidden(model, batch: dict) -> torch.Tensor:
-    """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never count."""
-    out = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"],
-                           attention_mask=batch["attention_mask"], use_cache=False)
-    return out.last_hidden_state.flatten(0, 1)[batch["where"]]
+    """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never
+    count.
+
+    Where a sequence passes the length that changes the rotation of a whole pass, each sequence has
+    a pass of its own.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    limit, _ = rope_switch(model.config)
+    if mask is not None:
+        hidden = read(model, ids, position_ids=batch["position_ids"], attention_mask=mask)
+    elif limit < math.inf and batch["position_ids"].max() >= limit:
+        lengths = (batch["position_ids"].max(-1).values + 1).tolist()
+        hidden = torch.cat([
+            F.pad(read(model, ids[b:b + 1, :length]), (0, 0, 0, ids.shape[1] - length))
+            for b, length in enumerate(lengths)])
+    else:  # without siblings each sequence is read as by anyone: from position 0, causally
+        hidden = read(model, ids)
+    return hidden.flatten(0, 1)[batch["where"]]
+
+
+def read(model, ids: torch.Tensor, **layout) -> torch.Tensor:
+    """Last hidden states [B, T, H] of tokens [B, T]."""
+    if rope_switch(model.config)[1]:
+        forget_length(model)
+    return model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state
+
+
+def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] from last hidden states [..., H]: the head, then the factor or the soft cap
+    that the family applies. The probe compares them with the model's own."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if factor := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * factor
+    if factor := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        logits = logits * factor
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tuple | None = None,
@@ -150,21 +230,24 @@ class ResponseLogps(torch.nn.Module):
 
     def states(self, batch: dict) -> tuple:
         """(head, last hidden states [M, H]): what another policy's forward pass needs to extrapolate from this one."""
-        return self.model.get_output_embeddings(), response_hidden(self.model, batch)
+        return functools.partial(logits_of, self.model), response_hidden(self.model, batch)
 
     def forward(self, batch: dict, reference: tuple | None = None,
                 lam: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = response_hidden(self.model, batch)
-        head = self.model.get_output_embeddings()
+        head = functools.partial(logits_of, self.model)
         logp, logp_tilde = token_logps(head, hidden, batch["target"], reference, lam)
         return sum_by_response(logp, batch), sum_by_response(logp_tilde, batch)
 
 
 @torch.no_grad()
 def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0,
-          world: int = 1, title: str = "score", cache: bool = True) -> list[list[float]]:
-    """log-probs of every response of every row, on all processes; the rows are dealt out to them."""
-    shared = shares_prompt(model_of(net), encoded)
+          world: int = 1, title: str = "score", cache: bool = True,
+          shared: bool | None = None) -> list[list[float]]:
+    """log-probs of every response of every row, on all processes; the rows are dealt out to them.
+    Whether prompts are `shared` is asked of the model, unless it is given."""
+    if shared is None:
+        shared = shares_prompt(model_of(net), encoded)
     budget = 16384 if device.type == "cuda" else 2048  # tokens that keep it busy
     passes = deal(encoded, range(len(encoded)), shared, budget, world)[rank]
     mine = {}

@@ -22,8 +22,10 @@ import transformers
 from tqdm import tqdm
 
 from core.chat import decode_response, encode_rows, end_of_turn, is_foreign, vocabulary
-from core.models import load, load_config, load_tokenizer
+from core.models import load_config, load_model, load_tokenizer, reason
 from core.parallel import bf16_pays
+from core.policy import forget_length, logits_of, rope_switch
+from core.probe import TOLERANCE, check_template, check_tokens, cut, nan_first, plain_logits, reached
 from core.rows import fail, read_rows, write_rows
 from core.stage import is_done, natural, publish, ranged, settings_of
 
@@ -54,36 +56,67 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> to
 @torch.inference_mode()
 def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor,
            stop: torch.Tensor) -> list[list[int]]:
-    """Token lists of the responses, row by row of u [R = len(prompts) · n, max_new_tokens] and temperature [R]; a stop token ends one and stays on it.
+    """Token lists of the responses, row by row of u [R = len(prompts) · n, max_new_tokens] and
+    temperature [R]; a stop token ends one and stays on it.
 
-    Each prompt is computed once and its keys and values shared out to its n samples; finished rows leave the batch.
+    Each prompt is computed once and its keys and values shared out to its n samples; finished rows
+    leave the batch. A prompt that may pass the length that changes the rotation of a whole pass is
+    sampled from alone.
     """
-    device, n, width = model.device, len(u) // len(prompts), max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left padding: all rows end together
+    return sample_groups(model, prompts, u, temperature, stop, None)
+
+
+def sample_groups(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor,
+                  stop: torch.Tensor, seen: list | None) -> list[list[int]]:
+    """As `sample`; `seen` gets (rows [r], logits [r, V]) of every step, if it is a list."""
+    n, (limit, _) = len(u) // len(prompts), rope_switch(model.config)
+    alone = [i for i, prompt in enumerate(prompts) if len(prompt) + u.shape[1] > limit]
+    groups = [[i for i in range(len(prompts)) if i not in alone], *([i] for i in alone)]
+    tokens: list[list[int]] = [[] for _ in range(len(u))]
+    for group in groups:
+        if group:
+            rows = torch.tensor([i * n + k for i in group for k in range(n)], device=u.device)
+            together = [prompts[i] for i in group]
+            sample_together(model, together, rows, u, temperature, stop, tokens, seen)
+    return tokens
+
+
+def sample_together(model, prompts: list[list[int]], rows: torch.Tensor, u: torch.Tensor,
+                    temperature: torch.Tensor, stop: torch.Tensor, tokens: list[list[int]],
+                    seen: list | None) -> None:
+    """Write the responses to `prompts`, which are `rows` [r] of u and temperature, into `tokens`."""
+    device, n, width = model.device, len(rows) // len(prompts), max(map(len, prompts))
+    # left padding: all rows end together
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = transformers.DynamicCache(config=model.config)
-    known = inspect.signature(model.base_model.forward).parameters
+    known = inspect.signature(model.get_decoder().forward).parameters
     slot = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
-    head = model.get_output_embeddings()
+    limit, dynamic = rope_switch(model.config)
+    cache = transformers.DynamicCache(config=model.config)
 
     def last_logits(ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{slot: cache})
-        return head(out.last_hidden_state[:, -1])
+        if dynamic:
+            forget_length(model)
+        place = {"position_ids": positions} if "position_ids" in known else {}
+        out = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=True, **place,
+                                  **{slot: cache})
+        return logits_of(model, out.last_hidden_state[:, -1])
 
     # a long prefill in pieces, so that activations do not grow with the prompts: a query sees the
-    # same keys in either way
+    # same keys in either way, unless its end changes the rotation of all
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    step = max(1, PREFILL // len(prompts))
+    step = max(1, PREFILL // len(prompts)) if width <= limit else width
     for start in range(0, width, step):
         end = min(start + step, width)
         logits = last_logits(ids[:, start:end], positions[:, start:end], mask[:, :end])
     logits = logits.repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
     mask = mask.repeat_interleave(n, 0)
-    alive = torch.arange(len(u), device=device)
-    done = torch.zeros(len(u), dtype=torch.bool, device=device)
-    tokens: list[list[int]] = [[] for _ in range(len(u))]
+    alive = rows
+    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for t in range(u.shape[1]):
+        if seen is not None:
+            seen.append((alive, logits))
         token = draw(logits, u[alive, t], temperature[alive])
         for row, value, over in zip(alive.tolist(), token.tolist(), done.tolist()):
             if not over:
@@ -91,13 +124,60 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
         done |= torch.isin(token, stop)
         if t + 1 == u.shape[1] or done.all():
             break
-        if done.sum() * 8 >= len(done):  # each compaction copies the cache, so wait until an eighth is worth it
+        # each compaction copies the cache, so wait until an eighth is worth it
+        if done.sum() * 8 >= len(done):
             keep = (~done).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             token, mask, alive, done = token[keep], mask[keep], alive[keep], done[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = last_logits(token[:, None], mask.sum(-1, keepdim=True) - 1, mask)
-    return tokens
+        length = width + t + 1
+        if length == limit + 1 or dynamic and length > limit:
+            # The cached keys are rotated otherwise. A finished row that is still in the batch goes
+            # on with any token: nobody reads what follows.
+            cache = transformers.DynamicCache(config=model.config)
+            whole = [prompts[0] + tokens[row] + [0] * (t + 1 - len(tokens[row]))
+                     for row in alive.tolist()]
+            logits = last_logits(torch.tensor(whole, device=device), mask.cumsum(-1) - 1, mask)
+        else:
+            logits = last_logits(token[:, None], mask.sum(-1, keepdim=True) - 1, mask)
+
+
+@torch.inference_mode()
+def check_samples(path: str, model, prompts: list[list[int]], length: int) -> None:
+    """End the program unless a few tokens through the cache, with padding and rows that finish
+    early, have the logits that they have without one; `length`: tokens that the stage samples."""
+    pool = [token for prompt in prompts[:8] for token in prompt]
+    longest = max(map(len, prompts))
+    beyond = reached(model.config, longest + length)
+    probe = [cut(pool, 0, 6), cut(pool, 6, 3)]
+    probe += [cut(pool, 9, beyond - 1)] if beyond else []
+    probe += [cut(pool, 9, beyond + 3)] if beyond and longest > beyond else []
+    # the first row draws token 0, which ends it; the others take the likeliest
+    u = torch.zeros(2 * len(probe), 3, device=model.device)
+    heat = torch.tensor([1.0] + [0.0] * (len(u) - 1), device=model.device)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    name = f"{path}: {model.config.model_type} cannot be sampled from"
+    try:
+        tokens = sample_groups(model, probe, u, heat, torch.tensor([0], device=model.device), seen)
+        worst = 0.0
+        for i, prompt in enumerate(probe):
+            y = tokens[2 * i + 1]
+            if rope_switch(model.config)[0] < math.inf:  # a longer pass is rotated otherwise
+                plain = [plain_logits(model, prompt + y[:t])[-1] for t in range(len(y))]
+            else:
+                plain = plain_logits(model, prompt + y[:-1])[-len(y):]
+            for row in (2 * i, 2 * i + 1):
+                cached = [logits[rows == row] for rows, logits in seen if row in rows]
+                for t, (own, expected) in enumerate(zip(cached, plain)):
+                    if tokens[row][:t] == y[:t]:  # siblings of one prompt may part at a tie
+                        off = (own[0].float() - expected).abs().mean().item()
+                        worst = max(worst, off, key=nan_first)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        fail(f"{name}: {reason(error)}")
+    if not worst <= TOLERANCE[model.dtype]:
+        fail(f"{name}: through the cache its logits are {worst:.2g} off those without, on average")
 
 
 def batches_of(lengths: list[int], n: int, new: int, most: int, budget: float) -> list[list[int]]:
@@ -152,18 +232,24 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     rows = read_rows(args.prompts, "prompts")
     bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
     config = load_config(args.model)
-    if args.backend == "vllm":
-        draw_responses, (model, tokenizer), together = sample_vllm, start_vllm(args.model, config, bf16, world), 4096
-        budget = math.inf  # it makes its own batches
-    else:
-        draw_responses, (model, tokenizer), together = sample, load(args.model, device, torch.bfloat16 if bf16 else torch.float32), args.batch_size
-        budget = args.sample_tokens
+    tokenizer = load_tokenizer(args.model)
     encoded = [prompt for prompt, _ in encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])]
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and max(map(len, encoded)) + args.max_new_tokens > limit:
         fail(f"{args.prompts}: the longest prompt ({max(map(len, encoded))} tokens) and --max-new-tokens {args.max_new_tokens} "
              f"exceed the model's context of {limit}")
     stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
+    if rank == 0:
+        check_template(args.model, tokenizer)
+    if args.backend == "vllm":
+        draw_responses, together, budget = sample_vllm, 4096, math.inf  # it makes its own batches
+        model = start_vllm(args.model, config, bf16, world)
+    else:
+        draw_responses, together, budget = sample, args.batch_size, args.sample_tokens
+        model = load_model(args.model, device, torch.bfloat16 if bf16 else torch.float32)
+        if rank == 0:
+            check_tokens(args.model, model, [(prompt, []) for prompt in encoded], tokenizer)
+            check_samples(args.model, model, encoded, args.max_new_tokens)
 
     batches = batches_of(list(map(len, encoded)), args.n, args.max_new_tokens, together, budget)
     header = json.dumps(settings)
@@ -260,15 +346,15 @@ def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: 
 
 
 def start_vllm(path: str, config, bf16: bool, world: int):
-    """(vllm.LLM over GPUs of this machine, tokenizer)."""
+    """A vllm.LLM over GPUs of this machine."""
     try:
         import vllm  # never needed but for --backend vllm
     except ImportError:
         fail(f"--backend vllm needs the vllm package, of a version made for this torch: pip install '{VLLM}'")
     if world > 1:
         fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
-    gpus = tensor_parallel(config, torch.cuda.device_count())
-    return vllm.LLM(path, dtype="bfloat16" if bf16 else "float32", tensor_parallel_size=gpus), load_tokenizer(path)
+    gpus = tensor_parallel(config.get_text_config(), torch.cuda.device_count())
+    return vllm.LLM(path, dtype="bfloat16" if bf16 else "float32", tensor_parallel_size=gpus)
 
 
 def tensor_parallel(config, gpus: int) -> int:

@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from core.chat import encode_rows, pair_of
-from core.models import load
+from core.models import load_config, load_tokenizer
 from core.parallel import autocast, distribute, merge, model_of, start_processes
-from core.policy import ResponseLogps, deal, pack, shares_prompt, tokens_of
+from core.policy import ResponseLogps, deal, pack, rope_switch, shares_prompt, tokens_of
+from core.probe import load_scorer
 from core.rows import fail, read_rows, remove, write_rows
 from core.stage import natural, positive, publish, ranged
 
@@ -92,9 +93,15 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     rank, world, device = start_processes()
     if args.shard and world == 1:
         fail("--shard needs several processes: torchrun --nproc_per_node=N …")
-    # shards leave the CPU one by one
-    model, tokenizer = load(args.model, torch.device("cpu") if args.shard else device)
-    encoded = encode_rows(model.config, tokenizer, rows, args.pairs, pair_of)
+    tokenizer = load_tokenizer(args.model)
+    encoded = encode_rows(load_config(args.model), tokenizer, rows, args.pairs, pair_of)
+    place = torch.device("cpu") if args.shard else device  # shards leave the CPU one by one
+    model = load_scorer(args.model, place, encoded, args.precision, tokenizer).requires_grad_(True)
+    limit, _ = rope_switch(model.config)
+    if args.shard and any(len(prompt) + len(y) > limit for prompt, ys in encoded for y in ys):
+        fail(f"{args.pairs}: a row passes {limit} tokens, beyond which {model.config.model_type} "
+             "needs a pass a response; processes that share weights must make equally many. Leave "
+             "out such rows or --shard")
     shared = shares_prompt(model, encoded)
     policy = distribute(ResponseLogps(model), device, world, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -259,7 +266,8 @@ def training_flops(model, encoded: list, shared: bool) -> float:
     """
     head = model.get_input_embeddings().weight.numel()
     body = sum(p.numel() for p in model.base_model.parameters()) - head
-    channels = model.config.num_hidden_layers * model.config.hidden_size
+    config = model.config.get_text_config()
+    channels = config.num_hidden_layers * config.hidden_size
     total = 0
     for prompt, ys in encoded:
         n, lengths, prompts = len(prompt), [len(y) - 1 for y in ys], 1 if shared else len(ys)

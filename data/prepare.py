@@ -318,7 +318,7 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> list[dict]:
     context of the model at `path`. A prompt that its chat template refuses ends the program."""
     from core.chat import encode_prompt, encode_response  # torch is slow to import
     from core.models import load_config, load_tokenizer
-    limit = getattr(load_config(path), "max_position_embeddings", None)
+    limit = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     tokenizer = load_tokenizer(path)
     kept = []
     for row in rows:
@@ -348,13 +348,14 @@ def embed(rows: list[dict], path: str, source: str):
     from tqdm import tqdm
 
     from core.chat import encode_rows
-    from core.models import load
+    from core.models import load_model, load_tokenizer
     from core.parallel import autocast, start_processes
     from core.policy import deal, pack, response_hidden
     *_, device = start_processes()
-    model, tokenizer = load(path, device)
+    model, tokenizer = load_model(path, device), load_tokenizer(path)
     budget = 16384 if device.type == "cuda" else 2048
-    vectors = torch.empty(len(rows), model.config.hidden_size, dtype=torch.float16, device=device)
+    width = model.config.get_text_config().hidden_size
+    vectors = torch.empty(len(rows), width, dtype=torch.float16, device=device)
     for start in tqdm(range(0, len(rows), 1024), desc="embed", unit="block"):
         block = rows[start:start + 1024]
         encoded = encode_rows(model.config, tokenizer, block, source, lambda row: [])

@@ -29,9 +29,10 @@ import transformers
 from tqdm import tqdm
 
 from core.chat import answered, encode_prompt, encode_rows
-from core.models import load
+from core.models import load_config, load_tokenizer, load_weights, reason
 from core.parallel import autocast, merge
 from core.policy import ResponseLogps, score
+from core.probe import load_scorer
 from core.rows import fail, write_rows
 from core.sampling import respond
 
@@ -65,19 +66,20 @@ def vader(args, rows: list[dict], rank: int, world: int, device: torch.device) -
 def reward_model(args, rows: list[dict], rank: int, world: int, device: torch.device) -> list[list[float]]:
     """Logit of every response by a one-logit sequence classifier with a chat template; rows split over ranks."""
     path = args.judge_model
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: cannot load the reward model: {str(error).splitlines()[0]}")
-    if model.config.num_labels != 1 or tokenizer.chat_template is None:
-        fail(f"{path}: a reward model needs one logit and a chat template; found {model.config.num_labels} logits")
-    model.to(device).eval()
+    tokenizer = load_tokenizer(path)
+    kind = transformers.AutoModelForSequenceClassification
+    model = load_weights(kind, path, device, torch.float32)
+    if model.config.num_labels != 1:
+        fail(f"{path}: a reward model needs one logit; found {model.config.num_labels}")
     mine = {}
     for i in tqdm(range(rank, len(rows), world), desc="reward model", unit="prompt", disable=None if rank == 0 else True):
         mine[i] = []
         for text in rows[i]["responses"]:
-            ids = encode_prompt(tokenizer, answered(rows[i]["prompt"], text), False)
+            try:
+                ids = encode_prompt(tokenizer, answered(rows[i]["prompt"], text), False)
+            except Exception as error:  # templates raise whatever they like
+                fail(f"{path}: the chat template refuses the conversation of prompt {i + 1}: "
+                     f"{reason(error)}")
             with autocast(device, args.precision):
                 mine[i].append(model(torch.tensor([ids], device=device)).logits.float().item())
     merged = merge(mine, world)
@@ -97,13 +99,15 @@ def option_prompt(conversation: list[dict], first: str, second: str) -> list[dic
 
 def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> list[float]:
     """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA, B.2)."""
-    model, tokenizer = load(args.judge_model, device)
+    tokenizer = load_tokenizer(args.judge_model)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
     letters = [("A", False, None), ("B", False, None)]
-    encoded = encode_rows(model.config, tokenizer, rows, "comparisons", lambda row: letters)
+    encoded = encode_rows(load_config(args.judge_model), tokenizer, rows, "comparisons",
+                          lambda row: letters)
     # the template may write something before a letter, Qwen3's a think block; it is the same for both
     if any(len(a) != len(b) or a[:-1] != b[:-1] or a == b for _, (a, b) in encoded):
         fail(f"{args.judge_model}: its tokenizer does not write A and B as one token each")
+    model = load_scorer(args.judge_model, device, encoded, args.precision, tokenizer)
     logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]
 

@@ -25,6 +25,21 @@ from data.tiny import PROMPTS, make_tokenizer
 torch.set_num_threads(2)
 os.environ["REDO"] = "yes"  # most tests write over what they wrote; one tests the refusal
 
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also what takes long: pytest --slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="--slow"))
+
+
 CORPUS = PROMPTS
 
 

@@ -30,6 +30,7 @@ from core.chat import (
     vocabulary,
 )
 from core.models import load
+from core.probe import check_template
 from data import prepare
 from judges.judge import option_prompt
 
@@ -81,6 +82,10 @@ def check_no_text_makes_a_control_token(tokenizer, first: str, second: str) -> N
 @given(first=TEXT, second=TEXT)
 def test_no_text_makes_a_control_token(any_tokenizer, first, second):
     check_no_text_makes_a_control_token(any_tokenizer, first, second)
+
+
+def test_released_templates_pass_the_probe(real):
+    check_template(*real)
 
 
 def test_no_text_makes_a_control_token_of_released_models(real):

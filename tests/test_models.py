@@ -1,0 +1,288 @@
+"""Loading and the probe: what is read rightly is found exact, all else is one line."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import ROOT, dump, gold_rows, make_model, run
+from core.models import load, load_model
+from core.policy import ResponseLogps, pack, score, shares_prompt
+from core.probe import check_scores, check_template, check_tokens, load_scorer
+from core.sampling import check_samples, draw, sample
+from data.tiny import make_tokenizer, tiny_model
+
+CPU = torch.device("cpu")
+ROWS = [(list(range(5, 5 + n)), [list(range(40, 40 + m)), [60 + n, 61, 2]])
+        for n, m in ((9, 7), (4, 2), (7, 5))]
+
+# What makes a family's own ways count: a factor that is not 1, a window that the rows pass.
+CHANGES = {
+    "falcon_h1": {"lm_head_multiplier": 2.0},
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8},
+    "granite": {"logits_scaling": 2.0},
+    "hyperclovax": {"logits_scaling": 2.0},
+    "mistral": {"sliding_window": 8},
+}
+FIVE = ["gemma2", "granite", "lfm2", "llama", "mistral"]
+FAMILIES = sorted([
+    *FIVE, "bamba", "bloom", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "falcon",
+    "falcon_h1", "gemma", "gemma3", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "gptj",
+    "granitemoe", "hunyuan_v1_dense", "hyperclovax", "jamba", "llama4_text", "mamba", "mamba2",
+    "minicpm3", "mixtral", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmoe", "opt", "phi",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma", "seed_oss",
+    "smollm3", "stablelm", "starcoder2"])
+
+
+def outcome(capsys, check, *arguments) -> str:
+    """exact, or refused in one line."""
+    capsys.readouterr()
+    try:
+        check(*arguments)
+    except SystemExit as stop:
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.code == 2 and len(lines) == 1 and lines[0].startswith("error: name: ")
+        return "refused"
+    return "exact"
+
+
+def logp_of(model, prompt: list[int], y: list[int]) -> float:
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt + y[:-1]])).logits[0].float().log_softmax(-1)
+    return sum(logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(y))
+
+
+def assert_sampled_without_cache(model, prompts: list[list[int]], length: int, n: int = 2) -> None:
+    """Against whole forward passes of one sequence each."""
+    u = torch.tensor(np.random.default_rng(0).random((n * len(prompts), length)))
+    stop = torch.arange(0, 384, 12)
+    for row, tokens in enumerate(sample(model, prompts, u, torch.ones(len(u)), stop)):
+        ids = list(prompts[row // n])
+        for t in range(length):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1:]
+            ids.append(draw(logits, u[row, t:t + 1], torch.ones(1)).item())
+            if ids[-1] in stop:
+                break
+        assert tokens == ids[len(prompts[row // n]):]
+
+
+def try_family(capsys, family: str) -> list[str]:
+    """A line of the table; what the probe lets through is compared with the test's own oracle."""
+    model = tiny_model(family, **CHANGES.get(family, {}))
+    scored = outcome(capsys, check_scores, "name", model, ROWS, "fp32")
+    sampled = outcome(capsys, check_samples, "name", model, [prompt for prompt, _ in ROWS], 12)
+    if scored == "exact":
+        for (prompt, ys), own in zip(ROWS, score(ResponseLogps(model), ROWS, "fp32", CPU)):
+            assert own == pytest.approx([logp_of(model, prompt, y) for y in ys], abs=1e-3)
+    if sampled == "exact":
+        assert_sampled_without_cache(model, [prompt for prompt, _ in ROWS], 8)
+    shared = scored == "exact" and shares_prompt(model, [([5], [[6, 7]])])
+    return [family, scored, sampled, "yes" if shared else "no"]
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_family(capsys, family):
+    expected = ["exact", "refused" if family == "lfm2" else "exact"]
+    assert try_family(capsys, family)[1:3] == expected
+
+
+@pytest.mark.slow
+def test_table_of_families_is_up_to_date(capsys):
+    """Rewrites the table of docs/models.md, and fails where it was another."""
+    lines = [f"| {' | '.join(try_family(capsys, family))} |" for family in FAMILIES]
+    assert len(lines) >= 20
+    path = ROOT / "docs/models.md"
+    old = path.read_text(encoding="utf-8")
+    head, _, rest = old.partition("| --- | --- | --- | --- |\n")
+    tail = rest.partition("\n\n")[2]
+    new = f"{head}| --- | --- | --- | --- |\n" + "\n".join(lines) + f"\n\n{tail}"
+    path.write_text(new, encoding="utf-8")
+    assert new == old
+
+
+def test_factor_under_a_known_name_used_otherwise_is_found(capsys):
+    """HyperCLOVA X multiplies by what Granite divides by."""
+    check_scores("name", tiny_model("hyperclovax", logits_scaling=1.0), ROWS, "fp32")
+    with pytest.raises(SystemExit):
+        check_scores("name", tiny_model("hyperclovax", logits_scaling=2.0), ROWS, "fp32")
+    assert "nats a token off its own logits" in capsys.readouterr().err
+
+
+def test_transformed_head_is_found_when_sampling(capsys):
+    """A head that the model's own forward pass scales under a name that nobody knows."""
+    model = make_model()
+    plain = model.forward
+
+    def scaled(*arguments, **keywords):
+        out = plain(*arguments, **keywords)
+        out.logits = out.logits * 1.5
+        return out
+    model.forward = scaled
+    assert outcome(capsys, check_samples, "name", model, [[5, 6, 7]], 4) == "refused"
+    assert outcome(capsys, check_scores, "name", model, ROWS, "fp32") == "refused"
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_eager_attention_in_the_config_is_not_used(copy):
+    """Eager attention adds the boolean mask: siblings and the future would be seen."""
+    for key in ("_attn_implementation", "attn_implementation"):
+        edit_config(copy, **{key: "eager"})
+    model = load_scorer(str(copy), CPU, ROWS, "fp32")
+    assert model.config._attn_implementation == "sdpa" and shares_prompt(model, ROWS)
+    model.set_attn_implementation("eager")  # as a family that has no other: a sequence a response
+    assert not shares_prompt(model, ROWS)
+    check_scores("name", model, ROWS, "fp32")
+
+
+def test_only_training_asks_for_gradients(folder):
+    assert not any(p.requires_grad for p in load_model(folder, CPU).parameters())
+    assert all(p.requires_grad for p in load(folder, CPU)[0].parameters())
+
+
+def one_line(done, *words: str) -> None:
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_missing_weights_are_named(copy, folder, ranker, tmp_path):
+    path, pairs = copy / "model.safetensors", dump(tmp_path / "pairs.jsonl", gold_rows(2))
+    weights = load_file(path)
+    weights["model.strange.weight"] = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    one_line(run("seed_dpo.py", "--model", copy, "--pairs", pairs, "--out", tmp_path / "out"),
+             "model.layers.1.mlp.up_proj.weight", "model.strange.weight", "missing")
+    assert not (tmp_path / "out").exists()
+    # a policy is no reward model: its score head would be random
+    edit_config(copy, num_labels=1)
+    rows = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in gold_rows(2)]
+    one_line(run("label.py", "--judge", "reward-model", "--judge-model", copy, "--out",
+                 tmp_path / "l.jsonl", "--responses", dump(tmp_path / "r.jsonl", rows)),
+             "score.weight", "missing")
+
+
+def test_code_of_a_folder_is_neither_run_nor_asked_about(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (copy / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    own = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+    edit_config(copy, model_type="own", auto_map=own)
+    pairs = dump(tmp_path / "pairs.jsonl", gold_rows(2))
+    stage = ["seed_dpo.py", "--model", copy, "--pairs", pairs, "--out", tmp_path / "out"]
+    one_line(run(*stage), "never run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_other_peoples_code_raises_is_one_line(copy, tmp_path):
+    pairs = dump(tmp_path / "pairs.jsonl", gold_rows(2))
+    stage = ["seed_dpo.py", "--model", copy, "--pairs", pairs, "--out", tmp_path / "out"]
+    edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    one_line(run(*stage), "cannot load the model")
+    edit_config(copy, quantization_config=None, hidden_size=64)
+    one_line(run(*stage), "cannot load the model")
+
+
+def test_tokens_that_a_model_does_not_have(capsys):
+    model, tokenizer = make_model(vocab_size=100), make_tokenizer()
+    with pytest.raises(SystemExit):
+        check_tokens("name", model, [([5], [[6, 100]])], tokenizer)
+    assert repr(tokenizer.convert_ids_to_tokens(100)) in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        check_tokens("name", model, [([], [[6]])], tokenizer)
+    assert "without any token" in capsys.readouterr().err
+    check_tokens("name", model, [([5], [[6, 99]])], tokenizer)
+
+
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+
+
+@pytest.mark.parametrize("template, refused", [
+    (TURNS, False),  # knows no generation prompt
+    (TURNS + "{% if add_generation_prompt %}[assistant]<think>{% endif %}", True),
+    ("{% if messages[1] %}{{ raise_exception('no') }}{% endif %}" + TURNS, True),
+])
+def test_prompt_and_response_add_up_to_the_conversation(capsys, template, refused):
+    for kind in ("bytes", "sentencepiece"):
+        tokenizer = make_tokenizer(kind)
+        check_template("name", tokenizer)
+        tokenizer = make_tokenizer(kind)  # what is known of a tokenizer is found once
+        tokenizer.chat_template = template
+        found = outcome(capsys, check_template, "name", tokenizer)
+        assert found == ("refused" if refused else "exact")
+
+
+def test_response_in_other_tokens_than_the_conversation_is_found(capsys, monkeypatch):
+    """As where a text is tokenised alone: SentencePiece would begin it with a blank."""
+    tokenizer = make_tokenizer("sentencepiece")
+    monkeypatch.setattr("core.probe.encode_response",
+                        lambda tokenizer, _, text: tokenizer(text).input_ids + [2])
+    assert outcome(capsys, check_template, "name", tokenizer) == "refused"
+
+
+def stretched(kind: str):
+    """A model whose positions are rotated otherwise from the 17th on."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 16.0, 64.0],
+                 "original_max_position_embeddings": 16}
+        return tiny_model("phi3", max_position_embeddings=64, original_max_position_embeddings=16,
+                          sliding_window=None, rope_parameters=rope)
+    return tiny_model("llama", max_position_embeddings=16, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_row_beyond_the_original_context_has_a_pass_of_its_own(kind):
+    rows = [(list(range(5, 14)), [list(range(20, 36)), list(range(40, 51))]),
+            ([50, 51, 52], [[53, 54], [55, 56, 57]]),
+            (list(range(60, 75)), [[80, 81, 82, 83, 84], [85]])]
+    expected = [[logp_of(stretched(kind), prompt, y) for y in ys] for prompt, ys in rows]
+    model = stretched(kind)
+    for _ in range(2):  # nothing is left of the pass before
+        for own, right in zip(score(ResponseLogps(model), rows, "fp32", CPU), expected):
+            assert own == pytest.approx(right, abs=1e-3)
+    ours = score(ResponseLogps(model), rows[1:2] * 2, "fp32", CPU)  # two short rows beside it
+    assert ours[0] == pytest.approx(expected[1], abs=1e-3)
+    check_scores("name", model, rows, "fp32")
+    check_samples("name", model, [prompt for prompt, _ in rows], 8)
+    # without a cache, by a fresh model for every length: dynamic angles depend on earlier passes
+    u = torch.zeros(6, 8)
+    tokens = sample(model, [prompt for prompt, _ in rows], u, torch.zeros(6), torch.tensor([2]))
+    for row, own in enumerate(tokens):
+        prompt = rows[row // 2][0]
+        for t, token in enumerate(own):
+            with torch.no_grad():
+                logits = stretched(kind)(torch.tensor([prompt + own[:t]])).logits[0, -1]
+            assert logits.max() - logits[token] < 1e-3
+
+
+def test_positions_of_padding_are_0():
+    """In a wide pass they would turn the factors of every row in it."""
+    for shared in (True, False):
+        rows = [([5, 6], [[7, 8, 9], [10, 11, 12]]), ([13], [[14, 15], [16, 17]])]
+        batch = pack(rows, shared, CPU)
+        first, second = batch["position_ids"][[0, -1]].tolist()
+        assert second[3 if shared else 2:] == [0] * (len(second) - (3 if shared else 2)), second
+        assert max(first) == 3
+
+
+def test_what_differs_ends_a_stage_before_any_work(tmp_path, tokenizer):
+    model = tiny_model("hyperclovax", logits_scaling=2.0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    pairs = dump(tmp_path / "pairs.jsonl", gold_rows(2))
+    use = ["--model", tmp_path / "model", "--out", tmp_path / "out"]
+    one_line(run("seed_dpo.py", *use, "--pairs", pairs), "nats a token")
+    one_line(run("generate.py", *use, "--prompts", pairs), "cannot be sampled from")
+    assert not list(tmp_path.glob("out*"))
