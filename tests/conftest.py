@@ -1,4 +1,6 @@
-"""A tiny random model with a real tokenizer and chat template, in the layout of any Hugging Face folder."""
+"""A tiny random model with a real tokenizer and chat template, in the layout of any Hugging Face
+folder."""
+
 import atexit
 import contextlib
 import functools
@@ -43,12 +45,26 @@ def pytest_collection_modifyitems(config, items):
 CORPUS = PROMPTS
 
 
-def make_model(config=transformers.LlamaConfig, seed: int = 0, **changes) -> transformers.PreTrainedModel:
+def make_model(
+    config=transformers.LlamaConfig, seed: int = 0, **changes
+) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
-    settings = dict(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-                    initializer_range=0.2)
-    return transformers.AutoModelForCausalLM.from_config(config(**{**settings, **changes}), dtype=torch.float32).eval()
+    settings = dict(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    return transformers.AutoModelForCausalLM.from_config(
+        config(**{**settings, **changes}), dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="session")
@@ -107,15 +123,23 @@ def ranker(tmp_path_factory, tokenizer) -> str:
     """A random reward model: one logit from the last token."""
     path = tmp_path_factory.mktemp("model") / "ranker"
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                      num_labels=1, pad_token_id=0)
+    config = transformers.LlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=1,
+        pad_token_id=0,
+    )
     transformers.LlamaForSequenceClassification(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
 
 def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
-    """A stage by its command line: in this very process (starting Python and torch takes seconds), or under torchrun."""
+    """A stage by its command line: in this very process (starting Python and torch takes seconds),
+    or under torchrun."""
     flags = [str(flag) for flag in flags]
     if processes > 1:
         return launch([script, *flags], processes=processes)
@@ -134,7 +158,8 @@ def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
 
 @functools.cache
 def warm_python() -> str:
-    """An interpreter whose scripts, and torchrun's processes, start in forks of one that has torch imported (see forkserver.py)."""
+    """An interpreter whose scripts, and torchrun's processes, start in forks of one that has torch
+    imported (see forkserver.py)."""
     folder = tempfile.mkdtemp()
     shim, socket, server = f"{folder}/python", f"{folder}/socket", str(ROOT / "tests/forkserver.py")
     Path(shim).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{server}" "{socket}" "$@"\n')
@@ -150,11 +175,25 @@ def warm_python() -> str:
 
 def launch(*commands: list, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
     """Stages by their command lines, one after the other in one launch (see launch.py)."""
-    python = sys.executable if processes > 1 and "DIE" in environment else warm_python()  # torchrun's signals do not reach a fork
-    script = [str(ROOT / "tests/launch.py"), json.dumps([[str(part) for part in command] for command in commands])]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run([python, *launcher, *script], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHON_EXEC": python, **environment})
+    python = (
+        sys.executable if processes > 1 and "DIE" in environment else warm_python()
+    )  # torchrun's signals do not reach a fork
+    script = [
+        str(ROOT / "tests/launch.py"),
+        json.dumps([[str(part) for part in command] for command in commands]),
+    ]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    return subprocess.run(
+        [python, *launcher, *script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON_EXEC": python, **environment},
+    )
 
 
 def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -172,5 +211,12 @@ def dump(path, rows: list) -> str:
 
 
 def gold_rows(count: int) -> list[dict]:
-    return [{"id": f"g{i}", "prompt": [{"role": "user", "content": CORPUS[i]}], "chosen": f"Good, {CORPUS[2 * i][:9 + i]}",
-             "rejected": f"Bad {CORPUS[3 * i][:30 - i]}"} for i in range(count)]
+    return [
+        {
+            "id": f"g{i}",
+            "prompt": [{"role": "user", "content": CORPUS[i]}],
+            "chosen": f"Good, {CORPUS[2 * i][: 9 + i]}",
+            "rejected": f"Bad {CORPUS[3 * i][: 30 - i]}",
+        }
+        for i in range(count)
+    ]

@@ -1,8 +1,10 @@
-"""An interpreter that has already imported what the stages import: a stage starts in a fork of it, in milliseconds instead of seconds.
+"""An interpreter that has already imported what the stages import: a stage starts in a fork of it,
+in milliseconds instead of seconds.
 
-    python tests/forkserver.py serve SOCKET      one for all tests
-    python tests/forkserver.py SOCKET …          in the place of `python …`, for a script or torchrun's module
+python tests/forkserver.py serve SOCKET      one for all tests
+python tests/forkserver.py SOCKET …          in the place of `python …`, for a script or torchrun's module
 """
+
 import gc
 import json
 import os
@@ -18,7 +20,14 @@ def serve(path: str) -> None:
     import torch.distributed.fsdp
     import torch.distributed.run
     import transformers
-    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
+
+    for name in (
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoTokenizer",
+        "LlamaForCausalLM",
+        "PreTrainedTokenizerFast",
+    ):
         getattr(transformers, name)  # imported on first use
     gc.freeze()  # the end of a child would collect all these modules, for a second
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -50,6 +59,7 @@ def start(request: dict, fds: list[int]) -> None:
     sys.argv = request["argv"]
     if sys.argv[:2] == ["-m", "torch.distributed.run"]:
         from torch.distributed.run import main as torchrun
+
         sys.argv = sys.argv[1:]
         return torchrun()
     if sys.argv[0] == "-m":
@@ -67,7 +77,9 @@ def main() -> None:
         return serve(argv[0])
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
-        request = json.dumps({"argv": [a for a in argv if a != "-u"], "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
+        request = json.dumps(
+            {"argv": [a for a in argv if a != "-u"], "cwd": os.getcwd(), "env": dict(os.environ)}
+        ).encode()
         socket.send_fds(connection, [request], [0, 1, 2])
         code = int(connection.recv(16))
     if code < 0:

@@ -1,7 +1,10 @@
-"""Several stages in one launch of torchrun, whose start takes longer than a tiny model's training: a JSON list of command lines.
+"""Several stages in one launch of torchrun, whose start takes longer than a tiny model's training:
+a JSON list of command lines.
 
-DIE=R,K kills rank R by SIGKILL at step K of its training; DIE=save,K kills the process half-way into writing a checkpoint.
+DIE=R,K kills rank R by SIGKILL at step K of its training; DIE=save,K kills the process half-way
+into writing a checkpoint.
 """
+
 import importlib
 import io
 import json
@@ -31,7 +34,7 @@ def deadly_save(state, path):
     saves.append(path)
     if WHO == "save" and len(saves) == int(WHEN):
         save(state, whole := io.BytesIO())
-        Path(path).write_bytes(whole.getvalue()[:len(whole.getvalue()) // 2])
+        Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     save(state, path)
 

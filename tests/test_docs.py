@@ -1,4 +1,5 @@
 """docs/ against the code: every tag explained, every name there; and who may import whom."""
+
 import ast
 import functools
 import graphlib
@@ -31,15 +32,24 @@ def explained(text: str) -> list[str]:
 def sources() -> list[Path]:
     """Every file of code and settings in the repository."""
     folders = [ROOT, *(ROOT / name for name in (*ROOMS, "configs", "bench", "tests"))]
-    return [path for folder in folders for path in sorted(folder.iterdir())
-            if path.suffix in (".py", ".sh", ".env")]
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".py", ".sh", ".env")
+    ]
 
 
 def test_the_method_explains_every_tag_once():
     tags = explained(METHOD.read_text(encoding="utf-8"))
     assert sorted(tags) == sorted(set(tags))
-    assert {*(f"S{n}" for n in range(1, 14)), *(f"T2-{n}" for n in range(1, 7)),
-            *(f"D{n}" for n in range(1, 12)), "D6a", "L_i"} == set(tags)
+    assert {
+        *(f"S{n}" for n in range(1, 14)),
+        *(f"T2-{n}" for n in range(1, 7)),
+        *(f"D{n}" for n in range(1, 12)),
+        "D6a",
+        "L_i",
+    } == set(tags)
 
 
 def test_every_tag_in_code_is_explained():
@@ -112,7 +122,7 @@ def may_import(name: str, other: str) -> bool:
     room, target = name.split(".")[0], other.split(".")[0]
     if room in ROOMS:
         return target in ("core", room)
-    earlier = STAGES[:STAGES.index(room)]
+    earlier = STAGES[: STAGES.index(room)]
     return target in ("core", "judges", *earlier)
 
 
@@ -123,9 +133,13 @@ def late_imports(tree: ast.AST) -> list[str]:
 
 
 def touches_sys_path(tree: ast.AST) -> bool:
-    return any(isinstance(node, ast.Attribute) and node.attr == "path"
-               and isinstance(node.value, ast.Name) and node.value.id == "sys"
-               for node in ast.walk(tree))
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == "path"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "sys"
+        for node in ast.walk(tree)
+    )
 
 
 def test_every_file_at_the_top_is_a_stage():
@@ -147,9 +161,11 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_the_rules_see_what_they_forbid():
-    bad = ast.parse("import sys\nimport torch\nfrom core import rows\nfrom data.prepare import x\n"
-                    "import evaluate\nsys.path.insert(0, '')\n"
-                    "def f():\n    import numpy\n    from judges.judge import rewards\n")
+    bad = ast.parse(
+        "import sys\nimport torch\nfrom core import rows\nfrom data.prepare import x\n"
+        "import evaluate\nsys.path.insert(0, '')\n"
+        "def f():\n    import numpy\n    from judges.judge import rewards\n"
+    )
     assert list(imports(bad)) == ["core.rows", "data.prepare", "evaluate", "judges.judge"]
     assert late_imports(bad) == ["judges.judge"]
     assert touches_sys_path(bad)

@@ -1,4 +1,5 @@
 """What is measured, against numbers worked by hand, the official leaderboard, and plain loops."""
+
 import csv
 import gzip
 import json
@@ -24,7 +25,9 @@ from judges.measures import (
     win_rate,
 )
 
-OFFICIAL = ROOT.parent / "shared/data/alpaca_eval"  # annotations and leaderboard of AlpacaEval's repository, where they are at hand
+OFFICIAL = (
+    ROOT.parent / "shared/data/alpaca_eval"
+)  # annotations and leaderboard of AlpacaEval's repository, where they are at hand
 
 
 def test_wins_and_errors_by_hand():
@@ -38,73 +41,144 @@ def test_wins_and_errors_by_hand():
 def test_label_quality_by_hand():
     preference = wins(np.array([1.0, 0.2, 0.5, 0.9]), np.array([0.0, 0.4, 0.5, 0.1]))
     q = label_quality(preference, np.array([False, True, True, False]))
-    assert q == {"pairs": 4, "accuracy": 0.625, "flagged": 2, "wrong_among_flagged": 0.75, "wrong": 0.375}
+    assert q == {
+        "pairs": 4,
+        "accuracy": 0.625,
+        "flagged": 2,
+        "wrong_among_flagged": 0.75,
+        "wrong": 0.375,
+    }
     assert label_quality(np.ones(2), np.zeros(2, bool))["wrong_among_flagged"] is None
 
 
 def test_interval_covers_and_paired_test_is_uniform_under_the_null():
-    """Over 200 draws: 95 % intervals hold the truth in about 95 %, p < 0.1 in about 10 %; a paired difference is found."""
+    """Over 200 draws: 95 % intervals hold the truth in about 95 %, p < 0.1 in about 10 %; a paired
+    difference is found."""
     dice = np.random.default_rng(0)
     held = small = 0
     for _ in range(200):
-        first, second = (dice.random((40, 2)) < 0.6).astype(float), (dice.random((40, 2)) < 0.6).astype(float)
+        first, second = (
+            (dice.random((40, 2)) < 0.6).astype(float),
+            (dice.random((40, 2)) < 0.6).astype(float),
+        )
         low, high = bootstrap_interval(first)
         held += low <= 0.6 <= high
         small += paired_p(first, second) < 0.1
     assert 178 <= held <= 200 and 6 <= small <= 36
     common = dice.random((40, 1))
     assert paired_p(common + 0.05, common) < 1e-3 and paired_p(common, common) == 1
-    assert paired_p(np.array([[1.0], [1.0], [1.0]]), np.zeros((3, 1))) == 0.25  # 2 of the 8 ways to choose signs
+    assert (
+        paired_p(np.array([[1.0], [1.0], [1.0]]), np.zeros((3, 1))) == 0.25
+    )  # 2 of the 8 ways to choose signs
     assert all(math.isnan(v) for v in bootstrap_interval(np.ones((1, 4))))
 
 
 def annotation(preference, one, two, model="mine"):
-    return {"instruction": "i", "output_1": one, "output_2": two, "generator_1": "base", "generator_2": model, "preference": preference}
+    return {
+        "instruction": "i",
+        "output_1": one,
+        "output_2": two,
+        "generator_1": "base",
+        "generator_2": model,
+        "preference": preference,
+    }
 
 
 def test_win_rate_by_hand():
     score = win_rate([annotation(p, "a", "bcd") for p in (1.0, 2.0, 1.5, 0, None, 1.75, math.nan)])
     assert score["win_rate"] == pytest.approx(100 * np.mean([0, 1, 0.5, 0.5, 0.75]))
-    assert score["standard_error"] == pytest.approx(100 * np.std([0, 1, 0.5, 0.5, 0.75], ddof=1) / math.sqrt(5))
-    assert [score[k] for k in ("n_wins", "n_wins_base", "n_draws", "n_total", "n_missing", "avg_length")] == [2, 1, 2, 5, 2, 3]
+    assert score["standard_error"] == pytest.approx(
+        100 * np.std([0, 1, 0.5, 0.5, 0.75], ddof=1) / math.sqrt(5)
+    )
+    assert [
+        score[k] for k in ("n_wins", "n_wins_base", "n_draws", "n_total", "n_missing", "avg_length")
+    ] == [2, 1, 2, 5, 2, 3]
     assert score["discrete_win_rate"] == pytest.approx(60)
 
 
-@pytest.mark.skipif(not OFFICIAL.exists(), reason="AlpacaEval's official annotations are not at hand")
+@pytest.mark.skipif(
+    not OFFICIAL.exists(), reason="AlpacaEval's official annotations are not at hand"
+)
 def test_win_rates_equal_the_official_leaderboard():
     table = {row[""]: row for row in csv.DictReader(open(OFFICIAL / "leaderboard.csv"))}
     scores = leaderboard([str(p) for p in sorted(OFFICIAL.glob("*.annotations.json.gz"))], None)
     assert len(scores) == 4
     for name, score in scores.items():
-        for key in ("win_rate", "standard_error", "discrete_win_rate", "avg_length", "n_wins", "n_wins_base", "n_draws", "n_total"):
+        for key in (
+            "win_rate",
+            "standard_error",
+            "discrete_win_rate",
+            "avg_length",
+            "n_wins",
+            "n_wins_base",
+            "n_draws",
+            "n_total",
+        ):
             assert score[key] == pytest.approx(float(table[name][key]), abs=1e-6)
 
 
-@pytest.mark.skipif(not OFFICIAL.exists(), reason="AlpacaEval's official annotations are not at hand")
-@pytest.mark.parametrize("name,controlled,plain", [("claude-2", 26.678997104662166, 36.78125854014985), ("gemma-2b-it", 4.086377058718601, 6.648626270406158),
-                                                   ("phi-2-sft", 5.303996537933407, 8.54691108850413), ("pythia-12b-mix-sft", 2.98013647591139, 5.206267380624631)])
+@pytest.mark.skipif(
+    not OFFICIAL.exists(), reason="AlpacaEval's official annotations are not at hand"
+)
+@pytest.mark.parametrize(
+    "name,controlled,plain",
+    [
+        ("claude-2", 26.678997104662166, 36.78125854014985),
+        ("gemma-2b-it", 4.086377058718601, 6.648626270406158),
+        ("phi-2-sft", 5.303996537933407, 8.54691108850413),
+        ("pythia-12b-mix-sft", 2.98013647591139, 5.206267380624631),
+    ],
+)
 def test_length_control_equals_the_official_package(name, controlled, plain, tmp_path):
-    """Figures of alpaca_eval 0.6.6 (get_length_controlled_winrate, scikit-learn 1.7.2) for these annotations and this made-up df_gamed.csv;
-    `plain` is its formula without instruction_difficulty and without gamed baselines."""
+    """Figures of alpaca_eval 0.6.6 (get_length_controlled_winrate, scikit-learn 1.7.2) for these
+    annotations and this made-up df_gamed.csv; `plain` is its formula without instruction_difficulty
+    and without gamed baselines."""
     dice = np.random.default_rng(1)
     difficulty = dice.normal(size=805) * 1.5
     with open(tmp_path / "df_gamed.csv", "w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["model", "index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline"])
+        out.writerow(
+            [
+                "model",
+                "index",
+                "preference",
+                "std_delta_len",
+                "instruction_difficulty",
+                "not_gamed_baseline",
+            ]
+        )
         for model in ("g1", "g2"):
-            out.writerows([model, i, float(np.clip(0.5 + 0.2 * dice.normal(), 0, 1)), dice.normal() * 2, difficulty[i], False] for i in range(805))
+            out.writerows(
+                [
+                    model,
+                    i,
+                    float(np.clip(0.5 + 0.2 * dice.normal(), 0, 1)),
+                    dice.normal() * 2,
+                    difficulty[i],
+                    False,
+                ]
+                for i in range(805)
+            )
     path = [str(OFFICIAL / f"{name}.annotations.json.gz")]
-    assert leaderboard(path, str(tmp_path / "df_gamed.csv"))[name]["length_controlled_winrate"] == pytest.approx(controlled, abs=1e-4)
-    assert leaderboard(path, None)[name]["length_controlled_winrate"] == pytest.approx(plain, abs=1e-4)
+    assert leaderboard(path, str(tmp_path / "df_gamed.csv"))[name][
+        "length_controlled_winrate"
+    ] == pytest.approx(controlled, abs=1e-4)
+    assert leaderboard(path, None)[name]["length_controlled_winrate"] == pytest.approx(
+        plain, abs=1e-4
+    )
 
 
 def synthetic(count=400, bias=1.5, skill=-0.5, hard=0.8, seed=0):
-    """Annotations from the regression's own model: a judge that likes length, a weaker policy, some instructions harder."""
+    """Annotations from the regression's own model: a judge that likes length, a weaker policy, some
+    instructions harder."""
     dice = np.random.default_rng(seed)
     lengths, difficulty = dice.integers(50, 1500, (count, 2)), dice.normal(size=count)
     delta = lengths[:, 0] - lengths[:, 1]
     z = -bias * np.tanh(delta / delta.std(ddof=1)) + skill + hard * difficulty
-    rows = [annotation(1 + float(1 / (1 + np.exp(-v))), "x" * a, "y" * b) for v, (a, b) in zip(z, lengths)]
+    rows = [
+        annotation(1 + float(1 / (1 + np.exp(-v))), "x" * a, "y" * b)
+        for v, (a, b) in zip(z, lengths)
+    ]
     return rows, difficulty, 100 * float((1 / (1 + np.exp(-(skill + hard * difficulty)))).mean())
 
 
@@ -116,21 +190,35 @@ def test_length_control_recovers_the_rate_at_equal_length():
     assert score["lc_standard_error"] == pytest.approx(100 * predicted.std(ddof=1) / 20, rel=0.02)
     plain, _, truth = synthetic(hard=0.0)
     score = length_controlled(plain)
-    assert score["length_controlled_winrate"] == pytest.approx(truth, abs=0.2) and 0 < score["lc_standard_error"] < 3
-    assert length_controlled([annotation(1.2, "a", "b", model="base")])["length_controlled_winrate"] == 50
+    assert (
+        score["length_controlled_winrate"] == pytest.approx(truth, abs=0.2)
+        and 0 < score["lc_standard_error"] < 3
+    )
+    assert (
+        length_controlled([annotation(1.2, "a", "b", model="base")])["length_controlled_winrate"]
+        == 50
+    )
 
 
 def test_length_control_against_a_separate_optimiser():
-    """The fit with gamed baselines is the minimum of C·Σ weight·log loss + |coefficients|₁ for one C of the grid."""
+    """The fit with gamed baselines is the minimum of C·Σ weight·log loss + |coefficients|₁ for one
+    C of the grid."""
     from scipy.optimize import minimize
+
     rows, difficulty, _ = synthetic(seed=3)
     dice = np.random.default_rng(1)
-    gamed = [{"instruction_difficulty": d, "std_delta_len": s, "preference": p}
-             for d, s, p in zip([*difficulty] * 2, dice.normal(size=800), dice.random(800))]
+    gamed = [
+        {"instruction_difficulty": d, "std_delta_len": s, "preference": p}
+        for d, s, p in zip([*difficulty] * 2, dice.normal(size=800), dice.random(800))
+    ]
     ours = length_controlled(rows, (difficulty, gamed))["length_controlled_winrate"]
     delta = np.array([len(r["output_1"]) - len(r["output_2"]) for r in rows])
-    x = np.vstack([[[math.tanh(g["std_delta_len"]), g["instruction_difficulty"], 0] for g in gamed],
-                   np.column_stack([np.tanh(delta / delta.std(ddof=1)), difficulty, np.ones(400)])])
+    x = np.vstack(
+        [
+            [[math.tanh(g["std_delta_len"]), g["instruction_difficulty"], 0] for g in gamed],
+            np.column_stack([np.tanh(delta / delta.std(ddof=1)), difficulty, np.ones(400)]),
+        ]
+    )
     p = np.array([g["preference"] for g in gamed] + [r["preference"] - 1 for r in rows])
     weight = np.array([0.1] * 800 + [1.0] * 400)
 
@@ -139,10 +227,21 @@ def test_length_control_against_a_separate_optimiser():
             w = both[:3] - both[3:]
             z = x @ w
             slope = strength * x.T @ (weight * (1 / (1 + np.exp(-z)) - p))
-            return strength * (weight * (np.logaddexp(0, z) - p * z)).sum() + both.sum(), np.concatenate([slope + 1, 1 - slope])
-        both = minimize(value, np.full(6, 0.1), jac=True, method="L-BFGS-B", bounds=[(0, None)] * 6, options={"ftol": 1e-14}).x
+            return strength * (
+                weight * (np.logaddexp(0, z) - p * z)
+            ).sum() + both.sum(), np.concatenate([slope + 1, 1 - slope])
+
+        both = minimize(
+            value,
+            np.full(6, 0.1),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(0, None)] * 6,
+            options={"ftol": 1e-14},
+        ).x
         w = both[:3] - both[3:]
         return 100 * (1 / (1 + np.exp(-(difficulty * w[1] + w[2])))).mean()
+
     assert min(abs(rate(c) - ours) for c in np.logspace(-4, 4, 10)) < 0.02
 
 
@@ -151,15 +250,31 @@ def test_difficulty_files(tmp_path):
     path.write_text("index,instruction_difficulty\n0,0.5\n1,-1\n")
     values, gamed = read_difficulty(str(path))
     assert values.tolist() == [0.5, -1] and gamed == []
-    path.write_text("model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\na,0,0.2,1.5,0.5,False\nb,0,0.3,-1,0.5,False\n")
+    path.write_text(
+        "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\na,0,0.2,1.5,0.5,False\nb,0,0.3,-1,0.5,False\n"
+    )
     values, gamed = read_difficulty(str(path))
-    assert values.tolist() == [0.5] and gamed[1] == {"instruction_difficulty": 0.5, "std_delta_len": -1.0, "preference": 0.3}
+    assert values.tolist() == [0.5] and gamed[1] == {
+        "instruction_difficulty": 0.5,
+        "std_delta_len": -1.0,
+        "preference": 0.3,
+    }
 
 
-@pytest.mark.parametrize("content,words", [
-    ("[", "not JSON"), ("{}", "list of objects"), ("[]", "list of objects"), ("[3]", "entry 1"), ('[{"output_1": "a"}]', "output_2"),
-    (json.dumps([annotation(1, "a", "b"), annotation(3, "a", "b")]), "entry 2: 'preference'"), (json.dumps([annotation("1", "a", "b")]), "'preference'"),
-    (json.dumps([annotation(1, "a", "b"), annotation(1, "a", "b", "other")]), "several"), (json.dumps([annotation(None, "a", "b")]), "no annotation")])
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ("[", "not JSON"),
+        ("{}", "list of objects"),
+        ("[]", "list of objects"),
+        ("[3]", "entry 1"),
+        ('[{"output_1": "a"}]', "output_2"),
+        (json.dumps([annotation(1, "a", "b"), annotation(3, "a", "b")]), "entry 2: 'preference'"),
+        (json.dumps([annotation("1", "a", "b")]), "'preference'"),
+        (json.dumps([annotation(1, "a", "b"), annotation(1, "a", "b", "other")]), "several"),
+        (json.dumps([annotation(None, "a", "b")]), "no annotation"),
+    ],
+)
 def test_bad_annotations_are_one_line(content, words, tmp_path):
     (tmp_path / "a.json").write_text(content)
     done = run("evaluate.py", "--annotations", tmp_path / "a.json")
@@ -175,64 +290,190 @@ def test_annotations_command(tmp_path):
 
 
 def test_mt_bench_scores_by_hand():
-    rows = [{"category": "math", "turn": 1, "score": 4.0}, {"category": "math", "turn": 2, "score": math.nan}, {"category": "stem", "turn": 1, "score": 9.0}]
-    assert mt_bench_scores(rows) == {"math": 4.0, "turn 1": 6.5, "turn 2": pytest.approx(math.nan, nan_ok=True), "stem": 9.0, "average": 6.5,
-                                     "rated": 2, "unrated": 1}
+    rows = [
+        {"category": "math", "turn": 1, "score": 4.0},
+        {"category": "math", "turn": 2, "score": math.nan},
+        {"category": "stem", "turn": 1, "score": 9.0},
+    ]
+    assert mt_bench_scores(rows) == {
+        "math": 4.0,
+        "turn 1": 6.5,
+        "turn 2": pytest.approx(math.nan, nan_ok=True),
+        "stem": 9.0,
+        "average": 6.5,
+        "rated": 2,
+        "unrated": 1,
+    }
 
 
 def test_stage_against_the_answers_it_wrote(folder, other_folder, tmp_path):
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    prompts = dump(tmp_path / "eval.jsonl", [{"id": str(i), "prompt": [{"role": "user", "content": f"{i}?"}]} for i in range(6)])
-    command = ["evaluate.py", "--models", f"init={folder}", f"moved={other_folder}", "--prompts", prompts, "--out", tmp_path / "run",
-               "--judge", "vader", "-n", "2", "--max-new-tokens", "20"]
+
+    prompts = dump(
+        tmp_path / "eval.jsonl",
+        [{"id": str(i), "prompt": [{"role": "user", "content": f"{i}?"}]} for i in range(6)],
+    )
+    command = [
+        "evaluate.py",
+        "--models",
+        f"init={folder}",
+        f"moved={other_folder}",
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "run",
+        "--judge",
+        "vader",
+        "-n",
+        "2",
+        "--max-new-tokens",
+        "20",
+    ]
     printed = ok(run(*command)).stdout
     stats = json.load(open(tmp_path / "run/report.md.stats.json"))
-    rows = {n: [json.loads(line) for line in open(tmp_path / f"run/eval/{n}.jsonl")] for n in ("init", "moved")}
+    rows = {
+        n: [json.loads(line) for line in open(tmp_path / f"run/eval/{n}.jsonl")]
+        for n in ("init", "moved")
+    }
     judge = SentimentIntensityAnalyzer().polarity_scores
     scores = {n: [[judge(t)["compound"] for t in r["responses"]] for r in rows[n]] for n in rows}
     for n in rows:
         assert stats["policies"][n]["score"] == pytest.approx(np.mean(scores[n]))
-    expected = [(a > b) + 0.5 * (a == b) for m, i in zip(scores["moved"], scores["init"]) for a, b in zip(m, i)]
+    expected = [
+        (a > b) + 0.5 * (a == b)
+        for m, i in zip(scores["moved"], scores["init"])
+        for a, b in zip(m, i)
+    ]
     moved = stats["policies"]["moved"]
-    assert moved["win_rate"] == pytest.approx(np.mean(expected)) and "win_rate" not in stats["policies"]["init"]
-    assert moved["ties"] == pytest.approx(np.mean([e == 0.5 for e in expected])) and moved["interval"][0] <= moved["win_rate"] <= moved["interval"][1]
-    outputs = json.load(open(tmp_path / "run/eval/moved.model_outputs.json"))  # what the official alpaca_eval reads
-    assert [o["output"] for o in outputs] == [r["responses"][0] for r in rows["moved"]] and outputs[0]["generator"] == "moved"
-    assert leaderboard([str(tmp_path / "run/eval/moved.annotations.json")], None)["moved"]["win_rate"] == pytest.approx(100 * np.mean(expected))
+    assert (
+        moved["win_rate"] == pytest.approx(np.mean(expected))
+        and "win_rate" not in stats["policies"]["init"]
+    )
+    assert (
+        moved["ties"] == pytest.approx(np.mean([e == 0.5 for e in expected]))
+        and moved["interval"][0] <= moved["win_rate"] <= moved["interval"][1]
+    )
+    outputs = json.load(
+        open(tmp_path / "run/eval/moved.model_outputs.json")
+    )  # what the official alpaca_eval reads
+    assert [o["output"] for o in outputs] == [r["responses"][0] for r in rows["moved"]] and outputs[
+        0
+    ]["generator"] == "moved"
+    assert leaderboard([str(tmp_path / "run/eval/moved.annotations.json")], None)["moved"][
+        "win_rate"
+    ] == pytest.approx(100 * np.mean(expected))
     assert "| moved |" in printed and (tmp_path / "run/report.png").stat().st_size > 10000
-    assert "| moved |" in ok(run(*command)).stdout  # complete: the tables are shown again, nothing is generated
+    assert (
+        "| moved |" in ok(run(*command)).stdout
+    )  # complete: the tables are shown again, nothing is generated
     assert "redoing" in ok(run(*["none" if c == "vader" else c for c in command])).stdout.lower()
 
 
 def test_confidence_after_a_round_and_self_labels(folder, other_folder, tmp_path):
-    """The confidence after training, from two reward computations that do not know of each other: label.py's on the trained policy."""
-    rows = [{"id": g["id"], "prompt": g["prompt"], "responses": [g["chosen"], g["rejected"]]} for g in gold_rows(6)]
+    """The confidence after training, from two reward computations that do not know of each other:
+    label.py's on the trained policy."""
+    rows = [
+        {"id": g["id"], "prompt": g["prompt"], "responses": [g["chosen"], g["rejected"]]}
+        for g in gold_rows(6)
+    ]
     responses = dump(tmp_path / "r.jsonl", rows)
     fp32 = ["--precision", "fp32"]
-    ok(run("label.py", "--model", other_folder, "--reference-model", folder, "--responses", responses, "--out", tmp_path / "l.jsonl", *fp32))
-    ok(run("train.py", "--model", other_folder, "--pairs", tmp_path / "l.jsonl", "--out", tmp_path / "policy", "--lr", "1e-3", *fp32))
+    ok(
+        run(
+            "label.py",
+            "--model",
+            other_folder,
+            "--reference-model",
+            folder,
+            "--responses",
+            responses,
+            "--out",
+            tmp_path / "l.jsonl",
+            *fp32,
+        )
+    )
+    ok(
+        run(
+            "train.py",
+            "--model",
+            other_folder,
+            "--pairs",
+            tmp_path / "l.jsonl",
+            "--out",
+            tmp_path / "policy",
+            "--lr",
+            "1e-3",
+            *fp32,
+        )
+    )
     args = evaluate.argparse.Namespace(judge="vader", precision="fp32", judge_model=None)
-    quality, before, after = evaluate.judge_labels(args, str(tmp_path / "l.jsonl"), str(tmp_path / "policy"), 0, 1, torch.device("cpu"))
+    quality, before, after = evaluate.judge_labels(
+        args, str(tmp_path / "l.jsonl"), str(tmp_path / "policy"), 0, 1, torch.device("cpu")
+    )
     labelled = jsonl(tmp_path / "l.jsonl")
-    assert before == pytest.approx([1 / (1 + math.exp(-r["margin"])) for r in labelled]) and quality["pairs"] == 6
+    assert (
+        before == pytest.approx([1 / (1 + math.exp(-r["margin"])) for r in labelled])
+        and quality["pairs"] == 6
+    )
     gold = dump(tmp_path / "p.jsonl", labelled)
-    ok(run("label.py", "--model", tmp_path / "policy", "--reference-model", folder, "--pairs", gold, "--out", tmp_path / "again.jsonl", *fp32))
+    ok(
+        run(
+            "label.py",
+            "--model",
+            tmp_path / "policy",
+            "--reference-model",
+            folder,
+            "--pairs",
+            gold,
+            "--out",
+            tmp_path / "again.jsonl",
+            *fp32,
+        )
+    )
     sign = {r["id"]: r["margin"] for r in jsonl(tmp_path / "again.jsonl")}
-    assert [abs(math.log(a / (1 - a))) for a in after] == pytest.approx([sign[r["id"]] for r in labelled], abs=1e-3)
+    assert [abs(math.log(a / (1 - a))) for a in after] == pytest.approx(
+        [sign[r["id"]] for r in labelled], abs=1e-3
+    )
 
 
 def test_alpaca_eval_prompts_and_outputs_with_a_local_judge(folder, wide, tmp_path):
-    questions = [{"instruction": CORPUS[i], "dataset": "d", "output": f"reference {i}", "generator": "gpt"} for i in range(7)]
+    questions = [
+        {"instruction": CORPUS[i], "dataset": "d", "output": f"reference {i}", "generator": "gpt"}
+        for i in range(7)
+    ]
     (tmp_path / "eval.json").write_text(json.dumps(questions))
-    command = ["evaluate.py", "--models", f"gpt={tmp_path / 'eval.json'}", f"mine={folder}", "--prompts", tmp_path / "eval.json", "--out", tmp_path / "run",
-               "--judge", "llm", "--judge-model", wide, "--max-new-tokens", "8", "--precision", "fp32"]
+    command = [
+        "evaluate.py",
+        "--models",
+        f"gpt={tmp_path / 'eval.json'}",
+        f"mine={folder}",
+        "--prompts",
+        tmp_path / "eval.json",
+        "--out",
+        tmp_path / "run",
+        "--judge",
+        "llm",
+        "--judge-model",
+        wide,
+        "--max-new-tokens",
+        "8",
+        "--precision",
+        "fp32",
+    ]
     ok(run(*command))
     outputs = json.load(open(tmp_path / "run/eval/mine.model_outputs.json"))
-    assert [o["instruction"] for o in outputs] == CORPUS[:7] and {o["dataset"] for o in outputs} == {"d"}
+    assert [o["instruction"] for o in outputs] == CORPUS[:7] and {
+        o["dataset"] for o in outputs
+    } == {"d"}
     notes = json.load(open(tmp_path / "run/eval/mine.annotations.json"))
-    assert [n["output_1"] for n in notes] == [f"reference {i}" for i in range(7)] and all(1 < n["preference"] < 2 for n in notes)
+    assert [n["output_1"] for n in notes] == [f"reference {i}" for i in range(7)] and all(
+        1 < n["preference"] < 2 for n in notes
+    )
     mine = json.load(open(tmp_path / "run/report.md.stats.json"))["policies"]["mine"]
-    assert mine["win_rate"] == pytest.approx(np.mean([n["preference"] - 1 for n in notes])) and 0 <= mine["order_disagreement"] <= 1
+    assert (
+        mine["win_rate"] == pytest.approx(np.mean([n["preference"] - 1 for n in notes]))
+        and 0 <= mine["order_disagreement"] <= 1
+    )
     assert "two orders named different winners" in (tmp_path / "run/report.md").read_text()
     (tmp_path / "few.json").write_text(json.dumps(questions[:3]))
     command[2] = f"gpt={tmp_path / 'few.json'}"
@@ -240,37 +481,86 @@ def test_alpaca_eval_prompts_and_outputs_with_a_local_judge(folder, wide, tmp_pa
 
 
 def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
-    """Two turns with the first answer in the second's prompt, references for math, ratings parsed, failures counted."""
+    """Two turns with the first answer in the second's prompt, references for math, ratings parsed,
+    failures counted."""
     folder = wide
     bench = tmp_path / "bench"
     bench.mkdir()
-    dump(bench / "question.jsonl", [{"question_id": 1, "category": "math", "turns": ["1+1?", "Twice that?"]},
-                                    {"question_id": 2, "category": "writing", "turns": ["Write.", "Again {now}."]}])
-    dump(bench / "reference_gpt-4.jsonl", [{"question_id": 1, "choices": [{"index": 0, "turns": ["two", "four"]}]}])
-    single, multi = "Q {question} A {answer}", "Q {question_1} A {answer_1} Q {question_2} A {answer_2}"
-    dump(bench / "judge_prompts.jsonl", [{"name": f"single{m}-v1{s}", "system_prompt": "Judge.", "prompt_template": t + r} for m, r1 in (("", ""), ("-math", " R {ref_answer_1}"))
-                                         for s, t, r in (("", single, r1), ("-multi-turn", multi, r1 and r1 + " {ref_answer_2}"))])
+    dump(
+        bench / "question.jsonl",
+        [
+            {"question_id": 1, "category": "math", "turns": ["1+1?", "Twice that?"]},
+            {"question_id": 2, "category": "writing", "turns": ["Write.", "Again {now}."]},
+        ],
+    )
+    dump(
+        bench / "reference_gpt-4.jsonl",
+        [{"question_id": 1, "choices": [{"index": 0, "turns": ["two", "four"]}]}],
+    )
+    single, multi = (
+        "Q {question} A {answer}",
+        "Q {question_1} A {answer_1} Q {question_2} A {answer_2}",
+    )
+    dump(
+        bench / "judge_prompts.jsonl",
+        [
+            {"name": f"single{m}-v1{s}", "system_prompt": "Judge.", "prompt_template": t + r}
+            for m, r1 in (("", ""), ("-math", " R {ref_answer_1}"))
+            for s, t, r in (("", single, r1), ("-multi-turn", multi, r1 and r1 + " {ref_answer_2}"))
+        ],
+    )
     asked = []
     real = mt_bench.chat
 
     def chat(args, chats, *rest):
         asked.extend(chats)
-        assert len(real(args, chats, *rest)) == 4  # the local model writes nonsense: the ratings below stand for a judge's
+        assert (
+            len(real(args, chats, *rest)) == 4
+        )  # the local model writes nonsense: the ratings below stand for a judge's
         return ["Rating: [[8]]", "[[2.5]]", "no idea", "[[10]]"]
+
     monkeypatch.setattr(mt_bench, "chat", chat)
     monkeypatch.setattr("judges.mt_bench.RATING_TOKENS", 4)
-    flags = ["--models", f"mine={folder}", "--mt-bench", bench, "--out", tmp_path / "run", "--max-new-tokens", "6", "--precision", "fp32"]
+    flags = [
+        "--models",
+        f"mine={folder}",
+        "--mt-bench",
+        bench,
+        "--out",
+        tmp_path / "run",
+        "--max-new-tokens",
+        "6",
+        "--precision",
+        "fp32",
+    ]
     assert "--judge llm or --judge openai" in run("evaluate.py", *flags, "--judge", "vader").stderr
     printed = ok(run("evaluate.py", *flags, "--judge", "llm", "--judge-model", wide)).stdout
     scores = json.load(open(tmp_path / "run/report.md.stats.json"))["mt_bench"]["mine"]
-    assert scores == {"math": 5.25, "writing": 10, "turn 1": 8, "turn 2": 6.25, "average": pytest.approx(20.5 / 3), "rated": 3, "unrated": 1}
+    assert scores == {
+        "math": 5.25,
+        "writing": 10,
+        "turn 1": 8,
+        "turn 2": 6.25,
+        "average": pytest.approx(20.5 / 3),
+        "rated": 3,
+        "unrated": 1,
+    }
     first, second = jsonl(tmp_path / "run/mt_bench/model_answer/mine.jsonl")
     one, two = first["choices"][0]["turns"]
     turn2 = jsonl(tmp_path / "run/mt_bench/mine.turn2.prompts.jsonl")
-    assert [m["content"] for m in turn2[0]["prompt"]] == ["1+1?", one, "Twice that?"] and [r["temperature"] for r in turn2] == [0, 0.7]
-    assert asked[0][1]["content"] == f"Q 1+1? A {one} R two" and asked[1][1]["content"] == f"Q 1+1? A {one} Q Twice that? A {two} R two four"
-    assert asked[3][1]["content"].startswith("Q Write. A ") and "Again {now}." in asked[3][1]["content"]
+    assert [m["content"] for m in turn2[0]["prompt"]] == ["1+1?", one, "Twice that?"] and [
+        r["temperature"] for r in turn2
+    ] == [0, 0.7]
+    assert (
+        asked[0][1]["content"] == f"Q 1+1? A {one} R two"
+        and asked[1][1]["content"] == f"Q 1+1? A {one} Q Twice that? A {two} R two four"
+    )
+    assert (
+        asked[3][1]["content"].startswith("Q Write. A ")
+        and "Again {now}." in asked[3][1]["content"]
+    )
     judgments = jsonl(tmp_path / "run/mt_bench/model_judgment/mine.jsonl")
-    assert [j["score"] for j in judgments] == [8, 2.5, -1, 10] and [j["judge"][1] for j in judgments] == [
-        "single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
+    assert [j["score"] for j in judgments] == [8, 2.5, -1, 10] and [
+        j["judge"][1] for j in judgments
+    ] == ["single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
     assert "| unrated | 1 |" in printed

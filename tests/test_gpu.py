@@ -1,4 +1,5 @@
 """What holds on GPUs and on many machines, as far as it can be checked without either."""
+
 import argparse
 import math
 import os
@@ -121,8 +122,10 @@ def test_batches_are_bounded_by_tokens_and_by_responses():
     lengths = dice.integers(1, 200, 300).tolist()
     batches = batches_of(lengths, 2, 50, 16, 2000)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
-    sizes = [(2 * len(batch), 2 * len(batch) * (max(lengths[i] for i in batch) + 50))
-             for batch in batches]
+    sizes = [
+        (2 * len(batch), 2 * len(batch) * (max(lengths[i] for i in batch) + 50))
+        for batch in batches
+    ]
     assert all(rows <= 16 and tokens <= 2000 for rows, tokens in sizes)
     assert {rows for rows, _ in sizes} >= {8, 16}  # either limit is reached
     order = [lengths[i] for batch in batches for i in batch]
@@ -134,8 +137,10 @@ def test_batches_are_bounded_by_tokens_and_by_responses():
 
 
 def test_text_does_not_depend_on_the_budget_of_tokens(folder, tmp_path, monkeypatch):
-    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": "word " * (i % 5) + str(i)}]}
-            for i in range(9)]
+    rows = [
+        {"id": f"p{i}", "prompt": [{"role": "user", "content": "word " * (i % 5) + str(i)}]}
+        for i in range(9)
+    ]
     prompts = dump(tmp_path / "prompts.jsonl", rows)
     seen = []
 
@@ -144,8 +149,19 @@ def test_text_does_not_depend_on_the_budget_of_tokens(folder, tmp_path, monkeypa
         return sample(model, prompts, *rest)
 
     monkeypatch.setattr(sampling, "sample", watched)
-    command = ["generate.py", "--model", folder, "--prompts", prompts, "--max-new-tokens", "12",
-               "--precision", "fp32", "-n", "2"]
+    command = [
+        "generate.py",
+        "--model",
+        folder,
+        "--prompts",
+        prompts,
+        "--max-new-tokens",
+        "12",
+        "--precision",
+        "fp32",
+        "-n",
+        "2",
+    ]
     ok(run(*command, "--out", tmp_path / "all.jsonl"))
     assert seen == [9]
     ok(run(*command, "--out", tmp_path / "few.jsonl", "--sample-tokens", "150"))
@@ -184,33 +200,38 @@ def test_draw_sums_in_float64():
     logits = torch.zeros(1, size)
     logits[0, 0] = 24.0
     p = logits.softmax(-1).numpy()[0].astype(np.float64)
-    assert p[1] < 2 ** -26
+    assert p[1] < 2**-26
     u = 1 - (1 - p[0]) * np.random.default_rng(0).random(16)  # all in the tail
     expected = np.searchsorted(p.cumsum(), u * p.sum(), side="right")
     tokens = draw(logits.expand(16, size), torch.tensor(u), torch.ones(16))
     assert len(set(tokens.tolist())) == 16 and tokens.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("heads, kv, vocabulary, gpus, size", [
-    (32, 8, 32000, 8, 8),     # Mistral
-    (32, 8, 32000, 6, 4),     # a power of two
-    (40, 10, 32064, 8, 2),    # Phi-3-medium: 5 would divide its heads, and not its vocabulary
-    (32, 32, 51200, 8, 8),    # Phi-2
-    (9, 3, 49152, 4, 1),      # SmolLM2
-    (32, 8, 32001, 8, 8),     # an odd vocabulary is padded
-    (32, 8, 32000, 0, 1),
-])
+@pytest.mark.parametrize(
+    "heads, kv, vocabulary, gpus, size",
+    [
+        (32, 8, 32000, 8, 8),  # Mistral
+        (32, 8, 32000, 6, 4),  # a power of two
+        (40, 10, 32064, 8, 2),  # Phi-3-medium: 5 would divide its heads, and not its vocabulary
+        (32, 32, 51200, 8, 8),  # Phi-2
+        (9, 3, 49152, 4, 1),  # SmolLM2
+        (32, 8, 32001, 8, 8),  # an odd vocabulary is padded
+        (32, 8, 32000, 0, 1),
+    ],
+)
 def test_vllm_splits_over_powers_of_two(heads, kv, vocabulary, gpus, size):
-    config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv,
-                             vocab_size=vocabulary)
+    config = SimpleNamespace(
+        num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocabulary
+    )
     assert tensor_parallel(config, gpus) == size
     assert heads % size == kv % size == math.ceil(vocabulary / 64) * 64 % size == 0
 
 
 def test_one_vllm_engine_a_process(folder, tmp_path, monkeypatch):
     """Five policies: five processes, each by the command line that generate.py understands."""
-    prompts = dump(tmp_path / "prompts.jsonl", [
-        {"id": "a", "prompt": [{"role": "user", "content": "Write."}]}])
+    prompts = dump(
+        tmp_path / "prompts.jsonl", [{"id": "a", "prompt": [{"role": "user", "content": "Write."}]}]
+    )
     engines, commands = [], []
 
     class LLM:
@@ -218,8 +239,10 @@ def test_one_vllm_engine_a_process(folder, tmp_path, monkeypatch):
             engines.append((model, dtype, tensor_parallel_size))
 
         def generate(self, prompts, settings, use_tqdm):
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5] * own["max_tokens"])])
-                    for own in settings]
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5] * own["max_tokens"])])
+                for own in settings
+            ]
 
     real = subprocess.run
 
@@ -238,8 +261,16 @@ def test_one_vllm_engine_a_process(folder, tmp_path, monkeypatch):
     sampling.sampling_flags(cli, n=1)
     args = cli.parse_args(["--backend", "vllm", "--max-new-tokens", "9", "-n", "3", "--seed", "7"])
     for k in range(5):
-        rows = sampling.respond(folder, prompts, str(tmp_path / f"{k}.jsonl"), args, 0, 1,
-                                torch.device("cpu"), max_new_tokens=4)
+        rows = sampling.respond(
+            folder,
+            prompts,
+            str(tmp_path / f"{k}.jsonl"),
+            args,
+            0,
+            1,
+            torch.device("cpu"),
+            max_new_tokens=4,
+        )
         assert len(rows[0]["responses"]) == 3
     assert len(commands) == len(engines) == 5
     monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=2))
@@ -258,10 +289,18 @@ def launched(tmp_path, **variables) -> list[str]:
     log.unlink(missing_ok=True)
     python.write_text(f'#!/bin/sh\necho "conf=$PYTORCH_ALLOC_CONF $*" >> "{log}"\n')
     python.chmod(0o755)
-    env = {"PATH": os.environ["PATH"], "PYTHON": str(python), "INSTALL": "no", "DATA": "x.jsonl",
-           "MODEL": "model", "RUN": str(tmp_path / "run"), **variables}
-    subprocess.run(["bash", ROOT / "run.sh"], cwd=tmp_path, env=env, check=True,
-                   capture_output=True)
+    env = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": str(python),
+        "INSTALL": "no",
+        "DATA": "x.jsonl",
+        "MODEL": "model",
+        "RUN": str(tmp_path / "run"),
+        **variables,
+    }
+    subprocess.run(
+        ["bash", ROOT / "run.sh"], cwd=tmp_path, env=env, check=True, capture_output=True
+    )
     return log.read_text().splitlines()
 
 
@@ -284,8 +323,10 @@ def test_stages_get_the_allocator_and_the_budget(tmp_path):
 def test_machines_meet_on_one_of_them(tmp_path):
     """Not on the host that starts them, which may be a login node."""
     each = tmp_path / "each"
-    each.write_text('#!/bin/sh\nif [ "$1" = hostname ]; then printf "node2\\nnode1\\n"; exit; fi\n'
-                    'exec env -i PATH="$PATH" "$@"\n')  # a launcher that forwards no variable
+    each.write_text(
+        '#!/bin/sh\nif [ "$1" = hostname ]; then printf "node2\\nnode1\\n"; exit; fi\n'
+        'exec env -i PATH="$PATH" "$@"\n'
+    )  # a launcher that forwards no variable
     each.chmod(0o755)
     commands = launched(tmp_path, NNODES="2", NPROC="8", EACH_NODE=str(each))
     for name in ("seed_dpo.py", "generate.py", "label.py", "train.py", "evaluate.py"):
@@ -299,8 +340,10 @@ def test_machines_meet_on_one_of_them(tmp_path):
 def test_slurm_starves_no_machine(tmp_path):
     """The default EACH_NODE, with a stand-in for srun."""
     srun = tmp_path / "srun"
-    srun.write_text(f'#!/bin/bash\necho "$*" >> "{tmp_path}/asked"\n'
-                    'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
+    srun.write_text(
+        f'#!/bin/bash\necho "$*" >> "{tmp_path}/asked"\n'
+        'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
+    )
     srun.chmod(0o755)
     launched(tmp_path, NNODES="3", PATH=f"{tmp_path}:{os.environ['PATH']}")
     asked = (tmp_path / "asked").read_text().splitlines()
@@ -337,7 +380,7 @@ def test_costs_by_hand():
 
 def test_the_longest_prompt_fits_and_one_token_more_does_not():
     shape, count = cost.SHAPES["phi-3-14b"], count_of("phi-3-14b")
-    wide = shape._replace(context=10 ** 6)
+    wide = shape._replace(context=10**6)
     longest = cost.largest_prompt(wide, count, 2, 300, 80)
     room = cost.ROOM * 80
     assert cost.sampling_gb(wide, count, 2, longest, 300) <= room
@@ -349,8 +392,9 @@ def test_the_longest_prompt_fits_and_one_token_more_does_not():
 @pytest.mark.parametrize("name", [name for name in cost.SHAPES if name != "demo"])
 def test_every_config_fits_eighty_gigabytes(name):
     shape, count, chosen = cost.SHAPES[name], count_of(name), cost.settings(name)
-    micro, budget, new = (int(chosen[key]) for key in
-                          ("MICRO_TOKENS", "SAMPLE_TOKENS", "MAX_NEW_TOKENS"))
+    micro, budget, new = (
+        int(chosen[key]) for key in ("MICRO_TOKENS", "SAMPLE_TOKENS", "MAX_NEW_TOKENS")
+    )
     assert 4096 <= micro <= 8192
     room = cost.ROOM * 80
     training = cost.sharded_gb(shape, count, 8, False) + cost.activations_gb(shape, micro)
@@ -376,6 +420,7 @@ def test_costs_print_a_line_for_each_config(monkeypatch, capsys):
 
 def test_measurements_see_one_card_and_wait_for_it(monkeypatch):
     from bench import train as bench
+
     seen, waited = [], []
 
     def process(command, env, **known):
@@ -403,6 +448,7 @@ def test_measurements_see_one_card_and_wait_for_it(monkeypatch):
 def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch):
     """The clock stands still but while the device is waited for."""
     from core import training
+
     now = [10.0]
 
     def wait(device) -> None:
@@ -415,8 +461,14 @@ def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch):
     for kind, seconds in (("cuda", 7.0), ("cpu", 2.0)):
         now[0] = 10.0
         policy = ResponseLogps(make_model())
-        stage = SimpleNamespace(device=torch.device(kind), encoded=encoded, shared=True,
-                                policy=policy, peak=1e9, total=1)
+        stage = SimpleNamespace(
+            device=torch.device(kind),
+            encoded=encoded,
+            shared=True,
+            policy=policy,
+            peak=1e9,
+            total=1,
+        )
         pairs = {"loss": [1.0], "margin": [0.0], "gain": [0.0]}
         row = training.log_row(stage, 0, [0], pairs, 1.0, 1e-6, 8.0)
         assert row["seconds"] == seconds

@@ -1,4 +1,6 @@
-"""Judges: order, parsers, the local LLM judge against a plain computation, an endpoint on loopback with all its failures."""
+"""Judges: order, parsers, the local LLM judge against a plain computation, an endpoint on loopback
+with all its failures."""
+
 import json
 import math
 import subprocess
@@ -27,35 +29,92 @@ def namespace(**fields):
 
 
 def test_a_judge_that_always_says_a_scores_one_half():
-    p, behaviour = both_orders(lambda comparisons: [1.0] * len(comparisons), [(ASK, "x", "y"), (ASK, "z", "y")])
+    p, behaviour = both_orders(
+        lambda comparisons: [1.0] * len(comparisons), [(ASK, "x", "y"), (ASK, "z", "y")]
+    )
     assert p.tolist() == [0.5, 0.5] and behaviour == {"order_disagreement": 1.0, "no_verdict": 0}
 
 
 def test_verdicts_that_are_missing_count_half_and_are_counted():
-    answers = [1.0, math.nan, 0.2, 0.0, math.nan, 0.3]  # three comparisons, then the same with sides exchanged
+    answers = [
+        1.0,
+        math.nan,
+        0.2,
+        0.0,
+        math.nan,
+        0.3,
+    ]  # three comparisons, then the same with sides exchanged
     p, behaviour = both_orders(lambda comparisons: answers, [(ASK, "a", "b")] * 3)
-    assert p.tolist() == pytest.approx([1.0, 0.5, 0.45]) and behaviour == {"order_disagreement": pytest.approx(1 / 3), "no_verdict": 2}
+    assert p.tolist() == pytest.approx([1.0, 0.5, 0.45]) and behaviour == {
+        "order_disagreement": pytest.approx(1 / 3),
+        "no_verdict": 2,
+    }
 
 
-@given(st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), min_size=1, max_size=5), st.integers(0, 2 ** 31))
+@given(
+    st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), min_size=1, max_size=5),
+    st.integers(0, 2**31),
+)
 def test_exchanging_the_sides_exchanges_the_preference(sides, seed):
     def ranker(comparisons):  # any function of the order in which the two are shown
-        return [np.random.default_rng([seed, *f"{a}|{b}".encode()]).random() for _, a, b in comparisons]
+        return [
+            np.random.default_rng([seed, *f"{a}|{b}".encode()]).random() for _, a, b in comparisons
+        ]
+
     there, one = both_orders(ranker, [(ASK, a, b) for a, b in sides])
     back, two = both_orders(ranker, [(ASK, b, a) for a, b in sides])
     assert np.allclose(there, 1 - back) and one == two
 
 
-@pytest.mark.parametrize("text,value", [
-    ("A", 1), ("B", 0), ("(A)", 1), ("(B) because", 0), (" B.", 0), ("**A**", 1), ("Answer: B", 0), ("The answer is (A).", 1), ("A\nA", 1),
-    ("", None), ("a", None), ("both", None), ("A or B", None), ("ABBA", None), ("A's", None), ("C", None), ("\x00", None), ("Neither A nor B", None), ("(B) A bar, because", 0), ('"A"', 1), ("A bar or B", None)])
+@pytest.mark.parametrize(
+    "text,value",
+    [
+        ("A", 1),
+        ("B", 0),
+        ("(A)", 1),
+        ("(B) because", 0),
+        (" B.", 0),
+        ("**A**", 1),
+        ("Answer: B", 0),
+        ("The answer is (A).", 1),
+        ("A\nA", 1),
+        ("", None),
+        ("a", None),
+        ("both", None),
+        ("A or B", None),
+        ("ABBA", None),
+        ("A's", None),
+        ("C", None),
+        ("\x00", None),
+        ("Neither A nor B", None),
+        ("(B) A bar, because", 0),
+        ('"A"', 1),
+        ("A bar or B", None),
+    ],
+)
 def test_parse_choice(text, value):
     assert parse_choice(text) == value if value is not None else math.isnan(parse_choice(text))
 
 
-@pytest.mark.parametrize("text,value", [
-    ("Rating: [[7]]", 7), ("[[8.5]] then [[2]]", 8.5), ("[6]", 6), ("I say [1] but [[9]]", 9), ("[[10]]", 10), ("[[ 7 ]]", None), ("7", None),
-    ("[[rating]]", None), ("[[11]]", None), ("[[0]]", None), ("", None), ("[[7", None), ("[[-3]]", None), ("[[7/10]]", None)])
+@pytest.mark.parametrize(
+    "text,value",
+    [
+        ("Rating: [[7]]", 7),
+        ("[[8.5]] then [[2]]", 8.5),
+        ("[6]", 6),
+        ("I say [1] but [[9]]", 9),
+        ("[[10]]", 10),
+        ("[[ 7 ]]", None),
+        ("7", None),
+        ("[[rating]]", None),
+        ("[[11]]", None),
+        ("[[0]]", None),
+        ("", None),
+        ("[[7", None),
+        ("[[-3]]", None),
+        ("[[7/10]]", None),
+    ],
+)
 def test_parse_rating(text, value):
     assert parse_rating(text) == value if value is not None else math.isnan(parse_rating(text))
 
@@ -67,23 +126,52 @@ def test_parsers_never_raise(text):
 
 
 def test_rewards_of_a_ranker_are_bradley_terry(monkeypatch):
-    """A ranker that follows Bradley–Terry gets its own rewards back, up to a constant; two responses get log p/(1 − p)."""
+    """A ranker that follows Bradley–Terry gets its own rewards back, up to a constant; two
+    responses get log p/(1 − p)."""
     truth = {"a": 0.3, "b": -1.0, "c": 2.0}
-    monkeypatch.setitem(judges.RANKERS, "llm", lambda args, asked, *_: [1 / (1 + math.exp(truth[y] - truth[x])) for _, x, y in asked])
-    (own, pair), behaviour = rewards(namespace(judge="llm"), [{"prompt": ASK, "responses": ["a", "b", "c"]}, {"prompt": ASK, "responses": ["b", "c"]}], 0, 1, CPU)
-    assert np.diff(own) == pytest.approx(np.diff([0.3, -1.0, 2.0])) and pair[1] - pair[0] == pytest.approx(3.0)
+    monkeypatch.setitem(
+        judges.RANKERS,
+        "llm",
+        lambda args, asked, *_: [1 / (1 + math.exp(truth[y] - truth[x])) for _, x, y in asked],
+    )
+    (own, pair), behaviour = rewards(
+        namespace(judge="llm"),
+        [{"prompt": ASK, "responses": ["a", "b", "c"]}, {"prompt": ASK, "responses": ["b", "c"]}],
+        0,
+        1,
+        CPU,
+    )
+    assert np.diff(own) == pytest.approx(np.diff([0.3, -1.0, 2.0])) and pair[1] - pair[
+        0
+    ] == pytest.approx(3.0)
     assert behaviour["order_disagreement"] == 0
 
 
 def test_listing_1():
-    (message,) = option_prompt([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}], "x", "y")
-    assert message["role"] == "user" and "Human: Hi\n\nAssistant: Hello\n\nHuman: Bye\n" in message["content"]
-    assert message["content"].endswith("Options:\n(A) x\n(B) y\nThe answer is:") and "most helpful, honest, and harmless" in message["content"]
+    (message,) = option_prompt(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "Bye"},
+        ],
+        "x",
+        "y",
+    )
+    assert (
+        message["role"] == "user"
+        and "Human: Hi\n\nAssistant: Hello\n\nHuman: Bye\n" in message["content"]
+    )
+    assert (
+        message["content"].endswith("Options:\n(A) x\n(B) y\nThe answer is:")
+        and "most helpful, honest, and harmless" in message["content"]
+    )
 
 
 def test_llm_judge_against_a_plain_computation(wide, tokenizer, tmp_path):
-    """Label rows and agreement with gold from logits of whole sequences, one at a time, in float64."""
+    """Label rows and agreement with gold from logits of whole sequences, one at a time, in
+    float64."""
     from transformers import AutoModelForCausalLM
+
     rows = gold_rows(5)
     model = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float64)
     a, b = (tokenizer.encode(letter)[0] for letter in "AB")
@@ -91,38 +179,105 @@ def test_llm_judge_against_a_plain_computation(wide, tokenizer, tmp_path):
     for row in rows:
         odds = []
         for sides in ((row["chosen"], row["rejected"]), (row["rejected"], row["chosen"])):
-            ids = tokenizer.apply_chat_template(option_prompt(row["prompt"], *sides), add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(
+                option_prompt(row["prompt"], *sides), add_generation_prompt=True, return_dict=False
+            )
             logits = model(torch.tensor([ids])).logits[0, -1]
             odds.append((logits[a] - logits[b]).item())
         p = (1 / (1 + math.exp(-odds[0])) + 1 - 1 / (1 + math.exp(-odds[1]))) / 2
         margins.append(math.log(p / (1 - p)))
         disagree += odds[0] * odds[1] > 0
     pairs = dump(tmp_path / "gold.jsonl", rows)
-    done = ok(run("label.py", "--judge", "llm", "--judge-model", wide, "--model", wide, "--pairs", pairs, "--out", tmp_path / "l.jsonl", "--precision", "fp32"))
+    done = ok(
+        run(
+            "label.py",
+            "--judge",
+            "llm",
+            "--judge-model",
+            wide,
+            "--model",
+            wide,
+            "--pairs",
+            pairs,
+            "--out",
+            tmp_path / "l.jsonl",
+            "--precision",
+            "fp32",
+        )
+    )
     stats = json.load(open(tmp_path / "l.jsonl.stats.json"))
-    assert stats["gold_agreement"] == np.mean([m > 0 for m in margins]) and stats["order_disagreement"] == disagree / 5
+    assert (
+        stats["gold_agreement"] == np.mean([m > 0 for m in margins])
+        and stats["order_disagreement"] == disagree / 5
+    )
     for row, label, m in zip(rows, jsonl(tmp_path / "l.jsonl"), margins):
-        assert label["margin"] == pytest.approx(abs(m), abs=1e-4) and label["chosen"] == (row["chosen"] if m > 0 else row["rejected"])
+        assert label["margin"] == pytest.approx(abs(m), abs=1e-4) and label["chosen"] == (
+            row["chosen"] if m > 0 else row["rejected"]
+        )
         assert label["chosen_logp"] < 0
     assert "agreement with gold" in done.stdout
 
 
 def test_fine_tuning_a_judge(wide, tmp_path):
-    """Supervised on the letters: the loss is −log π(letter), and the judge learns to agree with its gold pairs."""
+    """Supervised on the letters: the loss is −log π(letter), and the judge learns to agree with its
+    gold pairs."""
     pairs = dump(tmp_path / "gold.jsonl", gold_rows(6))
     ok(run("judges/comparisons.py", "--pairs", pairs, "--out", tmp_path / "letters.jsonl"))
     flags = ["--pairs", tmp_path / "letters.jsonl", "--precision", "fp32", "--micro-tokens", "4000"]
-    ok(run("seed_dpo.py", "--objective", "supervised", "--model", wide, *flags, "--out", tmp_path / "judge", "--lr", "1e-2", "--epochs", "40", "--batch-size", "12"))
+    ok(
+        run(
+            "seed_dpo.py",
+            "--objective",
+            "supervised",
+            "--model",
+            wide,
+            *flags,
+            "--out",
+            tmp_path / "judge",
+            "--lr",
+            "1e-2",
+            "--epochs",
+            "40",
+            "--batch-size",
+            "12",
+        )
+    )
     log = jsonl(tmp_path / "judge/log.jsonl")
     assert len(log) == 40 and log[-1]["loss"] < 0.2 < log[0]["loss"] and log[-1]["accuracy"] == 1
-    ok(run("label.py", "--judge", "llm", "--judge-model", tmp_path / "judge", "--pairs", pairs, "--out", tmp_path / "l.jsonl", "--precision", "fp32"))
+    ok(
+        run(
+            "label.py",
+            "--judge",
+            "llm",
+            "--judge-model",
+            tmp_path / "judge",
+            "--pairs",
+            pairs,
+            "--out",
+            tmp_path / "l.jsonl",
+            "--precision",
+            "fp32",
+        )
+    )
     assert json.load(open(tmp_path / "l.jsonl.stats.json"))["gold_agreement"] == 1
 
 
 def test_pairrm_by_its_interface(monkeypatch, tmp_path):
     """A ranker with llm-blender's interface; without the package one line says what is missing."""
-    responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": ["bb", "a", "cccc"]}])
-    command = ["label.py", "--judge", "pairrm", "--judge-model", "llm-blender/PairRM", "--responses", responses, "--out", tmp_path / "l.jsonl"]
+    responses = dump(
+        tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": ["bb", "a", "cccc"]}]
+    )
+    command = [
+        "label.py",
+        "--judge",
+        "pairrm",
+        "--judge-model",
+        "llm-blender/PairRM",
+        "--responses",
+        responses,
+        "--out",
+        tmp_path / "l.jsonl",
+    ]
     monkeypatch.setitem(sys.modules, "llm_blender", None)
     done = run(*command)
     assert done.returncode == 2 and "package llm-blender, importable" in done.stderr
@@ -133,7 +288,10 @@ def test_pairrm_by_its_interface(monkeypatch, tmp_path):
 
         def compare(self, inputs, first, second, return_logits, mode):
             assert inputs == ["Say."] * 6 and return_logits and mode == "[A,B]"
-            return np.array([len(a) - len(b) + 5.0 for a, b in zip(first, second)])  # likes length, and the first option
+            return np.array(
+                [len(a) - len(b) + 5.0 for a, b in zip(first, second)]
+            )  # likes length, and the first option
+
     monkeypatch.setitem(sys.modules, "llm_blender", types.SimpleNamespace(Blender=Blender))
     ok(run(*command))
     (row,) = jsonl(tmp_path / "l.jsonl")
@@ -142,7 +300,9 @@ def test_pairrm_by_its_interface(monkeypatch, tmp_path):
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Chat completions by the tiny model, greedy; what `plan` holds goes wrong first, a failure a request."""
+    """Chat completions by the tiny model, greedy; what `plan` holds goes wrong first, a failure a
+    request."""
+
     model, tokenizer, plan, asked = None, None, [], []
     lock = threading.Lock()
 
@@ -157,13 +317,43 @@ class Endpoint(BaseHTTPRequestHandler):
             return self.connection.close()
         with self.lock:
             if trouble in (200, "slow"):
-                ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-                out = self.model.generate(**ids, max_new_tokens=min(3, body["max_tokens"]), do_sample=False, pad_token_id=0)
-                text = self.tokenizer.decode(out[0, ids["input_ids"].shape[1]:])
-                answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [
-                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+                ids = self.tokenizer.apply_chat_template(
+                    body["messages"],
+                    add_generation_prompt=True,
+                    return_tensors="pt",
+                    return_dict=True,
+                )
+                out = self.model.generate(
+                    **ids,
+                    max_new_tokens=min(3, body["max_tokens"]),
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+                text = self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+                answer = {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": body["model"],
+                    "choices": [
+                        {
+                            "index": 0,
+                            "finish_reason": "stop",
+                            "message": {"role": "assistant", "content": text},
+                        }
+                    ],
+                }
             else:
-                answer = {"choices": []} if trouble == "no choice" else {"error": {"message": f"trouble, {self.headers['Authorization']}", "code": trouble}}
+                answer = (
+                    {"choices": []}
+                    if trouble == "no choice"
+                    else {
+                        "error": {
+                            "message": f"trouble, {self.headers['Authorization']}",
+                            "code": trouble,
+                        }
+                    }
+                )
         data = b"<html>not json" if trouble == "html" else json.dumps(answer).encode()
         if trouble == "silence":
             return  # nobody listens any more
@@ -189,26 +379,52 @@ def endpoint(wide, tokenizer, monkeypatch):
     server.shutdown()
 
 
-def responses_file(tmp_path, count=4):  # with a separator that Python's splitlines, but not JSONL, takes for the end of a line
-    return dump(tmp_path / "r.jsonl", [{"id": str(i), "prompt": ASK, "responses": [CORPUS[i] + "\u2028", CORPUS[i + 9]]} for i in range(count)])
+def responses_file(
+    tmp_path, count=4
+):  # with a separator that Python's splitlines, but not JSONL, takes for the end of a line
+    return dump(
+        tmp_path / "r.jsonl",
+        [
+            {"id": str(i), "prompt": ASK, "responses": [CORPUS[i] + "\u2028", CORPUS[i + 9]]}
+            for i in range(count)
+        ],
+    )
 
 
 def test_endpoint_survives_trouble_and_is_never_asked_twice(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(judges, "PARALLEL", 1)
-    monkeypatch.setattr(judges, "parse_choice", lambda text: len(text) % 7 / 7)  # a random model names no letter
+    monkeypatch.setattr(
+        judges, "parse_choice", lambda text: len(text) % 7 / 7
+    )  # a random model names no letter
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     Endpoint.plan[:] = [500, 429, "silence", "hang up", 503]
-    command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint, "--responses", responses_file(tmp_path)]
+    command = [
+        "label.py",
+        "--judge",
+        "openai",
+        "--judge-model",
+        "tiny",
+        "--base-url",
+        endpoint,
+        "--responses",
+        responses_file(tmp_path),
+    ]
     done = ok(run(*command, "--out", tmp_path / "l.jsonl"))
     assert len(Endpoint.asked) == 5 + 8 and len(jsonl(tmp_path / "l.jsonl")) > 0
-    assert all(key == "Bearer sk-secret-word" and body["temperature"] == 0 for body, key in Endpoint.asked)
+    assert all(
+        key == "Bearer sk-secret-word" and body["temperature"] == 0 for body, key in Endpoint.asked
+    )
     cache = tmp_path / "l.jsonl.judge_cache.jsonl"
     before = jsonl(tmp_path / "l.jsonl")
     lines = cache.read_text().split("\n")
-    cache.write_text("\n".join(lines[:5]) + "\n" + lines[5][:30])  # a kill while the sixth answer was being written
+    cache.write_text(
+        "\n".join(lines[:5]) + "\n" + lines[5][:30]
+    )  # a kill while the sixth answer was being written
     (tmp_path / "l.jsonl").unlink()
     ok(run(*command, "--out", tmp_path / "l.jsonl"))
-    assert len(Endpoint.asked) == 13 + 3 and jsonl(tmp_path / "l.jsonl") == before  # three were not stored
+    assert (
+        len(Endpoint.asked) == 13 + 3 and jsonl(tmp_path / "l.jsonl") == before
+    )  # three were not stored
     (tmp_path / "l.jsonl").unlink()
     ok(run(*command, "--out", tmp_path / "l.jsonl"))
     assert len(Endpoint.asked) == 16 and jsonl(tmp_path / "l.jsonl") == before
@@ -220,28 +436,73 @@ def test_endpoint_survives_trouble_and_is_never_asked_twice(endpoint, tmp_path, 
 def test_endpoint_that_refuses_ends_in_one_line(endpoint, trouble, tmp_path, monkeypatch):
     monkeypatch.setattr(judges, "PARALLEL", 1)
     Endpoint.plan[:] = [200, 200, trouble] + [401] * 20
-    done = run("label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint, "--responses", responses_file(tmp_path),
-               "--out", tmp_path / "l.jsonl")
-    assert done.returncode == 2 and "2 answers are kept" in done.stderr and "secret" not in done.stderr and "Traceback" not in done.stderr
+    done = run(
+        "label.py",
+        "--judge",
+        "openai",
+        "--judge-model",
+        "tiny",
+        "--base-url",
+        endpoint,
+        "--responses",
+        responses_file(tmp_path),
+        "--out",
+        tmp_path / "l.jsonl",
+    )
+    assert (
+        done.returncode == 2
+        and "2 answers are kept" in done.stderr
+        and "secret" not in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert len(done.stderr.strip().splitlines()[-1]) < 600 and not (tmp_path / "l.jsonl").exists()
-    assert sum("answer" in line for line in (tmp_path / "l.jsonl.judge_cache.jsonl").read_text().splitlines()) == 2
+    assert (
+        sum(
+            "answer" in line
+            for line in (tmp_path / "l.jsonl.judge_cache.jsonl").read_text().splitlines()
+        )
+        == 2
+    )
 
 
 def test_endpoint_without_key_or_model(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    command = ["label.py", "--judge", "openai", "--responses", responses_file(tmp_path), "--out", tmp_path / "l.jsonl"]
+    command = [
+        "label.py",
+        "--judge",
+        "openai",
+        "--responses",
+        responses_file(tmp_path),
+        "--out",
+        tmp_path / "l.jsonl",
+    ]
     assert "needs --judge-model" in run(*command).stderr
     assert "OPENAI_API_KEY" in run(*command, "--judge-model", "m").stderr
 
 
 def test_cache_survives_kill_9(endpoint, tmp_path, monkeypatch):
-    """A process killed while an endpoint answers: what it was given is kept, and the same command asks for the rest alone."""
+    """A process killed while an endpoint answers: what it was given is kept, and the same command
+    asks for the rest alone."""
     monkeypatch.setattr(judges, "TIMEOUT", 60.0)
     responses = responses_file(tmp_path, 8)
-    command = [sys.executable, "label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint, "--responses", responses, "--out",
-               str(tmp_path / "l.jsonl")]
+    command = [
+        sys.executable,
+        "label.py",
+        "--judge",
+        "openai",
+        "--judge-model",
+        "tiny",
+        "--base-url",
+        endpoint,
+        "--responses",
+        responses,
+        "--out",
+        str(tmp_path / "l.jsonl"),
+    ]
     Endpoint.plan[:] = [200] * 5 + ["slow"] * 30
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     cache = tmp_path / "l.jsonl.judge_cache.jsonl"
     for _ in range(600):
         if cache.exists() and cache.read_text().count('"answer":') >= 5:

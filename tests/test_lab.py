@@ -1,4 +1,5 @@
 """The exact world against brute force, and its arms against what they claim to be."""
+
 import itertools
 import math
 import os
@@ -56,8 +57,9 @@ def test_formulas_are_the_projects():
 
 def test_policy_and_value_against_brute_force(world, theta):
     found = lab.measure(world, SMALL, theta)
-    for seed, (name, prompts) in itertools.product((0, 2), [("value", lab.EVALUATION),
-                                                            ("shifted", lab.SHIFTED)]):
+    for seed, (name, prompts) in itertools.product(
+        (0, 2), [("value", lab.EVALUATION), ("shifted", lab.SHIFTED)]
+    ):
         values = []
         for prompt in range(prompts.start, prompts.stop):
             policy = brute_policy(world, theta, seed, prompt)
@@ -102,8 +104,11 @@ def test_labels_against_brute_force(world, theta, reference):
     for seed, k in ((0, 0), (1, 50), (2, 95)):
         prompt = lab.START + k
         now = np.log(brute_policy(world, theta, seed, prompt))
-        against = {"init": world.prior[seed, prompt].numpy(), "none": np.zeros(lab.RESPONSES),
-                   "previous": np.log(brute_policy(world, older, seed, prompt))}[reference]
+        against = {
+            "init": world.prior[seed, prompt].numpy(),
+            "none": np.zeros(lab.RESPONSES),
+            "previous": np.log(brute_policy(world, older, seed, prompt)),
+        }[reference]
         reward = 0.3 * (now - against)
         order = np.argsort(-(now + world.gumbel[seed, prompt].numpy()))[:4]
         best, worst = order[reward[order].argmax()], order[reward[order].argmin()]
@@ -161,7 +166,7 @@ def test_a_round_against_plain_autograd(world, theta, anchor):
         np.testing.assert_allclose(trained[seed].numpy(), t.detach().numpy(), atol=1e-9)
     if anchor == "init":
         g = 1 - torch.sigmoid(pairs.margin)
-        expected = g.sum(1) ** 2 / (g ** 2).sum(1)
+        expected = g.sum(1) ** 2 / (g**2).sum(1)
         np.testing.assert_allclose(seen["effective"].numpy(), expected.numpy(), rtol=1e-12)
     else:
         assert seen["effective"].tolist() == pytest.approx([96] * 3)
@@ -210,8 +215,10 @@ def test_weights_are_the_anchors_first_gradient(world, theta):
     weights = SMALL._replace(anchor="weights", beta=1.0, alpha=0.0)
     policy = lab.log_policy(theta, world, ROUND)
     pairs = lab.label(world, weights, ROUND, policy, policy)
-    effective = [lab.train_round(theta, pairs, s, 0, world.order[:, 0])[1]["effective"]
-                 for s in (weights, weights._replace(anchor="init"))]
+    effective = [
+        lab.train_round(theta, pairs, s, 0, world.order[:, 0])[1]["effective"]
+        for s in (weights, weights._replace(anchor="init"))
+    ]
     np.testing.assert_allclose(effective[0].numpy(), effective[1].numpy(), rtol=1e-12)
     assert effective[0].max() < 95
 
@@ -247,7 +254,7 @@ def test_a_killed_block_goes_on(tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     lab.run_block((whole, range(2), settings))
     text = whole.read_text()
-    cut.write_text(text[:len(text) - 40])
+    cut.write_text(text[: len(text) - 40])
     _, rows = lab.run_block((cut, range(2), settings))
     assert cut.read_text() == text and set(rows) == set(settings)
     lab.run_block((cut, range(2), settings))
@@ -257,13 +264,24 @@ def test_a_killed_block_goes_on(tmp_path):
 def test_quick(tmp_path, monkeypatch, capsys):
     """Everything is printed and drawn; a second call reads what the first one wrote."""
     flags = ["--quick", "--out", str(tmp_path / "lab"), "--plot", str(tmp_path / "lab.png")]
-    done = subprocess.run([sys.executable, str(ROOT / "bench/lab.py"), *flags], timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench/lab.py"), *flags],
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     first = done.stdout.split("\n", 1)[1]
     assert "nan" not in first
-    for name in ("The papers' rows", "What separates causes", "by decile of ξ",
-                 "against the radius", "The strength of β", "learning rate, 2 rounds"):
+    for name in (
+        "The papers' rows",
+        "What separates causes",
+        "by decile of ξ",
+        "against the radius",
+        "The strength of β",
+        "learning rate, 2 rounds",
+    ):
         assert name in first
     assert (tmp_path / "lab.png").stat().st_size < 200_000
     monkeypatch.setattr(sys, "argv", ["lab.py", *flags])

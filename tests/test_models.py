@@ -1,4 +1,5 @@
 """Loading and the probe: what is read rightly is found exact, all else is one line."""
+
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +17,10 @@ from core.sampling import check_samples, draw, sample
 from data.tiny import make_tokenizer, tiny_model
 
 CPU = torch.device("cpu")
-ROWS = [(list(range(5, 5 + n)), [list(range(40, 40 + m)), [60 + n, 61, 2]])
-        for n, m in ((9, 7), (4, 2), (7, 5))]
+ROWS = [
+    (list(range(5, 5 + n)), [list(range(40, 40 + m)), [60 + n, 61, 2]])
+    for n, m in ((9, 7), (4, 2), (7, 5))
+]
 
 # What makes a family's own ways count: a factor that is not 1, a window that the rows pass.
 CHANGES = {
@@ -29,13 +32,56 @@ CHANGES = {
     "mistral": {"sliding_window": 8},
 }
 FIVE = ["gemma2", "granite", "lfm2", "llama", "mistral"]
-FAMILIES = sorted([
-    *FIVE, "bamba", "bloom", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "falcon",
-    "falcon_h1", "gemma", "gemma3", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "gptj",
-    "granitemoe", "hunyuan_v1_dense", "hyperclovax", "jamba", "llama4_text", "mamba", "mamba2",
-    "minicpm3", "mixtral", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmoe", "opt", "phi",
-    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma", "seed_oss",
-    "smollm3", "stablelm", "starcoder2"])
+FAMILIES = sorted(
+    [
+        *FIVE,
+        "bamba",
+        "bloom",
+        "cohere",
+        "cohere2",
+        "deepseek_v3",
+        "ernie4_5",
+        "exaone4",
+        "falcon",
+        "falcon_h1",
+        "gemma",
+        "gemma3",
+        "gemma3_text",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+        "granitemoe",
+        "hunyuan_v1_dense",
+        "hyperclovax",
+        "jamba",
+        "llama4_text",
+        "mamba",
+        "mamba2",
+        "minicpm3",
+        "mixtral",
+        "mpt",
+        "nanochat",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_next",
+        "recurrent_gemma",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
+)
 
 
 def outcome(capsys, check, *arguments) -> str:
@@ -65,10 +111,10 @@ def assert_sampled_without_cache(model, prompts: list[list[int]], length: int, n
         for t in range(length):
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, -1:]
-            ids.append(draw(logits, u[row, t:t + 1], torch.ones(1)).item())
+            ids.append(draw(logits, u[row, t : t + 1], torch.ones(1)).item())
             if ids[-1] in stop:
                 break
-        assert tokens == ids[len(prompts[row // n]):]
+        assert tokens == ids[len(prompts[row // n]) :]
 
 
 def try_family(capsys, family: str) -> list[str]:
@@ -122,6 +168,7 @@ def test_transformed_head_is_found_when_sampling(capsys):
         out = plain(*arguments, **keywords)
         out.logits = out.logits * 1.5
         return out
+
     model.forward = scaled
     assert outcome(capsys, check_samples, "name", model, [[5, 6, 7]], 4) == "refused"
     assert outcome(capsys, check_scores, "name", model, ROWS, "fp32") == "refused"
@@ -163,15 +210,31 @@ def test_missing_weights_are_named(copy, folder, ranker, tmp_path):
     weights = load_file(path)
     weights["model.strange.weight"] = weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, path, metadata={"format": "pt"})
-    one_line(run("seed_dpo.py", "--model", copy, "--pairs", pairs, "--out", tmp_path / "out"),
-             "model.layers.1.mlp.up_proj.weight", "model.strange.weight", "missing")
+    one_line(
+        run("seed_dpo.py", "--model", copy, "--pairs", pairs, "--out", tmp_path / "out"),
+        "model.layers.1.mlp.up_proj.weight",
+        "model.strange.weight",
+        "missing",
+    )
     assert not (tmp_path / "out").exists()
     # a policy is no reward model: its score head would be random
     edit_config(copy, num_labels=1)
     rows = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in gold_rows(2)]
-    one_line(run("label.py", "--judge", "reward-model", "--judge-model", copy, "--out",
-                 tmp_path / "l.jsonl", "--responses", dump(tmp_path / "r.jsonl", rows)),
-             "score.weight", "missing")
+    one_line(
+        run(
+            "label.py",
+            "--judge",
+            "reward-model",
+            "--judge-model",
+            copy,
+            "--out",
+            tmp_path / "l.jsonl",
+            "--responses",
+            dump(tmp_path / "r.jsonl", rows),
+        ),
+        "score.weight",
+        "missing",
+    )
 
 
 def test_code_of_a_folder_is_neither_run_nor_asked_about(copy, tmp_path, monkeypatch):
@@ -208,11 +271,14 @@ def test_tokens_that_a_model_does_not_have(capsys):
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
 
 
-@pytest.mark.parametrize("template, refused", [
-    (TURNS, False),  # knows no generation prompt
-    (TURNS + "{% if add_generation_prompt %}[assistant]<think>{% endif %}", True),
-    ("{% if messages[1] %}{{ raise_exception('no') }}{% endif %}" + TURNS, True),
-])
+@pytest.mark.parametrize(
+    "template, refused",
+    [
+        (TURNS, False),  # knows no generation prompt
+        (TURNS + "{% if add_generation_prompt %}[assistant]<think>{% endif %}", True),
+        ("{% if messages[1] %}{{ raise_exception('no') }}{% endif %}" + TURNS, True),
+    ],
+)
 def test_prompt_and_response_add_up_to_the_conversation(capsys, template, refused):
     for kind in ("bytes", "sentencepiece"):
         tokenizer = make_tokenizer(kind)
@@ -226,8 +292,9 @@ def test_prompt_and_response_add_up_to_the_conversation(capsys, template, refuse
 def test_response_in_other_tokens_than_the_conversation_is_found(capsys, monkeypatch):
     """As where a text is tokenised alone: SentencePiece would begin it with a blank."""
     tokenizer = make_tokenizer("sentencepiece")
-    monkeypatch.setattr("core.probe.encode_response",
-                        lambda tokenizer, _, text: tokenizer(text).input_ids + [2])
+    monkeypatch.setattr(
+        "core.probe.encode_response", lambda tokenizer, _, text: tokenizer(text).input_ids + [2]
+    )
     assert outcome(capsys, check_template, "name", tokenizer) == "refused"
 
 
@@ -235,18 +302,28 @@ def stretched(kind: str):
     """A model whose positions are rotated otherwise from the 17th on."""
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
     if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 16.0, 64.0],
-                 "original_max_position_embeddings": 16}
-        return tiny_model("phi3", max_position_embeddings=64, original_max_position_embeddings=16,
-                          sliding_window=None, rope_parameters=rope)
+        rope |= {
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 4.0, 16.0, 64.0],
+            "original_max_position_embeddings": 16,
+        }
+        return tiny_model(
+            "phi3",
+            max_position_embeddings=64,
+            original_max_position_embeddings=16,
+            sliding_window=None,
+            rope_parameters=rope,
+        )
     return tiny_model("llama", max_position_embeddings=16, rope_parameters=rope)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_a_row_beyond_the_original_context_has_a_pass_of_its_own(kind):
-    rows = [(list(range(5, 14)), [list(range(20, 36)), list(range(40, 51))]),
-            ([50, 51, 52], [[53, 54], [55, 56, 57]]),
-            (list(range(60, 75)), [[80, 81, 82, 83, 84], [85]])]
+    rows = [
+        (list(range(5, 14)), [list(range(20, 36)), list(range(40, 51))]),
+        ([50, 51, 52], [[53, 54], [55, 56, 57]]),
+        (list(range(60, 75)), [[80, 81, 82, 83, 84], [85]]),
+    ]
     expected = [[logp_of(stretched(kind), prompt, y) for y in ys] for prompt, ys in rows]
     model = stretched(kind)
     for _ in range(2):  # nothing is left of the pass before
@@ -273,7 +350,7 @@ def test_positions_of_padding_are_0():
         rows = [([5, 6], [[7, 8, 9], [10, 11, 12]]), ([13], [[14, 15], [16, 17]])]
         batch = pack(rows, shared, CPU)
         first, second = batch["position_ids"][[0, -1]].tolist()
-        assert second[3 if shared else 2:] == [0] * (len(second) - (3 if shared else 2)), second
+        assert second[3 if shared else 2 :] == [0] * (len(second) - (3 if shared else 2)), second
         assert max(first) == 3
 
 

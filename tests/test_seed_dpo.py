@@ -1,4 +1,5 @@
 """Chat format, response log-probabilities, the DPO loss and the optimisation loop."""
+
 import argparse
 import math
 
@@ -38,27 +39,47 @@ def full_logits_logp(model, prompt, response):
     return sum(logps[len(prompt) + j - 1, token].item() for j, token in enumerate(response))
 
 
-ENCODED = [([5, 6, 7, 8], [[9, 10, 11, 2], [12, 2]]), ([30, 31], [[40, 41, 42, 43, 44, 45], [50]]), ([60], [[61, 2], [62, 63, 2]])]
+ENCODED = [
+    ([5, 6, 7, 8], [[9, 10, 11, 2], [12, 2]]),
+    ([30, 31], [[40, 41, 42, 43, 44, 45], [50]]),
+    ([60], [[61, 2], [62, 63, 2]]),
+]
 
 
-@pytest.mark.parametrize("config", [transformers.LlamaConfig, transformers.MistralConfig, transformers.Phi3Config,
-                                    transformers.Qwen2Config, transformers.PhiConfig])
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlamaConfig,
+        transformers.MistralConfig,
+        transformers.Phi3Config,
+        transformers.Qwen2Config,
+        transformers.PhiConfig,
+    ],
+)
 def test_logps_equal_plain_full_logits(config):
-    model = make_model(config, **({"sliding_window": None} if config is not transformers.PhiConfig else {}))
+    model = make_model(
+        config, **({"sliding_window": None} if config is not transformers.PhiConfig else {})
+    )
     assert shares_prompt(model, ENCODED) == (config is not transformers.PhiConfig)
     ours = score(ResponseLogps(model), ENCODED, "fp32", CPU)
     for (prompt, responses), values in zip(ENCODED, ours):
-        assert values == pytest.approx([full_logits_logp(model, prompt, y) for y in responses], abs=2e-4)
+        assert values == pytest.approx(
+            [full_logits_logp(model, prompt, y) for y in responses], abs=2e-4
+        )
 
 
 def test_shared_prompt_equals_two_sequences_with_gradients():
-    """One sequence per pair and two sequences per pair: the same log-probs and the same gradients."""
+    """One sequence per pair and two sequences per pair: the same log-probs and the same
+    gradients."""
     results = []
     for shared in (True, False):
         model = make_model().double()
         batch = pack(ENCODED, shared, CPU)
         assert (batch["attention_mask"] is not None) == shared
-        logps = sum_by_response(token_logps(model.lm_head, response_hidden(model, batch), batch["target"], chunk=3)[0], batch)
+        logps = sum_by_response(
+            token_logps(model.lm_head, response_hidden(model, batch), batch["target"], chunk=3)[0],
+            batch,
+        )
         (logps * torch.tensor([1.0, -2, 3, -4, 5, -6])).sum().backward()
         results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     for one, two in zip(*results):
@@ -66,7 +87,8 @@ def test_shared_prompt_equals_two_sequences_with_gradients():
 
 
 def test_prompt_tokens_never_count():
-    """The log-prob of a response ignores how probable its prompt is: only positions that predict the response are read."""
+    """The log-prob of a response ignores how probable its prompt is: only positions that predict
+    the response are read."""
     batch = pack([([5, 6, 7], [[8, 9]])], False, CPU)
     assert batch["where"].tolist() == [2, 3] and batch["target"].tolist() == [8, 9]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]  # the last token is predicted, never read
@@ -77,11 +99,20 @@ def test_packing_by_hand():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
     assert batch["where"].tolist() == [1, 2, 3, 1, 4] and batch["lengths"] == [3, 2]
-    assert batch["attention_mask"][0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
-                                                            [1, 1, 0, 0, 1]]
+    assert batch["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
 
 
-ROWS = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4)), min_size=1, max_size=30)
+ROWS = st.lists(
+    st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=30,
+)
 
 
 @given(ROWS, st.booleans(), st.integers(1, 300), st.integers(1, 5))
@@ -97,22 +128,32 @@ def test_rows_are_dealt_once_within_the_budget(lengths, shared, budget, world):
 
 
 def test_sliding_window_decides_on_sharing(capsys):
-    """Within the window sharing is exact; with a row beyond it every response gets a sequence, and that is said once."""
+    """Within the window sharing is exact; with a row beyond it every response gets a sequence, and
+    that is said once."""
     model = make_model(transformers.MistralConfig, sliding_window=10)
     assert shares_prompt(model, ENCODED) and not shares_prompt(model, [([5] * 9, [[6, 7]])])
     long = [([5, 6, 7, 8, 9, 10, 11], [[12, 13, 14, 15, 16, 17, 18], [20, 21]]), *ENCODED]
     for encoded in (ENCODED, long):
-        ours = score(ResponseLogps(make_model(transformers.MistralConfig, sliding_window=10)), encoded, "fp32", CPU)
+        ours = score(
+            ResponseLogps(make_model(transformers.MistralConfig, sliding_window=10)),
+            encoded,
+            "fp32",
+            CPU,
+        )
         for (prompt, responses), values in zip(encoded, ours):
-            assert values == pytest.approx([full_logits_logp(model, prompt, y) for y in responses], abs=2e-4)
+            assert values == pytest.approx(
+                [full_logits_logp(model, prompt, y) for y in responses], abs=2e-4
+            )
     assert capsys.readouterr().err.count("one sequence a response") == 1
 
 
 def test_training_flops_by_hand():
-    """Hidden 32, 2 layers, 4 heads of 8, 2 KV heads, MLP 64: 9 216 + 64 weights a layer, a final norm of 32, a head of 384 · 32."""
+    """Hidden 32, 2 layers, 4 heads of 8, 2 KV heads, MLP 64: 9 216 + 64 weights a layer, a final
+    norm of 32, a head of 384 · 32."""
     model, row = make_model(), ([1, 2, 3], [[4, 5], [6]])
     body, head = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 64) + 32, 384 * 32
-    # prompt 3 tokens, one response token read (the last of each is not): 4 tokens; 6 pairs in the prompt, 3 + 1 for the response
+    # prompt 3 tokens, one response token read (the last of each is not): 4 tokens; 6 pairs in the
+    # prompt, 3 + 1 for the response
     assert training_flops(model, [row], True) == 6 * body * 4 + 6 * head * 3 + 12 * 2 * 32 * 10
     # apart: 3 + 1 and 3 tokens, 10 and 6 pairs
     assert training_flops(model, [row], False) == 6 * body * 7 + 6 * head * 3 + 12 * 2 * 32 * 16
@@ -132,42 +173,97 @@ def test_dpo_loss_is_finite_with_a_gradient(m):
     loss = dpo_loss(margin)
     loss.backward()
     assert math.isfinite(loss.item())
-    assert margin.grad.item() == pytest.approx(-1 / (1 + math.exp(m)) if m < 700 else 0.0, abs=1e-12)
+    assert margin.grad.item() == pytest.approx(
+        -1 / (1 + math.exp(m)) if m < 700 else 0.0, abs=1e-12
+    )
 
 
 def test_learning_rate_schedule():
     rates = [seed_dpo.lr_at(s, 100, 1.0) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5) and rates == rates[:10] + sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
+    assert (
+        rates[55] == pytest.approx(0.5)
+        and rates == rates[:10] + sorted(rates[10:], reverse=True)
+        and rates[-1] < 1e-3
+    )
 
 
 def test_seed_stage_learns_and_one_process_equals_two(folder, tmp_path):
-    """D7: the update is the mean over the global batch; batch 8 of 20 pairs leaves an uneven last one, and 1 of 9 a lone pair."""
+    """D7: the update is the mean over the global batch; batch 8 of 20 pairs leaves an uneven last
+    one, and 1 of 9 a lone pair."""
     commands = {}
     for count in (20, 9):
-        flags = ["--pairs", dump(tmp_path / f"seed{count}.jsonl", gold_rows(count)), "--model", folder, "--lr", "1e-3", "--batch-size", "8",
-                 "--precision", "fp32", "--epochs", "2"]
+        flags = [
+            "--pairs",
+            dump(tmp_path / f"seed{count}.jsonl", gold_rows(count)),
+            "--model",
+            folder,
+            "--lr",
+            "1e-3",
+            "--batch-size",
+            "8",
+            "--precision",
+            "fp32",
+            "--epochs",
+            "2",
+        ]
         ok(run("seed_dpo.py", *flags, "--micro-tokens", "2000", "--out", tmp_path / f"one{count}"))
-        commands[count] = ["seed_dpo.py", *flags, "--micro-tokens", "60", "--out", tmp_path / f"two{count}"]
-    ok(launch(*commands.values(), [*commands[20][:-1], tmp_path / "sharded20", "--shard", "--save-every", "1e-9"]))
+        commands[count] = [
+            "seed_dpo.py",
+            *flags,
+            "--micro-tokens",
+            "60",
+            "--out",
+            tmp_path / f"two{count}",
+        ]
+    ok(
+        launch(
+            *commands.values(),
+            [*commands[20][:-1], tmp_path / "sharded20", "--shard", "--save-every", "1e-9"],
+        )
+    )
     start = load_file(f"{folder}/model.safetensors")
     for count in commands:
-        one, two = (load_file(tmp_path / f"{n}{count}" / "model.safetensors") for n in ("one", "two"))
+        one, two = (
+            load_file(tmp_path / f"{n}{count}" / "model.safetensors") for n in ("one", "two")
+        )
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
         assert min((one[n] - start[n]).abs().max() for n in one) > 1e-4  # every tensor has learnt
-    sharded, one = (load_file(tmp_path / f"{n}20" / "model.safetensors") for n in ("sharded", "one"))
+    sharded, one = (
+        load_file(tmp_path / f"{n}20" / "model.safetensors") for n in ("sharded", "one")
+    )
     for name in one:
         torch.testing.assert_close(one[name], sharded[name], rtol=1e-3, atol=2e-5)
     log = jsonl(tmp_path / "one20/log.jsonl")
-    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[-1]["loss"] < log[0]["loss"]
-    assert all(r["confidence"] == sorted(r["confidence"]) and 0 < r["mfu"] < 1 and r["memory_gb"] > 0.1 for r in log)
+    assert (
+        log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[-1]["loss"] < log[0]["loss"]
+    )
+    assert all(
+        r["confidence"] == sorted(r["confidence"]) and 0 < r["mfu"] < 1 and r["memory_gb"] > 0.1
+        for r in log
+    )
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(folder, tmp_path):
     pairs = dump(tmp_path / "seed.jsonl", gold_rows(6))
     for name, extra in {"plain": [], "saved": ["--gradient-checkpointing"]}.items():
-        ok(run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e-3", "--precision", "fp32", "--out", tmp_path / name, *extra))
+        ok(
+            run(
+                "seed_dpo.py",
+                "--pairs",
+                pairs,
+                "--model",
+                folder,
+                "--lr",
+                "1e-3",
+                "--precision",
+                "fp32",
+                "--out",
+                tmp_path / name,
+                *extra,
+            )
+        )
     plain, saved = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "saved"))
     assert plain.keys() == saved.keys() and all(torch.equal(plain[n], saved[n]) for n in plain)
 
@@ -184,8 +280,25 @@ def test_first_update_against_a_separate_computation(folder, tmp_path):
     """One batch, one step of AdamW at a known rate, from log-probs computed the plain way."""
     rows = gold_rows(3)
     pairs = dump(tmp_path / "seed.jsonl", rows)
-    ok(run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e-3", "--epochs", "1", "--precision", "fp32", "--micro-tokens", "60",
-           "--out", tmp_path / "out"))
+    ok(
+        run(
+            "seed_dpo.py",
+            "--pairs",
+            pairs,
+            "--model",
+            folder,
+            "--lr",
+            "1e-3",
+            "--epochs",
+            "1",
+            "--precision",
+            "fp32",
+            "--micro-tokens",
+            "60",
+            "--out",
+            tmp_path / "out",
+        )
+    )
     model, tokenizer = load(folder, CPU)
     model.double()
     total = 0
@@ -201,24 +314,52 @@ def test_first_update_against_a_separate_computation(folder, tmp_path):
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     logged = jsonl(tmp_path / "out/log.jsonl")[0]
-    assert logged["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4) and logged["loss"] == pytest.approx(total.item(), abs=1e-6)
+    assert logged["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4) and logged[
+        "loss"
+    ] == pytest.approx(total.item(), abs=1e-6)
     torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0).step()
     ours = load_file(tmp_path / "out/model.safetensors")
     for name, p in model.named_parameters():
-        if name in ours and (strong := p.grad.abs() > 1e-5).any():  # where Adam's sign is not rounding
-            torch.testing.assert_close(ours[name][strong], p.data.float()[strong], rtol=1e-4, atol=1e-5)
+        if (
+            name in ours and (strong := p.grad.abs() > 1e-5).any()
+        ):  # where Adam's sign is not rounding
+            torch.testing.assert_close(
+                ours[name][strong], p.data.float()[strong], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_nan_stops_before_weights_are_saved(folder, tmp_path):
     pairs = dump(tmp_path / "seed.jsonl", gold_rows(6))
-    done = run("seed_dpo.py", "--pairs", pairs, "--model", folder, "--lr", "1e30", "--batch-size", "2", "--out", tmp_path / "out")
+    done = run(
+        "seed_dpo.py",
+        "--pairs",
+        pairs,
+        "--model",
+        folder,
+        "--lr",
+        "1e30",
+        "--batch-size",
+        "2",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 2 and "No weights are saved" in done.stderr and "g" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_settings_are_remembered(folder, tmp_path):
     pairs = dump(tmp_path / "seed.jsonl", gold_rows(4))
-    command = ["seed_dpo.py", "--pairs", pairs, "--model", folder, "--out", tmp_path / "out", "--epochs", "1"]
+    command = [
+        "seed_dpo.py",
+        "--pairs",
+        pairs,
+        "--model",
+        folder,
+        "--out",
+        tmp_path / "out",
+        "--epochs",
+        "1",
+    ]
     ok(run(*command))
     assert "complete, skipped" in ok(run(*command)).stdout
     assert "lr 5e-07 → 1e-06" in ok(run(*command, "--lr", "1e-6")).stdout

@@ -1,4 +1,5 @@
 """What a stage remembers of its inputs, and what makes it work again."""
+
 import argparse
 import json
 import os
@@ -49,18 +50,27 @@ def test_a_broken_or_unwritable_digest_is_computed_again(model, monkeypatch):
 
 
 def test_memory_decides_no_output(tmp_path):
-    args = argparse.Namespace(lr=1.0, out="o", micro_tokens=1, shard=False, gradient_checkpointing=False, save_every=1.0)
+    args = argparse.Namespace(
+        lr=1.0, out="o", micro_tokens=1, shard=False, gradient_checkpointing=False, save_every=1.0
+    )
     settings = stage.settings_of(args)
     assert settings == {"lr": 1.0}
     out = tmp_path / "out"
-    stage.publish(str(out), settings | {"micro_tokens": 5}, {}, lambda tmp: out.with_suffix(".tmp").write_text("x") and None)
+    stage.publish(
+        str(out),
+        settings | {"micro_tokens": 5},
+        {},
+        lambda tmp: out.with_suffix(".tmp").write_text("x") and None,
+    )
     assert stage.is_done(str(out), settings) and not stage.is_done(str(out), settings | {"lr": 2.0})
 
 
 def test_a_complete_stage_is_never_replaced_unasked(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert not stage.is_done(str(out), {"lr": 1.0})  # nothing there yet
-    stage.publish(str(out), {"lr": 1.0}, {}, lambda tmp: out.with_suffix(".tmp").write_text("x") and None)
+    stage.publish(
+        str(out), {"lr": 1.0}, {}, lambda tmp: out.with_suffix(".tmp").write_text("x") and None
+    )
     assert stage.is_done(str(out), {"lr": 1.0})
     monkeypatch.delenv("REDO", raising=False)
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,5 @@
 """The tiny models that launches and tests are tried with: tokenizers of two kinds, and families."""
+
 import pytest
 import torch
 from conftest import ok, run
@@ -7,8 +8,16 @@ from hypothesis import example, given, settings, strategies
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-TEXTS = ["Hello", " Hello", "a  b\n\n c\t", "\n", " ", "🙂 👩‍👩‍👧", "été, 日本語, עברית, हिन्दी",
-         "<|user|>\nHi</s>\n<|im_start|>assistant\n<unk>"]
+TEXTS = [
+    "Hello",
+    " Hello",
+    "a  b\n\n c\t",
+    "\n",
+    " ",
+    "🙂 👩‍👩‍👧",
+    "été, 日本語, עברית, हिन्दी",
+    "<|user|>\nHi</s>\n<|im_start|>assistant\n<unk>",
+]
 
 
 def kind_of(tokenizer) -> str:
@@ -21,8 +30,11 @@ def test_any_text_comes_back_from_its_tokens_and_none_makes_a_control_token(kind
 
     @settings(deadline=None)
     # U+2581 is how SentencePiece writes a blank: as text it comes back as one.
-    @given(strategies.text(strategies.characters(exclude_categories=["Cs"],
-                                                 exclude_characters="\u2581")))
+    @given(
+        strategies.text(
+            strategies.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
+        )
+    )
     @example(TEXTS[0])
     @example(TEXTS[2])
     @example(TEXTS[5])
@@ -49,8 +61,8 @@ def test_a_text_alone_is_other_tokens_than_in_a_conversation(any_tokenizer):
     alone = any_tokenizer("Hello", add_special_tokens=False).input_ids
     prompt = any_tokenizer.apply_chat_template(HELLO[:1], add_generation_prompt=True).input_ids
     whole = any_tokenizer.apply_chat_template(HELLO).input_ids
-    assert whole[:len(prompt)] == prompt
-    answer = any_tokenizer.convert_ids_to_tokens(whole[len(prompt):])
+    assert whole[: len(prompt)] == prompt
+    answer = any_tokenizer.convert_ids_to_tokens(whole[len(prompt) :])
     alone = any_tokenizer.convert_ids_to_tokens(alone)
     if kind_of(any_tokenizer) == "bytes":
         assert alone == ["H", "e", "ll", "o"]
@@ -62,11 +74,11 @@ def test_a_text_alone_is_other_tokens_than_in_a_conversation(any_tokenizer):
 
 def test_templates(any_tokenizer):
     text = any_tokenizer.apply_chat_template(HELLO, tokenize=False)
-    opened = any_tokenizer.apply_chat_template(HELLO[:1], tokenize=False,
-                                               add_generation_prompt=True)
+    opened = any_tokenizer.apply_chat_template(
+        HELLO[:1], tokenize=False, add_generation_prompt=True
+    )
     if kind_of(any_tokenizer) == "bytes":
-        assert text == ("<|im_start|>user\nHi<|im_end|>\n"
-                        "<|im_start|>assistant\nHello<|im_end|>\n")
+        assert text == ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n")
         assert opened == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     else:  # what zephyr-7b's own template renders
         assert text == "<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n"
@@ -104,32 +116,39 @@ def test_both_kinds_have_the_ids_of_the_tiny_models(any_tokenizer, any_folder):
     assert any_tokenizer.get_vocab() == make_tokenizer(kind_of(any_tokenizer)).get_vocab()
 
 
-@pytest.mark.parametrize("flags, kind", [
-    (["--architecture", "mistral"], "sentencepiece"),
-    (["--architecture", "phi3"], "sentencepiece"),
-    (["--architecture", "llama"], "bytes"),
-    (["--architecture", "gemma2"], "bytes"),
-    (["--architecture", "mistral", "--tokenizer", "bytes"], "bytes"),
-    (["--architecture", "llama", "--tokenizer", "sentencepiece"], "sentencepiece"),
-])
+@pytest.mark.parametrize(
+    "flags, kind",
+    [
+        (["--architecture", "mistral"], "sentencepiece"),
+        (["--architecture", "phi3"], "sentencepiece"),
+        (["--architecture", "llama"], "bytes"),
+        (["--architecture", "gemma2"], "bytes"),
+        (["--architecture", "mistral", "--tokenizer", "bytes"], "bytes"),
+        (["--architecture", "llama", "--tokenizer", "sentencepiece"], "sentencepiece"),
+    ],
+)
 def test_the_command_picks_a_family_and_its_tokenizer(flags, kind, tmp_path):
     ok(run("data/tiny.py", *flags, "--out", tmp_path / "tiny"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny/model")
     assert kind_of(tokenizer) == kind and tokenizer.chat_template
     base = AutoTokenizer.from_pretrained(tmp_path / "tiny/base")
     assert base.get_vocab() == tokenizer.get_vocab() and base.chat_template is None
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "tiny" / name)
-              for name in ("model", "base")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "tiny" / name) for name in ("model", "base")
+    ]
     assert all(model.config.model_type == flags[1] for model in models)
     assert not torch.equal(*(model.get_input_embeddings().weight for model in models))
 
 
-@pytest.mark.parametrize("architecture, why", [
-    ("nonsense", "no causal language model of this model_type"),
-    ("t5", "no causal language model of this model_type"),  # an encoder and a decoder
-    ("dbrx", "cannot be made tiny"),
-    ("fuyu", "parameters, by sizes that data/tiny.py does not name"),
-])
+@pytest.mark.parametrize(
+    "architecture, why",
+    [
+        ("nonsense", "no causal language model of this model_type"),
+        ("t5", "no causal language model of this model_type"),  # an encoder and a decoder
+        ("dbrx", "cannot be made tiny"),
+        ("fuyu", "parameters, by sizes that data/tiny.py does not name"),
+    ],
+)
 def test_a_family_that_cannot_be_made_is_one_line(architecture, why, tmp_path):
     done = run("data/tiny.py", "--architecture", architecture, "--out", tmp_path / "tiny")
     assert done.returncode == 2
@@ -137,9 +156,30 @@ def test_a_family_that_cannot_be_made_is_one_line(architecture, why, tmp_path):
     assert why in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("architecture", sorted({
-    *FAMILIES, "cohere", "falcon", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "gptj", "granite",
-    "llama4", "mamba", "mixtral", "olmo2", "opt", "qwen3", "qwen3_moe", "stablelm"}))
+@pytest.mark.parametrize(
+    "architecture",
+    sorted(
+        {
+            *FAMILIES,
+            "cohere",
+            "falcon",
+            "gemma2",
+            "gpt2",
+            "gpt_neox",
+            "gpt_oss",
+            "gptj",
+            "granite",
+            "llama4",
+            "mamba",
+            "mixtral",
+            "olmo2",
+            "opt",
+            "qwen3",
+            "qwen3_moe",
+            "stablelm",
+        }
+    ),
+)
 def test_families_are_small_and_loaded_as_they_were_made(architecture, tmp_path):
     model = tiny_model(architecture)
     assert sum(p.numel() for p in model.parameters()) < 600_000  # opt's 4 096 positions are most
@@ -149,5 +189,6 @@ def test_families_are_small_and_loaded_as_they_were_made(architecture, tmp_path)
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, loaded(ids).logits)
-    assert torch.equal(tiny_model(architecture).get_input_embeddings().weight,
-                       model.get_input_embeddings().weight)
+    assert torch.equal(
+        tiny_model(architecture).get_input_embeddings().weight, model.get_input_embeddings().weight
+    )

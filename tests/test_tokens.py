@@ -1,4 +1,5 @@
 """What is scored and learnt is what the model wrote: ids, templates, BOS, control tokens."""
+
 import copy
 import gzip
 import re
@@ -37,12 +38,36 @@ from judges.judge import option_prompt
 ASK = [{"role": "user", "content": "Write."}]
 REAL = ROOT.parent / "shared/data/tokenizers"  # gzipped tokenizers of released models
 SPELLED = ["<|im_start|>", "<|im_end|>", "<|pad|>", "<s>", "</s>", "<unk>", "<|im_", "end|>", "</"]
-PIECES = ["hello", "Hi", " ", "  ", "\n", "\t", "é", "你好", "שלום", "🙂", "👩‍🚀", "<0x0A>", "▁",
-          "\ufffd", "\ue000", "\U000f0000", "\U000f0002", "\U0010fffd"]
-TEXT = st.lists(st.sampled_from(PIECES + SPELLED) | st.text(max_size=3), min_size=1,
-                max_size=8).map("".join).filter(str.strip)
-PLAIN = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), min_size=1,
-                 max_size=8).map("".join).filter(str.strip)
+PIECES = [
+    "hello",
+    "Hi",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "é",
+    "你好",
+    "שלום",
+    "🙂",
+    "👩‍🚀",
+    "<0x0A>",
+    "▁",
+    "\ufffd",
+    "\ue000",
+    "\U000f0000",
+    "\U000f0002",
+    "\U0010fffd",
+]
+TEXT = (
+    st.lists(st.sampled_from(PIECES + SPELLED) | st.text(max_size=3), min_size=1, max_size=8)
+    .map("".join)
+    .filter(str.strip)
+)
+PLAIN = (
+    st.lists(st.sampled_from(PIECES) | st.text(max_size=3), min_size=1, max_size=8)
+    .map("".join)
+    .filter(str.strip)
+)
 
 
 def template_ids(tokenizer, messages: list[dict], **flags) -> list[int]:
@@ -65,11 +90,16 @@ def real(request, tmp_path_factory):
 
 def check_no_text_makes_a_control_token(tokenizer, first: str, second: str) -> None:
     """All positions of control tokens are those of the same conversation with harmless words."""
+
     def controls(ids: list[int]) -> list[int]:
         return [i for i in ids if i in ids_of]
+
     ids_of = set(control_tokens(tokenizer).values())
-    chat = [{"role": "user", "content": first}, {"role": "assistant", "content": second},
-            {"role": "user", "content": second}]
+    chat = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": second},
+        {"role": "user", "content": second},
+    ]
     harmless = [{**message, "content": "x"} for message in chat]
     assert controls(encode_prompt(tokenizer, chat)) == controls(encode_prompt(tokenizer, harmless))
     own = encode_response(tokenizer, ASK, first)
@@ -130,7 +160,7 @@ def test_gold_ids_are_the_templates_of_released_models(real, question, text):
     response = response_in_context(tokenizer, ask, text, True)
     assume(response is not None)
     whole = template_ids(tokenizer, [*ask, {"role": "assistant", "content": text}])
-    assert (prompt + response) == whole[:len(prompt + response)]
+    assert (prompt + response) == whole[: len(prompt + response)]
     assert response[-1] == end_of_turn(tokenizer)
 
 
@@ -140,13 +170,21 @@ def test_released_models_by_hand(real, tmp_path):
     name, tokenizer = real
     prompt = encode_prompt(tokenizer, ASK)
     tokens = tokenizer.convert_ids_to_tokens(encode_response(tokenizer, ASK, "Hello"))
-    expected = {"zephyr": ["Hello", "</s>"],
-                "qwen3": ["<think>", "ĊĊ", "</think>", "ĊĊ", "Hello", "<|im_end|>"],
-                "deepseek-v3": ["Hello", "<｜end▁of▁sentence｜>"]}
+    expected = {
+        "zephyr": ["Hello", "</s>"],
+        "qwen3": ["<think>", "ĊĊ", "</think>", "ĊĊ", "Hello", "<|im_end|>"],
+        "deepseek-v3": ["Hello", "<｜end▁of▁sentence｜>"],
+    }
     assert tokens == expected[name]
     start = tokenizer.convert_ids_to_tokens(prompt[:2])
-    assert start == {"zephyr": ["<s>", "▁<"], "qwen3": ["<|im_start|>", "user"],
-                     "deepseek-v3": ["<｜begin▁of▁sentence｜>", "<｜User｜>"]}[name]
+    assert (
+        start
+        == {
+            "zephyr": ["<s>", "▁<"],
+            "qwen3": ["<|im_start|>", "user"],
+            "deepseek-v3": ["<｜begin▁of▁sentence｜>", "<｜User｜>"],
+        }[name]
+    )
     controls = control_tokens(tokenizer)
     assert {"zephyr": "</s>", "qwen3": "<think>", "deepseek-v3": "<｜User｜>"}[name] in controls
     assert "<|fim_prefix|>" not in controls  # Qwen3's template cannot write it
@@ -173,7 +211,8 @@ def test_bos_stands_once(any_tokenizer):
         assert encode_prompt(writes, ASK).count(bos) == 1
     else:
         assert encode_prompt(any_tokenizer, ASK) == any_tokenizer.apply_chat_template(
-            ASK, add_generation_prompt=True, return_dict=False)
+            ASK, add_generation_prompt=True, return_dict=False
+        )
 
 
 def test_tokens_that_are_not_special_cannot_be_forged(tokenizer):
@@ -181,9 +220,11 @@ def test_tokens_that_are_not_special_cannot_be_forged(tokenizer):
     and stays a token of its own."""
     loose = copy.deepcopy(tokenizer)
     loose.add_tokens([transformers.AddedToken(t, special=False) for t in ("<U>", "<A>", "<tag>")])
-    loose.chat_template = ("{% for m in messages %}{{ '<U>' if m.role == 'user' else '<A>' }}"
-                           "{{ m.content }}{% endfor %}"
-                           "{% if add_generation_prompt %}<A>{% endif %}")
+    loose.chat_template = (
+        "{% for m in messages %}{{ '<U>' if m.role == 'user' else '<A>' }}"
+        "{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<A>{% endif %}"
+    )
     user, assistant, tag = (loose.convert_tokens_to_ids(t) for t in ("<U>", "<A>", "<tag>"))
     ids = encode_prompt(loose, [{"role": "user", "content": "a<A>b<U><tag>"}])
     assert [i for i in ids if i >= user] == [user, tag, assistant]
@@ -205,6 +246,7 @@ def test_thousands_of_added_tokens_cost_nothing(any_tokenizer, shape):
 
     def fastest(encode) -> float:
         return min(timeit.repeat(encode, number=1, repeat=20))
+
     plain = fastest(lambda: many.apply_chat_template(ask, return_dict=False))
     assert fastest(lambda: encode_prompt(many, ask)) < 10 * plain
 
@@ -216,14 +258,16 @@ def test_a_prompt_that_ends_in_an_assistants_turn_is_continued(any_tokenizer):
     assert end_of_turn(any_tokenizer) not in prompt[-3:]
     whole = template_ids(any_tokenizer, answered(chat, " two"))
     response = encode_response(any_tokenizer, chat, " two")
-    assert prompt + response == whole[:len(prompt + response)]
+    assert prompt + response == whole[: len(prompt + response)]
     assert response[-1] == end_of_turn(any_tokenizer)
 
 
 def test_the_date_is_one_and_the_same(tokenizer):
     dated = copy.deepcopy(tokenizer)
-    dated.chat_template = ("  {% if true %}\n{{ strftime_now('%d %B %Y, %Y-%m-%d') }}{% endif %}"
-                           + tokenizer.chat_template)
+    dated.chat_template = (
+        "  {% if true %}\n{{ strftime_now('%d %B %Y, %Y-%m-%d') }}{% endif %}"
+        + tokenizer.chat_template
+    )
     text = dated.decode(encode_prompt(dated, ASK))
     assert text.startswith("26 July 2024, 2024-07-26<|im_start|>user")
 
@@ -235,7 +279,7 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
     rows = [{"id": "a", "prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
     config = make_model().config
     config.vocab_size = len(merging)
-    (prompt, (alone, within)), = encode_rows(config, merging, rows, "file", pair_of)
+    ((prompt, (alone, within)),) = encode_rows(config, merging, rows, "file", pair_of)
     assert alone == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
     assert within == merging("Hello").input_ids + [2]
     assert "file: 1 responses are tokenised alone" in capsys.readouterr().err
@@ -243,8 +287,10 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
 
 def test_a_character_cut_in_half_does_not_enter_the_text(any_tokenizer):
     """Also after a whole one that is bytes too; one that the model wrote to its end stays."""
+
     def ids_of(text: str) -> list[int]:
         return encode_response(any_tokenizer, ASK, text, ended=False)
+
     ids, whole = ids_of("Hi 🙂🙂"), len(ids_of("Hi 🙂"))
     assert len(ids) == whole + 4  # four bytes
     for n in range(whole, len(ids)):
@@ -255,8 +301,11 @@ def test_a_character_cut_in_half_does_not_enter_the_text(any_tokenizer):
 
 def sampled(monkeypatch, answers: list[list[int]]) -> None:
     """Let the sampler write these answers, over and over."""
-    monkeypatch.setattr(core.sampling, "sample", lambda model, prompts, u, *rest: [
-        answers[k % len(answers)] for k in range(len(u))])
+    monkeypatch.setattr(
+        core.sampling,
+        "sample",
+        lambda model, prompts, u, *rest: [answers[k % len(answers)] for k in range(len(u))],
+    )
 
 
 def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, monkeypatch):
@@ -264,21 +313,55 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
     are those of the very ids under a plain forward pass."""
     model, tokenizer = load(any_folder, torch.device("cpu"))
     dice = np.random.default_rng(0)
-    answers = [dice.integers(3, 384, size).tolist() + [2] * ended
-               for size, ended in ((7, 1), (5, 0), (9, 1), (6, 1), (8, 0), (4, 1))]
-    prompts = dump(tmp_path / "p.jsonl", [
-        {"id": str(k), "prompt": [{"role": "user", "content": f"Say {k}."}]} for k in range(3)])
+    answers = [
+        dice.integers(3, 384, size).tolist() + [2] * ended
+        for size, ended in ((7, 1), (5, 0), (9, 1), (6, 1), (8, 0), (4, 1))
+    ]
+    prompts = dump(
+        tmp_path / "p.jsonl",
+        [{"id": str(k), "prompt": [{"role": "user", "content": f"Say {k}."}]} for k in range(3)],
+    )
     sampled(monkeypatch, answers)
-    ok(run("generate.py", "--model", any_folder, "--prompts", prompts, "-n", "2",
-           "--out", tmp_path / "r.jsonl", "--precision", "fp32", "--max-new-tokens", "9"))
+    ok(
+        run(
+            "generate.py",
+            "--model",
+            any_folder,
+            "--prompts",
+            prompts,
+            "-n",
+            "2",
+            "--out",
+            tmp_path / "r.jsonl",
+            "--precision",
+            "fp32",
+            "--max-new-tokens",
+            "9",
+        )
+    )
     rows = jsonl(tmp_path / "r.jsonl")
     assert sorted(ids for row in rows for ids in row["response_ids"]) == sorted(answers)
-    texts = [encode_response(tokenizer, row["prompt"], text, ended) for row in rows
-             for text, ended in zip(row["responses"], row["ended"])]
+    texts = [
+        encode_response(tokenizer, row["prompt"], text, ended)
+        for row in rows
+        for text, ended in zip(row["responses"], row["ended"])
+    ]
     assert not all(ids in answers for ids in texts)
-    said = ok(run("label.py", "--model", any_folder, "--reference-model", other_folder,
-                  "--responses", tmp_path / "r.jsonl", "--out", tmp_path / "l.jsonl",
-                  "--precision", "fp32")).stdout
+    said = ok(
+        run(
+            "label.py",
+            "--model",
+            any_folder,
+            "--reference-model",
+            other_folder,
+            "--responses",
+            tmp_path / "r.jsonl",
+            "--out",
+            tmp_path / "l.jsonl",
+            "--precision",
+            "fp32",
+        )
+    ).stdout
     assert "all read as sampled" in said
     labelled = jsonl(tmp_path / "l.jsonl")
     by_id = {row["id"]: row for row in rows}
@@ -304,42 +387,72 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
         row["vocabulary"] = "another"
     done = run(*train, "--pairs", dump(tmp_path / "v.jsonl", worst), "--out", tmp_path / "other")
     assert "3 read from text" in ok(done).stdout
-    again = ok(run("label.py", "--model", any_folder, "--reference", "none", "--precision", "fp32",
-                   "--pairs", tmp_path / "v.jsonl", "--out", tmp_path / "again.jsonl")).stdout
+    again = ok(
+        run(
+            "label.py",
+            "--model",
+            any_folder,
+            "--reference",
+            "none",
+            "--precision",
+            "fp32",
+            "--pairs",
+            tmp_path / "v.jsonl",
+            "--out",
+            tmp_path / "again.jsonl",
+        )
+    ).stdout
     assert "3 read from text" in again
     for row in jsonl(tmp_path / "again.jsonl"):
         text = encode_response(tokenizer, row["prompt"], row["chosen"], row["chosen_ended"])
         assert row["chosen_ids"] == text and row["vocabulary"] == vocabulary(tokenizer)
 
 
-def test_answers_with_special_tokens_inside_are_not_learnt(folder, tokenizer, tmp_path,
-                                                           monkeypatch):
+def test_answers_with_special_tokens_inside_are_not_learnt(
+    folder, tokenizer, tmp_path, monkeypatch
+):
     """Left out of labels and counted, with a model and without; their text is kept."""
     answers = [[50, 0, 51, 2], [52, 53, 2], [54, 55, 56], [57, 2]]
     assert [is_foreign(tokenizer, ids, ids[-1] == 2) for ids in answers] == [True] + [False] * 3
     assert is_foreign(tokenizer, [50, 384], False) and not is_foreign(tokenizer, [2], True)
     sampled(monkeypatch, answers)
     prompts = dump(tmp_path / "p.jsonl", [{"id": "x", "prompt": ASK}])
-    said = ok(run("generate.py", "--model", folder, "--prompts", prompts, "-n", "4",
-                  "--out", tmp_path / "r.jsonl", "--max-new-tokens", "4")).stdout
-    row, = jsonl(tmp_path / "r.jsonl")
+    said = ok(
+        run(
+            "generate.py",
+            "--model",
+            folder,
+            "--prompts",
+            prompts,
+            "-n",
+            "4",
+            "--out",
+            tmp_path / "r.jsonl",
+            "--max-new-tokens",
+            "4",
+        )
+    ).stdout
+    (row,) = jsonl(tmp_path / "r.jsonl")
     assert "1 with special tokens inside" in said
     assert row["responses"][0] == tokenizer.decode([50, 51])
-    for name, flags in (("model", ["--model", folder, "--reference", "none"]),
-                        ("vader", ["--judge", "vader"])):
+    for name, flags in (
+        ("model", ["--model", folder, "--reference", "none"]),
+        ("vader", ["--judge", "vader"]),
+    ):
         # vader's best is the first
         row["responses"] = ["Wonderful!", "Good.", "Well.", "Terrible!"]
         responses = dump(tmp_path / "changed.jsonl", [row])
         done = ok(run("label.py", *flags, "--responses", responses, "--out", tmp_path / name))
         assert "1 responses with special tokens inside left out" in done.stdout
-        labelled, = jsonl(tmp_path / name)
+        (labelled,) = jsonl(tmp_path / name)
         assert {labelled["chosen"], labelled["rejected"]} <= {"Good.", "Well.", "Terrible!"}
         for side in ("chosen", "rejected"):
             assert labelled[f"{side}_ids"] == answers[row["responses"].index(labelled[side])]
 
 
-def test_an_evaluation_keeps_and_counts_what_holds_special_tokens(folder, tokenizer, tmp_path,
-                                                                  monkeypatch):
+def test_an_evaluation_keeps_and_counts_what_holds_special_tokens(
+    folder, tokenizer, tmp_path, monkeypatch
+):
     """And a response keeps the stop token that the model took, of several that it may take."""
     model = tmp_path / "model"
     make_model().save_pretrained(model)
@@ -347,19 +460,36 @@ def test_an_evaluation_keeps_and_counts_what_holds_special_tokens(folder, tokeni
     transformers.GenerationConfig(eos_token_id=[2, 7]).save_pretrained(model)
     sampled(monkeypatch, [[50, 1, 51, 7], [52, 2], [53, 7]])
     prompts = dump(tmp_path / "p.jsonl", [{"id": str(k), "prompt": ASK} for k in range(3)])
-    ok(run("evaluate.py", "--models", f"a={model}", "--prompts", prompts, "--judge", "vader",
-           "--max-new-tokens", "4", "--out", tmp_path / "out"))
+    ok(
+        run(
+            "evaluate.py",
+            "--models",
+            f"a={model}",
+            "--prompts",
+            prompts,
+            "--judge",
+            "vader",
+            "--max-new-tokens",
+            "4",
+            "--out",
+            tmp_path / "out",
+        )
+    )
     assert "`a`: special tokens stand inside 1 answers" in (tmp_path / "out/report.md").read_text()
     rows = jsonl(tmp_path / "out/eval/a.jsonl")
     assert all(row["ended"] == [True] for row in rows)
     by_text = {row["responses"][0]: row["response_ids"][0] for row in rows}
-    assert by_text == {tokenizer.decode(ids[:-1], skip_special_tokens=True): ids
-                       for ids in ([50, 1, 51, 7], [52, 2], [53, 7])}
+    assert by_text == {
+        tokenizer.decode(ids[:-1], skip_special_tokens=True): ids
+        for ids in ([50, 1, 51, 7], [52, 2], [53, 7])
+    }
 
 
-CHANNELS = ("{% for m in messages %}{% if m.role == 'user' %}<|pad|>user{{ m.content }}<|im_end|>"
-            "{% else %}<|pad|>assistant<c>final<m>{{ m.content }}<|im_end|>{% endif %}"
-            "{% endfor %}{% if add_generation_prompt %}<|pad|>assistant{% endif %}")
+CHANNELS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|pad|>user{{ m.content }}<|im_end|>"
+    "{% else %}<|pad|>assistant<c>final<m>{{ m.content }}<|im_end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|pad|>assistant{% endif %}"
+)
 
 
 def test_channels(tokenizer):
@@ -375,18 +505,27 @@ def test_channels(tokenizer):
     assert not is_foreign(multi, encode_text(multi, "Hi <m>"), False)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"response_ids": [[1], [-1]]}, "'response_ids' must be a list of lists of token ids"),
-    ({"response_ids": [[1], [True]]}, "'response_ids' must be a list of lists of token ids"),
-    ({"response_ids": [[1], []]}, "'response_ids' must be a list of lists of token ids"),
-    ({"response_ids": [[1]]}, "'response_ids' must hold a value for each of its 2 responses"),
-    ({"ended": [True]}, "'ended' must hold a value for each of its 2 responses"),
-    ({"vocabulary": 7}, "'vocabulary' must be a string"),
-    ({"response_ids": [[50, 384], [51]]}, "has the token 384; the model knows 384"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"response_ids": [[1], [-1]]}, "'response_ids' must be a list of lists of token ids"),
+        ({"response_ids": [[1], [True]]}, "'response_ids' must be a list of lists of token ids"),
+        ({"response_ids": [[1], []]}, "'response_ids' must be a list of lists of token ids"),
+        ({"response_ids": [[1]]}, "'response_ids' must hold a value for each of its 2 responses"),
+        ({"ended": [True]}, "'ended' must hold a value for each of its 2 responses"),
+        ({"vocabulary": 7}, "'vocabulary' must be a string"),
+        ({"response_ids": [[50, 384], [51]]}, "has the token 384; the model knows 384"),
+    ],
+)
 def test_wrong_ids_are_one_line(folder, tokenizer, tmp_path, change, message):
-    row = {"id": "x", "prompt": ASK, "responses": ["a", "b"], "response_ids": [[70], [71]],
-           "vocabulary": vocabulary(tokenizer), **change}
+    row = {
+        "id": "x",
+        "prompt": ASK,
+        "responses": ["a", "b"],
+        "response_ids": [[70], [71]],
+        "vocabulary": vocabulary(tokenizer),
+        **change,
+    }
     if "384" in message:  # a token of the vocabulary without a row in the model
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens(["another"])
@@ -394,8 +533,17 @@ def test_wrong_ids_are_one_line(folder, tokenizer, tmp_path, change, message):
         make_model().save_pretrained(model)
         tokenizer.save_pretrained(model)
         folder, row["vocabulary"] = model, vocabulary(tokenizer)
-    done = run("label.py", "--model", folder, "--reference", "none", "--out", tmp_path / "o",
-               "--responses", dump(tmp_path / "r.jsonl", [row]))
+    done = run(
+        "label.py",
+        "--model",
+        folder,
+        "--reference",
+        "none",
+        "--out",
+        tmp_path / "o",
+        "--responses",
+        dump(tmp_path / "r.jsonl", [row]),
+    )
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -404,18 +552,27 @@ def test_letters_are_read_in_context(any_tokenizer):
     rows = [{"id": "0", "prompt": option_prompt(ASK, "one", "two")}]
     config = make_model(max_position_embeddings=4096).config
     letters = [("A", False, None), ("B", False, None)]
-    (prompt, answers), = encode_rows(config, any_tokenizer, rows, "", lambda row: letters)
+    ((prompt, answers),) = encode_rows(config, any_tokenizer, rows, "", lambda row: letters)
     assert any_tokenizer.convert_ids_to_tokens([i for ids in answers for i in ids]) == ["A", "B"]
     whole = template_ids(any_tokenizer, answered(rows[0]["prompt"], "A"))
-    assert whole[:len(prompt) + 1] == prompt + answers[0]
+    assert whole[: len(prompt) + 1] == prompt + answers[0]
 
 
 def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
-    row = {"prompt": "Write.", "chosen": "yes", "rejected": "no", "chosen_ids": [5, 2],
-           "rejected_ids": [6, 7], "chosen_ended": True, "rejected_ended": False, "vocabulary": "v"}
+    row = {
+        "prompt": "Write.",
+        "chosen": "yes",
+        "rejected": "no",
+        "chosen_ids": [5, 2],
+        "rejected_ids": [6, 7],
+        "chosen_ended": True,
+        "rejected_ended": False,
+        "vocabulary": "v",
+    }
     (kept,), *_ = prepare.collect(dump(tmp_path / "d.jsonl", [row]))
     assert {key: kept[key] for key in row if key != "prompt"} == {
-        key: row[key] for key in row if key != "prompt"}
+        key: row[key] for key in row if key != "prompt"
+    }
     flipped = copy.deepcopy(kept)
     prepare.flip(flipped)
     for key in ("", "_ids", "_ended"):
