@@ -36,7 +36,7 @@ def start_processes() -> tuple[int, int, torch.device]:
         # the limit covers one stage's slowest rank, not one collective: ranks meet only when work
         # is done
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     return int(os.environ.get("RANK", 0)), world, device
 
 

@@ -35,16 +35,26 @@ from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import fail, write_rows
 from core.sampling import respond
+from core.stage import natural
 
 Comparison = tuple[list[dict], str, str]
-TIMEOUT, RETRIES, PARALLEL = 600.0, 8, 8  # of an endpoint: seconds a request, tries beyond the first with back-off, requests at once
+# of an endpoint: seconds a request, tries beyond the first with growing pauses, requests at once
+TIMEOUT = 600.0
+RETRIES = 8
+PARALLEL = 8
 
 
 def judge_flags(cli: argparse.ArgumentParser, others: list[str], default: str) -> None:
-    """The flags of label.py and evaluate.py that name a judge; `others` are the choices that the stage has besides."""
-    cli.add_argument("--judge", choices=[*others, *SCORERS, *RANKERS], default=default, help="who judges (see judges/judge.py)")
-    cli.add_argument("--judge-model", help="folder or hub id of the judging model; the endpoint's name for it with openai")
-    cli.add_argument("--base-url", help="the endpoint of --judge openai; its key is read from OPENAI_API_KEY, never from a flag")
+    """The flags of label.py and evaluate.py that name a judge; `others` are the choices that the
+    stage has besides."""
+    cli.add_argument("--judge", choices=[*others, *SCORERS, *RANKERS], default=default,
+                     help="who judges (see judges/judge.py)")
+    cli.add_argument("--judge-model", help="folder or hub id of the judging model; with openai the "
+                                           "endpoint's name for it")
+    cli.add_argument("--base-url", help="the endpoint of --judge openai; its key is read from "
+                                        "OPENAI_API_KEY, never from a flag")
+    cli.add_argument("--judge-tokens", type=natural, default=16,
+                     help="room for an answer of --judge openai: more for a judge that reasons first")
 
 
 def check_judge(args: argparse.Namespace) -> None:
@@ -133,22 +143,40 @@ def pairrm(args, comparisons: list[Comparison], rank: int, world: int, device: t
 def openai(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> list[float]:
     """1 or 0 by the letter that an OpenAI-compatible endpoint answers to Listing 1."""
     system = {"role": "system", "content": "You compare responses. Answer with one letter, A or B, and nothing else."}
-    texts = chat(args, [[system, *option_prompt(*c)] for c in comparisons], 8, rank, world, device)
+    chats = [[system, *option_prompt(*c)] for c in comparisons]
+    texts = chat(args, chats, args.judge_tokens, rank, world, device)
     return [parse_choice(text) for text in texts]
 
 
+def conclusion(text: str) -> str:
+    """What a judge says after it has reasoned: nothing while it still does."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+# A letter is a verdict where it is marked: in brackets, after one of three words, alone on its line.
+# An A before another word is an article there, but for the words that give a reason.
+MARKED = re.compile(
+    r"[(\[]\s*([AB])\s*[)\]]"
+    r"|(?i:\b(?:answer|choice|better)\b)(?i:(?:\s+(?:response|option|one|answer|choice))?)"
+    r"(?i:\W+is\b)?(?i:\W+(?:response|option)\b)?\W+([AB])\b(?!['’])"
+    r"(?!(?<=A)\s+(?!because|since|as|for|over|than|and\b)[a-z])"
+    r"|^\W*([AB])\W*$", re.MULTILINE)
+
+
 def parse_choice(text: str) -> float:
-    """1 for A, 0 for B, NaN for no verdict. The letter that an answer opens with, as in "(A) because"; else the one capital
-    A or B that stands alone in it, as in "Answer: B". "Neither A nor B" is no verdict."""
-    opening = re.match(r"[\s(\[*\"']*([AB])(?:[)\].,:*\"]|\s*$)", text)
-    letters = {opening[1]} if opening else set(re.findall(r"(?<![A-Za-z'’])[AB](?![A-Za-z'’])", text))
-    return {"A": 1.0, "B": 0.0}[letters.pop()] if len(letters) == 1 else math.nan
+    """1 for A, 0 for B, NaN for no verdict: the last marked letter of the conclusion. Letters in
+    running text are none: "A and B are alike", "A clear winner is hard to name"."""
+    letters = ["".join(filter(None, found)) for found in MARKED.findall(conclusion(text))]
+    return {"A": 1.0, "B": 0.0}[letters[-1]] if letters else math.nan
 
 
 def parse_rating(text: str) -> float:
-    """The rating from 1 to 10 in "[[7]]" (or "[7]"), as FastChat reads it; NaN where there is none."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
-    return float(found[1]) if found and 1 <= float(found[1]) <= 10 else math.nan
+    """The last rating from 1 to 10 in the conclusion, "[[7]]" or else "[7]", as FastChat reads it;
+    NaN where there is none. The index in "arr[1]" is none."""
+    said = conclusion(text)
+    found = re.findall(r"\[\[(\d+\.?\d*)\]\]", said)
+    found = found or re.findall(r"(?<![\w\])])\[(\d+\.?\d*)\]", said)
+    return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else math.nan
 
 
 # ----------------------------------------------------------------------------------------------------- asking a chat model
@@ -169,6 +197,24 @@ def chat(args, chats: list[list[dict]], max_tokens: int, rank: int, world: int, 
     return [row["responses"][0] for row in answers]
 
 
+def as_wanted(body: dict, error) -> dict:
+    """A request as an endpoint wants it that refused `max_tokens` or temperature 0, as those of
+    reasoning models do; any other refusal is raised again."""
+    changed = dict(body)
+    if "max_tokens" in body and "max_tokens" in str(error):
+        changed["max_completion_tokens"] = changed.pop("max_tokens")
+    elif "temperature" in body and "temperature" in str(error):
+        changed.pop("temperature")
+    if error.status_code not in (400, 422) or changed == body:
+        raise error
+    return changed
+
+
+def hidden(text: str, key: str) -> str:
+    """The text without the key, wherever it stands by itself; letters of words are left alone."""
+    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", "…", text)
+
+
 def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
     """An OpenAI-compatible endpoint's answers. Those that the cache in or beside OUT holds are not asked, and so not paid, again.
 
@@ -176,7 +222,7 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
     still fails ends the program, after the answers under way are stored.
     """
     try:
-        from openai import OpenAI, OpenAIError
+        from openai import APIStatusError, OpenAI, OpenAIError
     except ImportError:
         fail("--judge openai needs the package openai (pip install openai)")
     key = os.environ.get("OPENAI_API_KEY")
@@ -201,7 +247,15 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
         body = json.loads(request)
         del body["url"]
         try:
-            answer = str(client.chat.completions.create(**body).choices[0].message.content or "")
+            for wanted in (True, True, False):  # an endpoint may refuse both, one after the other
+                try:
+                    given = client.chat.completions.create(**body)
+                    break
+                except APIStatusError as error:
+                    if not wanted:
+                        raise
+                    body = as_wanted(body, error)
+            answer = str(given.choices[0].message.content or "")
         except (OpenAIError, ValueError, IndexError, TypeError, AttributeError) as error:  # all but the first: no such answer
             errors.append(error)
             return
@@ -215,8 +269,8 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
         for _ in tqdm(pool.map(ask, todo), desc="judge", total=len(todo), unit="request", disable=None):
             pass
     if errors:
-        reason = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".replace(key, "…").split())[:300]
-        fail(f"{client.base_url}: {reason}. {len(known)} answers are kept in {cache}; run the same command to go on")
+        said = hidden(" ".join(f"{type(errors[0]).__name__}: {errors[0]}".split()), key)[:300]
+        fail(f"{client.base_url}: {said}. {len(known)} answers are kept in {cache}; run the same command to go on")
     return [known[request] for request in requests]
 
 
@@ -248,7 +302,11 @@ def both_orders(ranker: Callable[[list[Comparison]], list[float]], comparisons: 
 def compare(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> tuple[np.ndarray, dict]:
     """P(first is better) [N] of every comparison by the judge of `args`, whatever its kind, and how it behaved."""
     if args.judge in RANKERS:
-        return both_orders(lambda asked: RANKERS[args.judge](args, asked, rank, world, device), comparisons)
+        found, behaviour = both_orders(lambda asked: RANKERS[args.judge](args, asked, rank, world, device), comparisons)
+        if comparisons and behaviour["no_verdict"] == 2 * len(comparisons):
+            fail(f"{args.judge_model}: none of its {2 * len(comparisons)} answers held a verdict; a "
+                 "judge that reasons first needs more --judge-tokens")
+        return found, behaviour
     rows = [{"prompt": c, "responses": [a, b]} for c, a, b in comparisons]
     first, second = np.array(SCORERS[args.judge](args, rows, rank, world, device)).T
     return wins(first, second), {}

@@ -2,7 +2,7 @@
 in milliseconds instead of seconds.
 
 python tests/forkserver.py serve SOCKET      one for all tests
-python tests/forkserver.py SOCKET …          in the place of `python …`, for a script or torchrun's module
+python tests/forkserver.py SOCKET …          in the place of `python …`, a script or a module
 """
 
 import gc

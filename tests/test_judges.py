@@ -90,6 +90,15 @@ def test_exchanging_the_sides_exchanges_the_preference(sides, seed):
         ("(B) A bar, because", 0),
         ('"A"', 1),
         ("A bar or B", None),
+        ("A and B are alike", None),
+        ("A clear winner is hard to name", None),
+        ("The answer is A because it helps.", 1),
+        ("The better response is B.", 0),
+        ("My choice: [[A]]", 1),
+        ("(A) is kind, but on balance my answer is B", 0),
+        ("Both have merit.\n\nB", 0),
+        ("<think>(A) looks fine.</think> (B)", 0),
+        ("<think>(A) looks fine", None),
     ],
 )
 def test_parse_choice(text, value):
@@ -100,7 +109,11 @@ def test_parse_choice(text, value):
     "text,value",
     [
         ("Rating: [[7]]", 7),
-        ("[[8.5]] then [[2]]", 8.5),
+        ("[[8.5]] then [[2]]", 2),
+        ("[[5]] for style. Rating: [[9]]", 9),
+        ("arr[1] is never read", None),
+        ("<think>[[3]]</think> Rating: [[4]]", 4),
+        ("<think>[[3]]", None),
         ("[6]", 6),
         ("I say [1] but [[9]]", 9),
         ("[[10]]", 10),
@@ -516,3 +529,30 @@ def test_cache_survives_kill_9(endpoint, tmp_path, monkeypatch):
     asked = len(Endpoint.asked)
     run(*command[1:])
     assert 5 <= kept < 16 and len(Endpoint.asked) - asked == 16 - kept
+
+
+def test_a_judge_without_any_verdict_is_an_error(monkeypatch, capsys):
+    monkeypatch.setitem(judges.RANKERS, "llm", lambda args, asked, *_: [math.nan] * len(asked))
+    with pytest.raises(SystemExit) as stop:
+        judges.compare(namespace(judge="llm"), [(ASK, "a", "b")] * 3, 0, 1, CPU)
+    assert stop.value.code == 2 and "none of its 6 answers held a verdict" in capsys.readouterr().err
+
+
+def test_a_key_is_hidden_by_value_and_letters_are_left():
+    assert judges.hidden("Bearer sk-12x, key sk-12x!", "sk-12x") == "Bearer …, key …!"
+    assert judges.hidden("max_tokens exceeds x", "x") == "max_tokens exceeds …"
+
+
+def test_an_endpoint_is_asked_again_the_way_it_wants():
+    class Refusal(Exception):
+        status_code = 400
+
+    body = {"model": "m", "max_tokens": 9, "temperature": 0}
+    asked = judges.as_wanted(body, Refusal("Unsupported: 'max_tokens'; use 'max_completion_tokens'"))
+    assert asked == {"model": "m", "max_completion_tokens": 9, "temperature": 0}
+    assert judges.as_wanted(body, Refusal("temperature 0 is not supported")) == {
+        "model": "m",
+        "max_tokens": 9,
+    }
+    with pytest.raises(Refusal):
+        judges.as_wanted(body, Refusal("no such model"))

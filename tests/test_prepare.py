@@ -417,7 +417,10 @@ def test_parts_of_a_set_with_few_openings_are_short(tmp_path):
 def test_a_template_that_refuses_a_row_is_named(tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No\nsystem') }}{% endif %}{{ m.content }}{% endfor %}"
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No\nsystem') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
     (tmp_path / "m/chat_template.jinja").write_text(refusing)
     command = [
         "data/prepare.py",
