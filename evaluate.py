@@ -157,8 +157,10 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int, device) ->
     quality = {}
     if args.judge != "none":
         flags = {i for step in log for i in step.get("flagged", [])}
+        able = {i for step in log if step.get("tau") is not None for i in step["batch"]}
         preference, _ = compare(args, [(row["prompt"], row["chosen"], row["rejected"]) for row in rows], rank, world, device)
-        quality = label_quality(preference, np.array([row["id"] in flags for row in rows]))
+        quality = label_quality(preference, np.array([row["id"] in flags for row in rows]),
+                                np.array([row["id"] in able for row in rows]))
     return quality, 1 / (1 + np.exp(-margin)), after
 
 

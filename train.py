@@ -215,6 +215,7 @@ def main() -> None:
         norm = update(run, batch, pairs["loss"], lr, step)              # θ ← θ − η∇L
         log.append(log_row(run, step, batch, pairs, norm, lr, started) | {
             "tau": tau if math.isfinite(tau) else None,
+            "batch": [run.rows[k]["id"] for k in batch],
             "flagged_share": sum(pairs["z"]) / len(batch),
             "flagged": [run.rows[k]["id"] for k, flag in zip(batch, pairs["z"]) if flag],
             "extrapolated": pairs["p_tilde"] if watching else [],

@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import evaluate
 from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, ok, run
@@ -40,15 +42,18 @@ def test_wins_and_errors_by_hand():
 
 def test_label_quality_by_hand():
     preference = wins(np.array([1.0, 0.2, 0.5, 0.9]), np.array([0.0, 0.4, 0.5, 0.1]))
-    q = label_quality(preference, np.array([False, True, True, False]))
+    able = np.array([False, True, True, True])
+    q = label_quality(preference, np.array([False, True, True, False]), able)
     assert q == {
         "pairs": 4,
         "accuracy": 0.625,
         "flagged": 2,
         "wrong_among_flagged": 0.75,
-        "wrong": 0.375,
+        "wrong": 0.5,  # among those that could be flagged
     }
-    assert label_quality(np.ones(2), np.zeros(2, bool))["wrong_among_flagged"] is None
+    nobody = np.zeros(2, bool)
+    assert label_quality(np.ones(2), nobody, nobody)["wrong_among_flagged"] is None
+    assert label_quality(np.array([0.55, 0.45]), nobody, ~nobody)["accuracy"] == 0.5
 
 
 def test_interval_covers_and_paired_test_is_uniform_under_the_null():
@@ -121,18 +126,17 @@ def test_win_rates_equal_the_official_leaderboard():
     not OFFICIAL.exists(), reason="AlpacaEval's official annotations are not at hand"
 )
 @pytest.mark.parametrize(
-    "name,controlled,plain",
+    "name,controlled",
     [
-        ("claude-2", 26.678997104662166, 36.78125854014985),
-        ("gemma-2b-it", 4.086377058718601, 6.648626270406158),
-        ("phi-2-sft", 5.303996537933407, 8.54691108850413),
-        ("pythia-12b-mix-sft", 2.98013647591139, 5.206267380624631),
+        ("claude-2", 26.678997104662166),
+        ("gemma-2b-it", 4.086377058718601),
+        ("phi-2-sft", 5.303996537933407),
+        ("pythia-12b-mix-sft", 2.98013647591139),
     ],
 )
-def test_length_control_equals_the_official_package(name, controlled, plain, tmp_path):
+def test_length_control_equals_the_official_package(name, controlled, tmp_path):
     """Figures of alpaca_eval 0.6.6 (get_length_controlled_winrate, scikit-learn 1.7.2) for these
-    annotations and this made-up df_gamed.csv; `plain` is its formula without instruction_difficulty
-    and without gamed baselines."""
+    annotations and this made-up df_gamed.csv."""
     dice = np.random.default_rng(1)
     difficulty = dice.normal(size=805) * 1.5
     with open(tmp_path / "df_gamed.csv", "w", newline="") as file:
@@ -163,9 +167,6 @@ def test_length_control_equals_the_official_package(name, controlled, plain, tmp
     assert leaderboard(path, str(tmp_path / "df_gamed.csv"))[name][
         "length_controlled_winrate"
     ] == pytest.approx(controlled, abs=1e-4)
-    assert leaderboard(path, None)[name]["length_controlled_winrate"] == pytest.approx(
-        plain, abs=1e-4
-    )
 
 
 def synthetic(count=400, bias=1.5, skill=-0.5, hard=0.8, seed=0):
@@ -564,3 +565,75 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
         j["judge"][1] for j in judgments
     ] == ["single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
     assert "| unrated | 1 |" in printed
+
+
+def exchanged(annotations):
+    """The same comparisons from the other model's side."""
+    return [
+        {
+            "instruction": row["instruction"],
+            "output_1": row["output_2"],
+            "output_2": row["output_1"],
+            "generator_1": "b",
+            "generator_2": "a",
+            "preference": 3 - row["preference"],
+        }
+        for row in annotations
+    ]
+
+
+def compared(preferences, lengths):
+    return [
+        {
+            "instruction": f"i{k}",
+            "output_1": "x" * 50,
+            "output_2": "x" * length,
+            "generator_1": "a",
+            "generator_2": "b",
+            "preference": 1 + p,
+        }
+        for k, (p, length) in enumerate(zip(preferences, lengths))
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 0.3, 0.5, 1]), st.integers(1, 99)), min_size=6, max_size=30
+    )
+)
+def test_length_control_is_symmetric(rows):
+    annotations = compared(*zip(*rows))
+    there = length_controlled(annotations)
+    back = length_controlled(exchanged(annotations))
+    total = there["length_controlled_winrate"] + back["length_controlled_winrate"]
+    assert total == pytest.approx(100, abs=1e-6)
+    assert there["lc_standard_error"] == pytest.approx(back["lc_standard_error"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_length_control_at_its_ends():
+    """All lost is 0, all won 100, with the exact bound where 50 losses have probability 0.159; one
+    win in 50 is near 2 and not uncertain by 41."""
+    lengths = np.random.default_rng(0).integers(20, 90, 50)
+    for p, rate in ((0, 0), (1, 100)):
+        found = length_controlled(compared([p] * 50, lengths))
+        assert found["length_controlled_winrate"] == rate
+        assert (1 - found["lc_standard_error"] / 100) ** 50 == pytest.approx(0.1587)
+    middle = np.argsort(lengths)[25]  # a win that length does not explain
+    found = length_controlled(compared(np.arange(50) == middle, lengths))
+    assert 0 < found["length_controlled_winrate"] < 6 and 0.5 < found["lc_standard_error"] < 6
+
+
+def test_length_controls_error_is_what_replications_show():
+    """Two samples a prompt that are copies of one another: the error is that of the prompts."""
+    dice = np.random.default_rng(0)
+    rates, errors = [], []
+    for _ in range(60):
+        lengths = dice.integers(20, 90, 80)
+        wins = dice.random(80) < 1 / (1 + np.exp(-(0.4 + 0.02 * (lengths - 50))))
+        annotations = compared(wins.astype(float), lengths)
+        found = length_controlled(annotations * 2)
+        rates.append(found["length_controlled_winrate"])
+        errors.append(found["lc_standard_error"])
+    assert np.mean(errors) == pytest.approx(np.std(rates, ddof=1), rel=0.25)
