@@ -1,10 +1,12 @@
 """Generate stage: n sampled responses from the policy to every prompt of a round.
 
-    y_1 … y_n ~ π_{t−1}(· | x) at temperature 0.7, top_p 1, at most 300 new tokens        SPA §5.1, B.4
+    y_1 … y_n ~ π_{t−1}(· | x) at temperature 0.7, top_p 1, at most 300 new tokens
+                                                                                    SPA §5.1, B.4
 
-A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed, prompt id, sample,
-position) alone, and batches depend on the prompts file alone. So the text is the same on one process or eight, and after
-a kill: finished batches lie in OUT.part*, and the same command goes on from there.
+A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed,
+prompt id, sample, position) alone, and batches depend on the prompts file alone. So the text is the
+same on one process or eight, and after a kill: finished batches lie in OUT.part*, and the same
+command goes on from there.
 
 Writes the prompt rows with
     responses       n texts: what judges read
@@ -14,8 +16,9 @@ Writes the prompt rows with
     special_inside  True where special tokens stand inside an answer (multi-channel templates write
                     some), so that its text is not all of it: label.py leaves it out
 
-    python generate.py --model runs/demo/seed --prompts runs/demo/data/prompts_1.jsonl --out responses.jsonl -n 4
-    torchrun --nproc_per_node=8 generate.py --model pi_0 --prompts prompts_1.jsonl --out responses.jsonl
+    python generate.py --model pi_0 --prompts prompts_1.jsonl --out responses.jsonl -n 4
+    torchrun --nproc_per_node=8 generate.py --model pi_0 --prompts prompts_1.jsonl \\
+        --out responses.jsonl
 """
 import os
 

@@ -1,20 +1,26 @@
-"""Label stage: the policy judges its own responses by its implicit reward; best against worst becomes a preference pair.
+"""Label stage: the policy judges its own responses by its implicit reward; best against worst
+becomes a preference pair.
 
-    r(y) = β(log π_{t−1}(y|x) − log π_init(y|x)) − α|y|;   y_w = argmax r, y_l = argmin r          S7, S8; α > 0: S13
+    r(y) = β(log π_{t−1}(y|x) − log π_init(y|x)) − α|y|                             S7; α > 0: S13
+    y_w = argmax r, y_l = argmin r                                                              S8
     margin = r(y_w) − r(y_l) ≥ 0;   its confidence σ(margin) is what dro.py perturbs
 
-The reference of the judgement is π_init, not π_{t−2}: the reward then counts all that was learnt so far (SPA, Table 7,
-which also has `--reference previous` and `none`: β log π_{t−1} alone). |y| is in tokens, the end-of-turn token included.
-log π_{t−1}(y) is computed here anyway and goes into the row: it is the training reference, so train.py needs no
-reference forward for it. One model is in memory at a time.
+The reference of the judgement is π_init, not π_{t−2}: the reward then counts all that was learnt so
+far (SPA, Table 7, which also has `--reference previous` and `none`: β log π_{t−1} alone). |y| is in
+tokens, the end-of-turn token included. log π_{t−1}(y) is computed here anyway and goes into the
+row: it is the training reference, so train.py needs no reference forward for it. One model is in
+memory at a time.
 
-Other judges (judges/judge.py) write the same rows; give them --model too if train.py is to follow. Identical responses
-or equal rewards carry no preference: such rows are dropped and counted. `--pairs` judges the two sides of gold pairs
-again and reports how often the judge agrees with them.
+Other judges (judges/judge.py) write the same rows; give them --model too if train.py is to follow.
+Identical responses or equal rewards carry no preference: such rows are dropped and counted.
+`--pairs` judges the two sides of gold pairs again and reports how often the judge agrees with them.
 
-    python label.py --model pi_0 --reference-model pi_init --responses responses.jsonl --out labelled.jsonl
-    python label.py --model pi_0 --judge llm --judge-model judge --responses responses.jsonl --out labelled.jsonl
-    torchrun --nproc_per_node=8 label.py --model pi_0 --reference-model pi_init --responses r.jsonl --out labelled.jsonl
+    python label.py --model pi_0 --reference-model pi_init --responses responses.jsonl \\
+        --out labelled.jsonl
+    python label.py --model pi_0 --judge llm --judge-model judge --responses responses.jsonl \\
+        --out labelled.jsonl
+    torchrun --nproc_per_node=8 label.py --model pi_0 --reference-model pi_init \\
+        --responses responses.jsonl --out labelled.jsonl
 """
 import argparse
 import math
@@ -38,15 +44,21 @@ from core.stage import is_done, parser, positive, publish, ranged, run_stage, se
 from judges.judge import check_judge, judge_flags, rewards
 
 
-def implicit_reward(policy: list[float], reference: list[float], beta: float, lengths: list[int], alpha: float) -> list[float]:
-    """S7: β(log π_{t−1} − log π_init) − α|y| (S13) of each response to one prompt, from log-probs and lengths in tokens."""
+def implicit_reward(policy: list[float], reference: list[float], beta: float, lengths: list[int],
+                    alpha: float) -> list[float]:
+    """S7: β(log π_{t−1} − log π_init) − α|y| (S13) of each response to one prompt, from log-probs
+    and lengths in tokens."""
     return [beta * (p - r) - alpha * n for p, r, n in zip(policy, reference, lengths)]
 
 
 def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[int, int] | None:
-    """S8 for any number of candidates: positions of the highest and lowest reward; None where there is no preference."""
-    best, worst = max(range(len(texts)), key=rewards.__getitem__), min(range(len(texts)), key=rewards.__getitem__)
-    return None if rewards[best] == rewards[worst] or texts[best] == texts[worst] else (best, worst)
+    """S8 for any number of candidates: positions of the highest and lowest reward; None where there
+    is no preference."""
+    best = max(range(len(texts)), key=rewards.__getitem__)
+    worst = min(range(len(texts)), key=rewards.__getitem__)
+    if rewards[best] == rewards[worst] or texts[best] == texts[worst]:
+        return None
+    return best, worst
 
 
 def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], int]:
@@ -56,7 +68,8 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
     An empty response is no candidate either.
     """
     path = args.pairs or args.responses
-    rows, special = read_rows(path, "preferences" if args.pairs else "responses"), 0
+    rows = read_rows(path, "preferences" if args.pairs else "responses")
+    special = 0
     config = load_config(args.model) if args.model else None
     for row in rows:
         if args.pairs:
@@ -84,11 +97,15 @@ def main() -> None:
     cli.add_argument("--out", type=os.path.normpath, required=True, help="labelled rows (JSONL)")
     judge_flags(cli, ["implicit"], "implicit")
     cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
-    cli.add_argument("--reference", choices=["init", "previous", "none"], default="init", help="of the judgement (SPA, Table 7)")
+    cli.add_argument("--reference", choices=["init", "previous", "none"], default="init",
+                     help="of the judgement (SPA, Table 7)")
     cli.add_argument("--reference-model", help="π_init, or π_{t−2} with --reference previous")
-    cli.add_argument("--length-penalty", type=ranged(float, 0), default=0.0, help="α of S13, a token (papers: 0.001 to 0.01)")
-    cli.add_argument("--beta", type=positive, default=0.1, help="scale of the implicit reward; the same as in training")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of matrix products, as in training")
+    cli.add_argument("--length-penalty", type=ranged(float, 0), default=0.0,
+                     help="α of S13, a token (papers: 0.001 to 0.01)")
+    cli.add_argument("--beta", type=positive, default=0.1,
+                     help="scale of the implicit reward; the same as in training")
+    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                     help="of matrix products, as in training")
     args = cli.parse_args()
     check_judge(args)
     implicit = args.judge == "implicit"
@@ -100,30 +117,40 @@ def main() -> None:
     if is_done(args.out, settings):
         return
     tokenizer = load_tokenizer(args.model) if args.model else None
-    path, (rows, special) = args.pairs or args.responses, read_candidates(args, tokenizer)
+    path = args.pairs or args.responses
+    rows, special = read_candidates(args, tokenizer)
     answered = [row for row in rows if row["answers"]]
     rank, world, device = start_processes()
     how_read = ""
     if tokenizer:
         how_read = f", {from_text(tokenizer, answered, lambda row: row['answers'])}"
+    scorers = []
+    if args.model:
+        scorers.append(args.model)
+        if implicit and args.reference != "none":
+            scorers.append(args.reference_model)
     logps, lengths = [], []
-    for model_path in [args.model, *([args.reference_model] if implicit and args.reference != "none" else [])] if args.model else []:
-        if not logps:  # both models read what the policy's tokenizer wrote: a base model as the reference has no chat template
+    for model_path in scorers:
+        # Both models read what the policy's tokenizer wrote: a base model as the reference has no
+        # chat template.
+        if not logps:
             encoded = encode_rows(load_config(model_path), tokenizer, answered, path,
                                   lambda row: row["answers"])
             lengths = [[len(y) for y in ys] for _, ys in encoded]
-            # the ids that are scored are what is learnt
+            # The ids that are scored are what is learnt.
             for row, (_, ys) in zip(answered, encoded):
                 row["answers"] = [(text, ended, ids)
                                   for (text, ended, _), ids in zip(row["answers"], ys)]
                 row["vocabulary"] = vocabulary(tokenizer)
         own = tokenizer if not logps else None
         model = load_scorer(model_path, device, encoded, args.precision, own)
-        logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world, f"score {model_path}"))
+        logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world,
+                           f"score {model_path}"))
         del model
     if implicit:
         reference = logps[1] if len(logps) > 1 else [[0.0] * len(own) for own in logps[0]]
-        reward = [implicit_reward(*row, args.beta, n, args.length_penalty) for *row, n in zip(logps[0], reference, lengths)]
+        reward = [implicit_reward(*row, args.beta, n, args.length_penalty)
+                  for *row, n in zip(logps[0], reference, lengths)]
         behaviour = {}
     else:
         judged = [{**row, "responses": [text for text, *_ in row["answers"]]} for row in answered]
@@ -131,13 +158,16 @@ def main() -> None:
     if not all(math.isfinite(r) for own in reward for r in own):
         fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
-    margin_of = {"judge": args.judge, "reference": args.reference if implicit else None, "beta": args.beta,
-                 "length_penalty": args.length_penalty, "policy": settings["model"]}  # what the margin is (D10)
+    # What the margin is (D10).
+    margin_of = {"judge": args.judge, "reference": args.reference if implicit else None,
+                 "beta": args.beta, "length_penalty": args.length_penalty,
+                 "policy": settings["model"]}
     labelled, agreement = [], []
     for k, (row, own) in enumerate(zip(answered, reward)):
         answers = row.pop("answers")
         pair = best_and_worst([text for text, *_ in answers], own)
-        agreement.append(0.5 if pair is None else float(pair[0] == 0))  # --pairs: gold's choice stands first
+        # With --pairs, gold's choice stands first.
+        agreement.append(0.5 if pair is None else float(pair[0] == 0))
         if pair is None:
             continue
         w, l = pair
@@ -155,8 +185,12 @@ def main() -> None:
         margins = sorted(row["margin"] for row in labelled)
         stats = {"prompts": len(rows), "labelled": len(labelled), "ties": len(rows) - len(labelled),
                  "special_inside": special,
-                 "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)], **behaviour}
-        notes = f", {behaviour['order_disagreement']:.0%} decided by the order of the options, {behaviour['no_verdict']} without verdict" if behaviour else ""
+                 "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
+                 **behaviour}
+        notes = ""
+        if behaviour:
+            notes = (f", {behaviour['order_disagreement']:.0%} decided by the order of the "
+                     f"options, {behaviour['no_verdict']} without verdict")
         if args.pairs:
             stats["gold_agreement"] = sum(agreement) / len(agreement)
             notes += f", agreement with gold {stats['gold_agreement']:.3f}"

@@ -62,10 +62,12 @@ def control_tokens(tokenizer) -> dict[str, int]:
     written = [part for _, kind, part in jinja2.Environment().lex(template)
                if kind in ("data", "string")]
     turns = [{"role": role, "content": "?"} for role in ("system", "user", "assistant")]
-    for messages in (turns[:2], turns[1:], turns):  # tokens that it puts together from roles
+    # Tokens that the template puts together from roles.
+    for messages in (turns[:2], turns[1:], turns):
         try:
             written.append(render(tokenizer, messages, closed=True))
-        except Exception:  # templates raise whatever they like, here for a system turn
+        except Exception:
+            # Templates raise whatever they like, here for a system turn.
             pass
     written = "\0".join(written)
 
@@ -95,9 +97,11 @@ def reader(tokenizer, first: int) -> tuple[Tokenizer, dict[str, str], re.Pattern
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
-    else:  # a unigram model's: pieces and their scores
+    else:
+        # A unigram model's: pieces and their scores.
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    if "merges" in model:  # one that makes a control token makes it from text
+    # A merge that makes a control token makes it from text.
+    if "merges" in model:
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [(a, b) for a, b in pairs
                            if a + b not in names and a not in names and b not in names]
@@ -134,7 +138,8 @@ def end_of_turn(tokenizer) -> int:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     try:
         closing = render(tokenizer, turns, closed=True).rpartition(mark)[2]
-    except Exception as error:  # templates raise whatever they like
+    except Exception as error:
+        # Templates raise whatever they like.
         fail(f"{tokenizer.name_or_path}: the chat template refuses an assistant's turn: {error}")
     _, _, pattern = reader(tokenizer, PRIVATE[0])
     found = pattern.search(closing)
@@ -209,10 +214,12 @@ def response_in_context(tokenizer, messages: list[dict], text: str,
                         ended: bool) -> list[int] | None:
     """Token ids of a response as the tail of the whole conversation after the prompt's own ids, up
     to and with the end-of-turn token if it `ended`; None where those are no prefix of the whole."""
-    prompt, stop = encode_prompt(tokenizer, messages), end_of_turn(tokenizer)
+    prompt = encode_prompt(tokenizer, messages)
+    stop = end_of_turn(tokenizer)
     conversation = answered(messages, text)
     whole = encode_prompt(tokenizer, conversation, generation=not ended)
-    if ended and stop not in whole[len(prompt):]:  # a template that marks no end
+    # Some templates mark no end.
+    if ended and stop not in whole[len(prompt):]:
         whole = [*encode_prompt(tokenizer, conversation), stop]
     if whole[:len(prompt)] != prompt or len(whole) == len(prompt):
         return None
@@ -238,17 +245,20 @@ def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if ended:
         return text(ids[:-1])
-    for cut in range(min(4, len(ids))):  # a character has four bytes at most, a token one at least
+    # A character has four bytes at most, a token one at least.
+    for cut in range(min(4, len(ids))):
         if not (whole := text(ids[:len(ids) - cut])).endswith("\ufffd"):
             return whole
-    return text(ids).rstrip("\ufffd")  # other bytes that are no text
+    # Other bytes are no text.
+    return text(ids).rstrip("\ufffd")
 
 
 def is_foreign(tokenizer, ids: list[int], ended: bool) -> bool:
     """Whether a sampled answer holds, before its stop token, what is no text: a special token, as
     those of channels, or an id that no token has."""
     inside = ids[:-1] if ended else ids
-    foreign, size = foreign_tokens(tokenizer), len(tokenizer)
+    foreign = foreign_tokens(tokenizer)
+    size = len(tokenizer)
     return any(i in foreign or i >= size for i in inside)
 
 
@@ -275,11 +285,13 @@ def encode_rows(config, tokenizer, rows: list[dict], path: str,
     A response's ids are those in the row if they are of this vocabulary, else its text's.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    encoded, alone = [], 0
+    encoded = []
+    alone = 0
     for row in rows:
         own = own_ids(tokenizer, row)
         try:
-            prompt, answers = encode_prompt(tokenizer, row["prompt"]), []
+            prompt = encode_prompt(tokenizer, row["prompt"])
+            answers = []
             for text, ended, ids in answers_of(row):
                 if own and ids is not None:
                     check_range(config, ids, path, row)
@@ -289,7 +301,8 @@ def encode_rows(config, tokenizer, rows: list[dict], path: str,
                     ids = response_alone(tokenizer, text, ended)
                     alone += 1
                 answers.append(ids)
-        except Exception as error:  # templates raise whatever they like, e.g. for a system turn
+        except Exception as error:
+            # Templates raise whatever they like, e.g. for a system turn.
             fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
         longest = len(prompt) + max(map(len, answers), default=0)
         if limit and longest > limit:

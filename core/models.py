@@ -13,7 +13,8 @@ from core.rows import fail
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
-if "TRANSFORMERS_VERBOSITY" not in os.environ:  # what loading must say is said here, in one line
+# What loading must say is said here, in one line.
+if "TRANSFORMERS_VERBOSITY" not in os.environ:
     transformers.utils.logging.set_verbosity_error()
 
 
@@ -37,7 +38,8 @@ def load_config(path: str):
     check_path(path)
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # also what a config's own checks raise
+    except Exception as error:
+        # Also what a config's own checks raise.
         fail(f"{path}: cannot load the model: {reason(error)}")
 
 
@@ -53,14 +55,16 @@ def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
         family = kind._model_mapping.get(type(config), None)
         attention = "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
         if config.get_text_config() is not config:
-            attention = None  # each part of a composite model its own
+            # Each part of a composite model has its own.
+            attention = None
         model, found = kind.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)
         model = model.to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # quantisers, attention kernels, sizes that do not match …
+    except Exception as error:
+        # Quantisers, attention kernels, sizes that do not match …
         fail(f"{path}: cannot load the model: {reason(error)}")
     if missing := sorted(found["missing_keys"]):
         extra = sorted(found["unexpected_keys"])

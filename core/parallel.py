@@ -33,8 +33,8 @@ def start_processes() -> tuple[int, int, torch.device]:
         if sys.platform == "linux":
             keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        # Ranks meet only when work is done, and 60 000 calls of an endpoint by rank 0 alone may take
-        # days; where a process dies, torchrun takes the others down.
+        # Ranks meet only when work is done, and 60 000 calls of an endpoint by rank 0 alone may
+        # take days; where a process dies, torchrun takes the others down.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))
     return int(os.environ.get("RANK", 0)), world, device
@@ -44,7 +44,8 @@ def cuda_works() -> bool:
     """Whether there is a GPU to use. Ends the program where there is one that torch was built for
     and cannot use: a large model on CPU processes is nobody's wish."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's reason, which the line below replaces
+        # torch's reason, which the line below replaces.
+        warnings.simplefilter("ignore")
         works = torch.cuda.is_available()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not works and not hidden and torch.version.cuda and glob.glob("/dev/nvidia[0-9]*"):
@@ -56,17 +57,23 @@ def cuda_works() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of returning it to the system and faulting it in again page by page, which takes a
-    third of a training step's time on two cores. Elsewhere (musl) nothing changes."""
+    """Let glibc keep what is freed instead of returning it to the system and faulting it in again
+    page by page, which takes a third of a training step's time on two cores. Elsewhere (musl)
+    nothing changes."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
+        # M_TRIM_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)
+        # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2 ** 30)
 
 
-def distribute(net: torch.nn.Module, device: torch.device, world: int, args: argparse.Namespace) -> torch.nn.Module:
-    """`net` (ResponseLogps) over all processes: a copy on each, gradients averaged (DDP), or layers in shards (FSDP2)."""
-    layers = max((m for m in net.modules() if isinstance(m, torch.nn.ModuleList)), key=len)  # the decoder's
+def distribute(net: torch.nn.Module, device: torch.device, world: int,
+               args: argparse.Namespace) -> torch.nn.Module:
+    """`net` (ResponseLogps) over all processes: a copy on each, gradients averaged (DDP), or layers
+    in shards (FSDP2)."""
+    # The longest list of modules is the decoder's layers.
+    layers = max((m for m in net.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     if args.gradient_checkpointing:
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
@@ -100,14 +107,19 @@ def merge(mine: dict[int, object], world: int) -> dict[int, object]:
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than fp32 here: a recent GPU, or a CPU with AVX512-BF16 or AMX."""
-    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    """Whether bf16 matrix products are faster than fp32 here: a recent GPU, or a CPU with
+    AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def autocast(device: torch.device, precision: str, cache: bool = True):
-    """bf16 matrix products over fp32 weights where `precision` says so; norms, log-softmax and sums stay in fp32 (D8).
+    """bf16 matrix products over fp32 weights where `precision` says so; norms, log-softmax and sums
+    stay in fp32 (D8).
 
-    `cache` keeps the bf16 weights of a forward pass: where they are gathered from shards, that would be the whole model.
+    `cache` keeps the bf16 weights of a forward pass: where they are gathered from shards, that
+    would be the whole model.
     """
     enabled = precision == "bf16" or precision == "auto" and bf16_pays(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)

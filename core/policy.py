@@ -1,6 +1,6 @@
 """π(y|x): which rows share a forward pass, the tensors of one, and the log-probs of responses.
 
-    logp(y|x) = Σ_t log π(y_t | x, y_<t)                     response tokens only, end-of-turn token included
+    logp(y|x) = Σ_t log π(y_t | x, y_<t)        response tokens only, end-of-turn token included
 """
 import functools
 import math
@@ -53,7 +53,8 @@ def rope_switch(config) -> tuple[float, bool]:
     """
     config = config.get_text_config()
     given = getattr(config, "rope_parameters", None) or {}
-    ropes = [given, *(rope for rope in given.values() if isinstance(rope, dict))]  # one a layer type
+    # There may be one for each type of layer.
+    ropes = [given, *(rope for rope in given.values() if isinstance(rope, dict))]
     switch = math.inf, False
     for rope in ropes:
         if rope.get("rope_type") == "longrope":
@@ -73,25 +74,33 @@ def forget_length(model) -> None:
 @functools.cache
 def say_apart(family: str, window: float) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {family}, attention window {window}: one sequence a response, prompts are not shared", file=sys.stderr)
+        print(f"note: {family}, attention window {window}: one sequence a response, prompts are "
+              "not shared", file=sys.stderr)
 
 
 def tokens_of(row: tuple, shared: bool) -> int:
-    """Tokens that `pack` lays out for an encoded row; a response's last token is predicted, never read."""
+    """Tokens that `pack` lays out for an encoded row; a response's last token is predicted, never
+    read."""
     prompt, ys = row
-    return sum(len(y) - 1 for y in ys) + len(prompt) if shared else len(ys) * (len(prompt) + max(map(len, ys), default=1) - 1)
+    if shared:
+        return len(prompt) + sum(len(y) - 1 for y in ys)
+    return len(ys) * (len(prompt) + max(map(len, ys), default=1) - 1)
 
 
-def deal(encoded: list, rows: list[int], shared: bool, budget: int, world: int) -> list[list[list[int]]]:
-    """The forward passes of each process for `rows`: dealt out by length, cut where padded tokens would exceed `budget`.
+def deal(encoded: list, rows: list[int], shared: bool, budget: int,
+         world: int) -> list[list[list[int]]]:
+    """The forward passes of each process for `rows`: dealt out by length, cut where padded tokens
+    would exceed `budget`.
 
-    Similar lengths share a pass, so little is padding. A row longer than the budget has a pass of its own. Every process
-    gets as many passes as the others, the last ones empty: with sharded weights a pass is a collective.
+    Similar lengths share a pass, so little is padding. A row longer than the budget has a pass of
+    its own. Every process gets as many passes as the others, the last ones empty: with sharded
+    weights a pass is a collective.
     """
     order = sorted(rows, key=lambda i: (-tokens_of(encoded[i], shared), i))
     passes: list[list[list[int]]] = [[] for _ in range(world)]
     for rank, own in enumerate(passes):
-        for i in order[rank::world]:  # the first row of a pass is its longest
+        # The first row of a pass is its longest.
+        for i in order[rank::world]:
             if own and (len(own[-1]) + 1) * tokens_of(encoded[own[-1][0]], shared) <= budget:
                 own[-1].append(i)
             else:
@@ -101,11 +110,12 @@ def deal(encoded: list, rows: list[int], shared: bool, budget: int, world: int) 
 
 
 def pack(encoded: list, shared: bool, device: torch.device) -> dict:
-    """A batch of `encoded` rows: B sequences `prompt y_1 y_2 …` if `shared`, else one sequence per response.
+    """A batch of `encoded` rows: B sequences `prompt y_1 y_2 …` if `shared`, else one sequence per
+    response.
 
-    Siblings are hidden from one another by the mask and each starts at the position after the prompt, so every response
-    sees what it would see alone (Wang & Hegde 2024), and the prompt is computed once. A response's last token is
-    predicted, never read, so it is left out.
+    Siblings are hidden from one another by the mask and each starts at the position after the
+    prompt, so every response sees what it would see alone (Wang & Hegde 2024), and the prompt is
+    computed once. A response's last token is predicted, never read, so it is left out.
 
     Returns input_ids, position_ids [B, T], 0 where padding stands; attention_mask bool
     [B, 1, T, T], None where the causal mask is right already (padding stands on the right); and for
@@ -115,26 +125,35 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
     rows = encoded if shared else [(prompt, [y]) for prompt, ys in encoded for y in ys]
     width = max(len(p) + sum(len(y) - 1 for y in ys) for p, ys in rows)
     ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-    part = torch.full((len(rows), width), -1)  # 0 the prompt, 1, 2, … its responses, −1 padding
+    # 0 the prompt, 1, 2, … its responses, −1 padding.
+    part = torch.full((len(rows), width), -1)
     where, target, lengths = [], [], []
     for b, (prompt, ys) in enumerate(rows):
         n = end = len(prompt)
-        ids[b, :n], part[b, :n] = torch.tensor(prompt), 0
+        ids[b, :n] = torch.tensor(prompt)
+        part[b, :n] = 0
         positions[b, :n] = torch.arange(n)
         for j, y in enumerate(ys, 1):
-            start, end = end, end + len(y) - 1
-            ids[b, start:end], part[b, start:end] = torch.tensor(y[:-1], dtype=torch.long), j
+            start = end
+            end = start + len(y) - 1
+            ids[b, start:end] = torch.tensor(y[:-1], dtype=torch.long)
+            part[b, start:end] = j
             positions[b, start:end] = torch.arange(n, n + len(y) - 1)
             where += [b * width + n - 1, *range(b * width + start, b * width + end)]
-            target, lengths = target + y, lengths + [len(y)]
+            target += y
+            lengths.append(len(y))
     mask = None
     if shared and any(len(ys) > 1 for _, ys in rows):
-        part = part.to(device)  # T numbers a sequence travel, and not T² of the mask
-        query, key = part[:, :, None], part[:, None, :]
+        # T numbers a sequence travel, and not T² of the mask.
+        part = part.to(device)
+        query = part[:, :, None]
+        key = part[:, None, :]
         causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
         mask = (((key == 0) | (key == query)) & causal)[:, None]
-    return {"input_ids": ids.to(device), "position_ids": positions.to(device), "attention_mask": mask, "lengths": lengths,
-            "where": torch.tensor(where, device=device), "target": torch.tensor(target, device=device)}
+    return {"input_ids": ids.to(device), "position_ids": positions.to(device),
+            "attention_mask": mask, "lengths": lengths,
+            "where": torch.tensor(where, device=device),
+            "target": torch.tensor(target, device=device)}
 
 
 def response_hidden(model, batch: dict) -> torch.Tensor:
@@ -144,7 +163,8 @@ def response_hidden(model, batch: dict) -> torch.Tensor:
     Where a sequence passes the length that changes the rotation of a whole pass, each sequence has
     a pass of its own.
     """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids = batch["input_ids"]
+    mask = batch["attention_mask"]
     limit, _ = rope_switch(model.config)
     if mask is not None:
         hidden = read(model, ids, position_ids=batch["position_ids"], attention_mask=mask)
@@ -153,7 +173,8 @@ def response_hidden(model, batch: dict) -> torch.Tensor:
         hidden = torch.cat([
             F.pad(read(model, ids[b:b + 1, :length]), (0, 0, 0, ids.shape[1] - length))
             for b, length in enumerate(lengths)])
-    else:  # without siblings each sequence is read as by anyone: from position 0, causally
+    else:
+        # Without siblings each sequence is read as by anyone: from position 0, causally.
         hidden = read(model, ids)
     return hidden.flatten(0, 1)[batch["where"]]
 
@@ -170,23 +191,29 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     that the family applies. The probe compares them with the model's own."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)
-    if factor := getattr(config, "logit_scale", None):  # Cohere
+    # Cohere.
+    if factor := getattr(config, "logit_scale", None):
         logits = logits * factor
-    if factor := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+    # Falcon-H1.
+    if factor := getattr(config, "lm_head_multiplier", None):
         logits = logits * factor
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
+    # Granite.
+    if divisor := getattr(config, "logits_scaling", None):
         logits = logits / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+    # Gemma 2.
+    if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits
 
 
 def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tuple | None = None,
                 lam: float = 0.0, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π(target) and log π̃(target) [M], fp32 at least, from last hidden states [M, H]; the latter without gradient.
+    """log π(target) and log π̃(target) [M], fp32 at least, from last hidden states [M, H]; the
+    latter without gradient.
 
-    `reference` is (head, hidden states [M, H]) of π_ref; without it, or with λ = 0, π̃ is π (S9). A [B, T, V] tensor of
-    logits is the memory peak of naive code: here [chunk, V] is the largest that exists, and is recomputed in backward.
+    `reference` is (head, hidden states [M, H]) of π_ref; without it, or with λ = 0, π̃ is π (S9). A
+    [B, T, V] tensor of logits is the memory peak of naive code: here [chunk, V] is the largest that
+    exists, and is recomputed in backward.
     """
     def piece(part: slice, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         label = target[part, None]
@@ -195,12 +222,13 @@ def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tup
         logp = logits.log_softmax(-1).gather(-1, label)[:, 0]
         if reference is None:
             return logp, logp.detach()
-        # last, because recomputation in backward stops where it has what the gradient needs
+        # Last, because recomputation in backward stops where it has what the gradient needs.
         with torch.no_grad():
             head_ref, hidden_ref = reference
             logits_ref = head_ref(hidden_ref[part]).to(logits.dtype)
-            # h̃ = (1 + λ) h_θ − λ h_ref, renormalised                                               S12
-            logp_tilde = ((1 + lam) * logits - lam * logits_ref).log_softmax(-1).gather(-1, label)[:, 0]
+            # h̃ = (1 + λ) h_θ − λ h_ref, renormalised                                          S12
+            mixed = (1 + lam) * logits - lam * logits_ref
+            logp_tilde = mixed.log_softmax(-1).gather(-1, label)[:, 0]
         return logp, logp_tilde
     pieces = []
     for start in range(0, len(target), chunk):
@@ -219,7 +247,8 @@ def sum_by_response(values: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 class ResponseLogps(torch.nn.Module):
-    """The model as the function that is trained: a batch → log π [R] and log π̃ [R] of its responses.
+    """The model as the function that is trained: a batch → log π [R] and log π̃ [R] of its
+    responses.
 
     DDP and FSDP must wrap exactly the forward pass that is used, or their hooks never fire.
     """
@@ -229,7 +258,8 @@ class ResponseLogps(torch.nn.Module):
         self.model = model
 
     def states(self, batch: dict) -> tuple:
-        """(head, last hidden states [M, H]): what another policy's forward pass needs to extrapolate from this one."""
+        """(head, last hidden states [M, H]): what another policy's forward pass needs to
+        extrapolate from this one."""
         return functools.partial(logits_of, self.model), response_hidden(self.model, batch)
 
     def forward(self, batch: dict, reference: tuple | None = None,
@@ -248,7 +278,8 @@ def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.dev
     Whether prompts are `shared` is asked of the model, unless it is given."""
     if shared is None:
         shared = shares_prompt(model_of(net), encoded)
-    budget = 16384 if device.type == "cuda" else 2048  # tokens that keep it busy
+    # Tokens that keep the device busy.
+    budget = 16384 if device.type == "cuda" else 2048
     passes = deal(encoded, range(len(encoded)), shared, budget, world)[rank]
     mine = {}
     for rows in tqdm(passes, desc=title, unit="batch", disable=None if rank == 0 else True):
@@ -257,6 +288,7 @@ def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.dev
         values = iter(logp.tolist())
         mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})
     if isinstance(net, FSDPModule):
-        net.reshard()  # what the last forward pass gathered
+        # What the last forward pass gathered.
+        net.reshard()
     merged = merge(mine, world)
     return [merged[i] for i in range(len(encoded))]

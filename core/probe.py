@@ -63,15 +63,18 @@ def check_template(path: str, tokenizer) -> None:
         whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
         head = encode_prompt(tokenizer, [user])
         own = head + encode_response(tokenizer, [user], assistant["content"])
-    except Exception as error:  # templates raise whatever they like
+    except Exception as error:
+        # Templates raise whatever they like.
         fail(f"{path}: the chat template refuses a user's and an assistant's turn: {reason(error)}")
     if not whole.startswith(prompt) or assistant["content"] not in whole[len(prompt):]:
         fail(f"{path}: the chat template's prompt {prompt!r:.120} does not begin its conversation "
              f"{whole!r:.160}; what is learnt would not be what it writes")
     ids = tokenizer(whole, add_special_tokens=False).input_ids
-    if own[:1] == [tokenizer.bos_token_id] != ids[:1]:  # it stands there once, whoever writes it
+    # The start token stands there once, whoever writes it.
+    if own[:1] == [tokenizer.bos_token_id] != ids[:1]:
         ids = own[:1] + ids
-    ends = own[-1] in ids[len(head):]  # else by text, which may share a token with the answer
+    # Otherwise it ends by text, which may share a token with the answer.
+    ends = own[-1] in ids[len(head):]
     if ends and ids[:len(head)] == head and ids[:len(own)] != own:
         fail(f"{path}: a prompt and its response are the tokens "
              f"{tokenizer.convert_ids_to_tokens(own)}, its conversation by the chat template "
@@ -83,7 +86,8 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
     rows = probe_rows(model.config, encoded)
     device = next(model.parameters()).device
     name = f"{path}: {model.config.model_type} cannot be scored or trained"
-    worst, shared = 0.0, can_share(model, rows)
+    worst = 0.0
+    shared = can_share(model, rows)
     try:
         ours = score(ResponseLogps(model), rows, precision, device, title="probe", shared=shared)
         for (prompt, ys), own in zip(rows, ours):
@@ -94,7 +98,8 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
                 worst = max(worst, abs(logp - plain) / len(y), key=nan_first)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a model's code raises whatever it likes
+    except Exception as error:
+        # A model's code raises whatever it likes.
         fail(f"{name}: {reason(error)}")
     bf16 = precision == "bf16" or precision == "auto" and bf16_pays(device)
     if not worst <= TOLERANCE[torch.bfloat16 if bf16 else model.dtype]:

@@ -1,7 +1,8 @@
-"""What passes between the stages: rows, one JSON object a line (UTF-8), read, checked and written. Needs no torch.
+"""What passes between the stages: rows, one JSON object a line (UTF-8), read, checked and written.
+Needs no torch.
 
-Each kind of file holds an `id` and the keys of `ROWS`; extra keys pass through every stage unchanged. Files are written
-beside their place and renamed, so a file that exists is whole.
+Each kind of file holds an `id` and the keys of `ROWS`; extra keys pass through every stage
+unchanged. Files are written beside their place and renamed, so a file that exists is whole.
 """
 import contextlib
 import gzip
@@ -20,25 +21,32 @@ def fail(message: str) -> NoReturn:
     print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
-ROWS = {  # what each kind of file must hold, key by key; extra keys pass through every stage unchanged
+
+# What each kind of file must hold, key by key; extra keys pass through every stage unchanged.
+ROWS = {
     "prompts": ["prompt"],
     "preferences": ["prompt", "chosen", "rejected"],
     "responses": ["prompt", "responses"],
     "labelled": ["prompt", "chosen", "rejected", "margin", "chosen_logp", "rejected_logp"],
 }
 
-# checked where a row has them
+# Checked where a row has them.
 OPTIONAL = [
     "temperature", "ended", "response_ids", "special_inside", "vocabulary", "chosen_ended",
-    "rejected_ended", "chosen_ids", "rejected_ids", "pieces", "margin_of"]
-A_RESPONSE = ["ended", "response_ids", "special_inside"]  # hold a value for each response
-# what a row's margin is (D10); `policy` is the fingerprint of the model whose log-probs the row has
+    "rejected_ended", "chosen_ids", "rejected_ids", "pieces", "margin_of",
+]
+# These hold a value for each response.
+A_RESPONSE = ["ended", "response_ids", "special_inside"]
+# What a row's margin is (D10); `policy`: the fingerprint of the model whose log-probs the row has.
 MARGIN_OF = ["judge", "reference", "beta", "length_penalty", "policy"]
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number that a float can hold: neither NaN nor infinite, nor an integer of 400 digits."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Whether a JSON value is a number that a float can hold: neither NaN nor infinite, nor an
+    integer of 400 digits."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def are_ids(value: object) -> bool:
@@ -47,16 +55,22 @@ def are_ids(value: object) -> bool:
         type(i) is int and 0 <= i < 2 ** 31 for i in value)
 
 
+def is_message(value: object) -> bool:
+    """Whether a JSON value is {"role": …, "content": …}, both texts."""
+    return (isinstance(value, dict) and isinstance(value.get("role"), str)
+            and isinstance(value.get("content"), str))
+
+
 def wrong(key: str, value: object) -> str | None:
     """What `value` should have been under `key`, or None if it is right."""
     if key in ("id", "chosen", "rejected"):
         return None if isinstance(value, str) and value.strip() else "a non-empty string"
     if key == "prompt":
-        turns = isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        turns = isinstance(value, list) and value and all(map(is_message, value))
         return None if turns else 'a non-empty list of {"role": …, "content": …}'
     if key == "responses":
-        return None if isinstance(value, list) and value and all(isinstance(r, str) for r in value) else "a list of strings"
+        texts = isinstance(value, list) and value and all(isinstance(r, str) for r in value)
+        return None if texts else "a list of strings"
     if key in ("ended", "special_inside"):
         flags = isinstance(value, list) and all(isinstance(e, bool) for e in value)
         return None if flags else "a list of true and false"
@@ -98,11 +112,13 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
     """(line number, object) for every line of a JSONL file."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
-    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+    unpacked = gzip.open if path.endswith(".gz") else open
+    with unpacked(path, "rb") as file:
         for number, line in lines_of(path, file):
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if b"\\ud" in line or b"\\uD" in line:  # half of a surrogate pair is no text: no file or tokenizer takes it
+                # Half of a surrogate pair is no text: no file or tokenizer takes it.
+                if b"\\ud" in line or b"\\uD" in line:
                     json.dumps(row, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
                 fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
@@ -117,17 +133,20 @@ def read_json_list(path: str, *keys: str) -> list[dict]:
         unpacked = gzip.open if path.endswith(".gz") else open
         with unpacked(path, "rt", encoding="utf-8-sig") as file:
             rows = json.load(file)
-        json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        # Half of a surrogate pair is no text.
+        json.dumps(rows, ensure_ascii=False).encode()
     except (ValueError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile) as error:
         fail(f"{path}: not JSON in UTF-8 ({error})")
     for number, row in enumerate(rows if isinstance(rows, list) and rows else [None], 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-            fail(f"{path}: entry {number}: expected a list of objects with text under {', '.join(keys)}")
+            fail(f"{path}: entry {number}: expected a list of objects with text under "
+                 f"{', '.join(keys)}")
     return rows
 
 
 def iterate_rows(path: str, kind: str) -> Iterator[dict]:
-    """Rows of a JSONL file, each checked for its `id` and the keys of `ROWS[kind]`. The first bad line ends the program."""
+    """Rows of a JSONL file, each checked for its `id` and the keys of `ROWS[kind]`. The first bad
+    line ends the program."""
     seen = {}
     for number, row in read_json_lines(path):
         for key in ["id", *ROWS[kind]]:
@@ -137,13 +156,15 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
                      f"{', '.join(ROWS[kind])}{raw}")
         for key in ["id", *ROWS[kind], *OPTIONAL]:
             if key in row and (expected := wrong(key, row[key])) is not None:
-                fail(f"{path}:{number}: '{key}' must be {expected}, found {json.dumps(row[key])[:60]}")
+                fail(f"{path}:{number}: '{key}' must be {expected}, "
+                     f"found {json.dumps(row[key])[:60]}")
         for key in A_RESPONSE:
             if key in row and "responses" in row and len(row[key]) != len(row["responses"]):
-                fail(f"{path}:{number}: id {row['id']!r}: '{key}' must hold a value for each of its "
-                     f"{len(row['responses'])} responses, found {len(row[key])}")
+                fail(f"{path}:{number}: id {row['id']!r}: '{key}' must hold a value for each of "
+                     f"its {len(row['responses'])} responses, found {len(row[key])}")
         if row["id"] in seen:
-            fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; ids must differ")
+            fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; "
+                 "ids must differ")
         seen[row["id"]] = number
         yield row
     if not seen:
@@ -172,7 +193,7 @@ def read_rows(path: str, kind: str) -> list[dict]:
 
 @contextlib.contextmanager
 def beside(path: str) -> Iterator[str]:
-    """A path to write to, beside `path`; what was written there is removed if anything goes wrong."""
+    """A path to write to, beside `path`; what was written there is removed if anything fails."""
     tmp = f"{path}.tmp"
     Path(tmp).parent.mkdir(parents=True, exist_ok=True)
     remove(tmp)

@@ -1,8 +1,8 @@
 """Sampling: y ~ π(·|x), the same on one process or eight, and after a kill.
 
-A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed, prompt id, sample,
-position) alone, and batches depend on the prompts file alone. Finished batches lie in OUT.part*, and the same command
-goes on from there.
+A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed,
+prompt id, sample, position) alone, and batches depend on the prompts file alone. Finished batches
+lie in OUT.part*, and the same command goes on from there.
 """
 import argparse
 import glob
@@ -25,18 +25,30 @@ from core.chat import decode_response, encode_rows, end_of_turn, is_foreign, voc
 from core.models import load_config, load_model, load_tokenizer, reason
 from core.parallel import bf16_pays
 from core.policy import forget_length, logits_of, rope_switch
-from core.probe import TOLERANCE, check_template, check_tokens, cut, nan_first, plain_logits, reached
+from core.probe import (
+    TOLERANCE,
+    check_template,
+    check_tokens,
+    cut,
+    nan_first,
+    plain_logits,
+    reached,
+)
 from core.rows import fail, read_rows, write_rows
 from core.stage import is_done, natural, publish, ranged, settings_of
 
-VLLM = "vllm>=0.30,<0.33"  # needs the torch of requirements.txt; 0.33 would replace it
-PREFILL = 8192  # prompt tokens a forward pass: a few gigabytes of activations at 14 B
+# It needs the torch of requirements.txt; 0.33 would replace it.
+VLLM = "vllm>=0.30,<0.33"
+# Prompt tokens a forward pass: a few gigabytes of activations at 14 B.
+PREFILL = 8192
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
     """The uniform numbers [n, length] that decide the n responses to one prompt."""
-    key = int.from_bytes(hashlib.sha256(prompt_id.encode(errors="surrogatepass")).digest()[:8], "big")
-    return np.stack([np.random.default_rng([seed, key, sample]).random(length) for sample in range(n)])
+    digest = hashlib.sha256(prompt_id.encode(errors="surrogatepass")).digest()
+    key = int.from_bytes(digest[:8], "big")
+    return np.stack(
+        [np.random.default_rng([seed, key, sample]).random(length) for sample in range(n)])
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
@@ -49,8 +61,11 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> to
     probability = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
     cumulative = probability.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    point = torch.minimum(u.double()[:, None] * total, total.nextafter(torch.zeros_like(total)))  # u·total may round up
-    return torch.where(temperature > 0, torch.searchsorted(cumulative, point, right=True)[:, 0], logits.argmax(-1))
+    # u·total may round up.
+    below = total.nextafter(torch.zeros_like(total))
+    point = torch.minimum(u.double()[:, None] * total, below)
+    drawn = torch.searchsorted(cumulative, point, right=True)[:, 0]
+    return torch.where(temperature > 0, drawn, logits.argmax(-1))
 
 
 @torch.inference_mode()
@@ -69,7 +84,8 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
 def sample_groups(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor,
                   stop: torch.Tensor, seen: list | None) -> list[list[int]]:
     """As `sample`; `seen` gets (rows [r], logits [r, V]) of every step, if it is a list."""
-    n, (limit, _) = len(u) // len(prompts), rope_switch(model.config)
+    n = len(u) // len(prompts)
+    limit, _ = rope_switch(model.config)
     alone = [i for i, prompt in enumerate(prompts) if len(prompt) + u.shape[1] > limit]
     groups = [[i for i in range(len(prompts)) if i not in alone], *([i] for i in alone)]
     tokens: list[list[int]] = [[] for _ in range(len(u))]
@@ -84,13 +100,16 @@ def sample_groups(model, prompts: list[list[int]], u: torch.Tensor, temperature:
 def sample_together(model, prompts: list[list[int]], rows: torch.Tensor, u: torch.Tensor,
                     temperature: torch.Tensor, stop: torch.Tensor, tokens: list[list[int]],
                     seen: list | None) -> None:
-    """Write the responses to `prompts`, which are `rows` [r] of u and temperature, into `tokens`."""
-    device, n, width = model.device, len(rows) // len(prompts), max(map(len, prompts))
-    # left padding: all rows end together
+    """Write the responses to `prompts`, the `rows` [r] of u and temperature, into `tokens`."""
+    device = model.device
+    n = len(rows) // len(prompts)
+    width = max(map(len, prompts))
+    # Left padding: all rows end together.
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     known = inspect.signature(model.get_decoder().forward).parameters
-    slot = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
+    # Renamed in transformers 5.24.
+    slot = "cache" if "cache" in known else "past_key_values"
     limit, dynamic = rope_switch(model.config)
     cache = transformers.DynamicCache(config=model.config)
 
@@ -102,8 +121,8 @@ def sample_together(model, prompts: list[list[int]], rows: torch.Tensor, u: torc
                                   **{slot: cache})
         return logits_of(model, out.last_hidden_state[:, -1])
 
-    # a long prefill in pieces, so that activations do not grow with the prompts: a query sees the
-    # same keys in either way, unless its end changes the rotation of all
+    # A long prefill in pieces, so that activations do not grow with the prompts: a query sees the
+    # same keys in either way, unless its end changes the rotation of all.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     step = max(1, PREFILL // len(prompts)) if width <= limit else width
     for start in range(0, width, step):
@@ -124,11 +143,14 @@ def sample_together(model, prompts: list[list[int]], rows: torch.Tensor, u: torc
         done |= torch.isin(token, stop)
         if t + 1 == u.shape[1] or done.all():
             break
-        # each compaction copies the cache, so wait until an eighth is worth it
+        # Each compaction copies the cache, so wait until an eighth is worth it.
         if done.sum() * 8 >= len(done):
             keep = (~done).nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            token, mask, alive, done = token[keep], mask[keep], alive[keep], done[keep]
+            token = token[keep]
+            mask = mask[keep]
+            alive = alive[keep]
+            done = done[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         length = width + t + 1
         if length == limit + 1 or dynamic and length > limit:
@@ -150,9 +172,11 @@ def check_samples(path: str, model, prompts: list[list[int]], length: int) -> No
     longest = max(map(len, prompts))
     beyond = reached(model.config, longest + length)
     probe = [cut(pool, 0, 6), cut(pool, 6, 3)]
-    probe += [cut(pool, 9, beyond - 1)] if beyond else []
-    probe += [cut(pool, 9, beyond + 3)] if beyond and longest > beyond else []
-    # the first row draws token 0, which ends it; the others take the likeliest
+    if beyond:
+        probe.append(cut(pool, 9, beyond - 1))
+    if beyond and longest > beyond:
+        probe.append(cut(pool, 9, beyond + 3))
+    # The first row draws token 0, which ends it; the others take the likeliest.
     u = torch.zeros(2 * len(probe), 3, device=model.device)
     heat = torch.tensor([1.0] + [0.0] * (len(u) - 1), device=model.device)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -162,14 +186,16 @@ def check_samples(path: str, model, prompts: list[list[int]], length: int) -> No
         worst = 0.0
         for i, prompt in enumerate(probe):
             y = tokens[2 * i + 1]
-            if rope_switch(model.config)[0] < math.inf:  # a longer pass is rotated otherwise
+            if rope_switch(model.config)[0] < math.inf:
+                # A longer pass is rotated otherwise.
                 plain = [plain_logits(model, prompt + y[:t])[-1] for t in range(len(y))]
             else:
                 plain = plain_logits(model, prompt + y[:-1])[-len(y):]
             for row in (2 * i, 2 * i + 1):
                 cached = [logits[rows == row] for rows, logits in seen if row in rows]
                 for t, (own, expected) in enumerate(zip(cached, plain)):
-                    if tokens[row][:t] == y[:t]:  # siblings of one prompt may part at a tie
+                    # Siblings of one prompt may part at a tie.
+                    if tokens[row][:t] == y[:t]:
                         off = (own[0].float() - expected).abs().mean().item()
                         worst = max(worst, off, key=nan_first)
     except torch.OutOfMemoryError:
@@ -200,19 +226,26 @@ def batches_of(lengths: list[int], n: int, new: int, most: int, budget: float) -
 
 
 def stop_tokens(path: str, config, tokenizer) -> list[int]:
-    """What ends a response: the end of a turn or of the sequence, and what the model's generation_config.json or config.json names."""
+    """What ends a response: the end of a turn or of the sequence, and what the model's
+    generation_config.json or config.json names."""
     try:
         more = transformers.GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
         more = config.eos_token_id
-    return sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
+    if more is None:
+        more = []
+    elif not isinstance(more, list):
+        more = [more]
+    return sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *more})
 
 
 def finished(out: str, header: str) -> dict[str, dict]:
-    """id → row of every row that earlier runs with the same settings left in `out`.part*; a line cut by a kill is skipped."""
+    """id → row of every row that earlier runs with the same settings left in `out`.part*; a line
+    cut by a kill is skipped."""
     rows = {}
     for path in glob.glob(f"{glob.escape(out)}.part*"):
-        with open(path, encoding="utf-8", errors="replace") as file:  # a kill may cut a character too
+        # A kill may cut a character too.
+        with open(path, encoding="utf-8", errors="replace") as file:
             if file.readline().rstrip("\n") != header:
                 continue
             for line in file:
@@ -224,8 +257,16 @@ def finished(out: str, header: str) -> dict[str, dict]:
     return rows
 
 
+def is_fresh(part: str, header: str) -> bool:
+    """Whether there is no file `part` of the settings in `header` to go on with."""
+    if not os.path.exists(part):
+        return True
+    return open(part, encoding="utf-8", errors="replace").readline().rstrip("\n") != header
+
+
 def generate(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict | None:
-    """Write args.out from args.prompts with args.model; returns the stats, or None where the output was complete already."""
+    """Write args.out from args.prompts with args.model; returns the stats, or None where the output
+    was complete already."""
     settings = settings_of(args, "model", "prompts")
     if is_done(args.out, settings):
         return None
@@ -233,19 +274,26 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
     config = load_config(args.model)
     tokenizer = load_tokenizer(args.model)
-    encoded = [prompt for prompt, _ in encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])]
+    pairs = encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])
+    encoded = [prompt for prompt, _ in pairs]
+    longest = max(map(len, encoded))
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and max(map(len, encoded)) + args.max_new_tokens > limit:
-        fail(f"{args.prompts}: the longest prompt ({max(map(len, encoded))} tokens) and --max-new-tokens {args.max_new_tokens} "
-             f"exceed the model's context of {limit}")
+    if limit and longest + args.max_new_tokens > limit:
+        fail(f"{args.prompts}: the longest prompt ({longest} tokens) and --max-new-tokens "
+             f"{args.max_new_tokens} exceed the model's context of {limit}")
     stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
     if rank == 0:
         check_template(args.model, tokenizer)
     if args.backend == "vllm":
-        draw_responses, together, budget = sample_vllm, 4096, math.inf  # it makes its own batches
+        # It makes its own batches.
+        draw_responses = sample_vllm
+        together = 4096
+        budget = math.inf
         model = start_vllm(args.model, config, bf16, world)
     else:
-        draw_responses, together, budget = sample, args.batch_size, args.sample_tokens
+        draw_responses = sample
+        together = args.batch_size
+        budget = args.sample_tokens
         model = load_model(args.model, device, torch.bfloat16 if bf16 else torch.float32)
         if rank == 0:
             check_tokens(args.model, model, [(prompt, []) for prompt in encoded], tokenizer)
@@ -258,21 +306,28 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     todo = [batch for batch in batches if any(rows[i]["id"] not in done for i in batch)]
     if done and rank == 0:
         print(f"generate: {len(done)} of {len(rows)} prompts were done before; going on")
+    # Nobody writes until everybody has read.
     if world > 1:
-        dist.barrier()  # nobody writes until everybody has read
+        dist.barrier()
     part = f"{args.out}.part{rank}"
-    fresh = not os.path.exists(part) or open(part, encoding="utf-8", errors="replace").readline().rstrip("\n") != header
+    fresh = is_fresh(part, header)
     with open(part, "w" if fresh else "a", encoding="utf-8") as file:
         file.write(header + "\n" if fresh else "\n")
-        for batch in tqdm(todo[rank::world], desc="generate", unit="batch", disable=None if rank == 0 else True):
-            u = np.concatenate([uniforms(args.seed, rows[i]["id"], args.n, args.max_new_tokens) for i in batch])
-            heat = torch.tensor([rows[i].get("temperature", args.temperature) for i in batch for _ in range(args.n)], device=device)
-            tokens = iter(draw_responses(model, [encoded[i] for i in batch], torch.tensor(u, device=device), heat, stop))
+        quiet = None if rank == 0 else True
+        for batch in tqdm(todo[rank::world], desc="generate", unit="batch", disable=quiet):
+            u = np.concatenate([
+                uniforms(args.seed, rows[i]["id"], args.n, args.max_new_tokens) for i in batch])
+            heats = [rows[i].get("temperature", args.temperature)
+                     for i in batch for _ in range(args.n)]
+            tokens = iter(draw_responses(
+                model, [encoded[i] for i in batch], torch.tensor(u, device=device),
+                torch.tensor(heats, device=device), stop))
             for i in batch:
                 mine = [next(tokens) for _ in range(args.n)]
                 ended = [bool(y) and y[-1] in stop for y in mine]
                 answers = list(zip(mine, ended))
-                row = {**rows[i], "responses": [decode_response(tokenizer, *own) for own in answers],
+                row = {**rows[i],
+                       "responses": [decode_response(tokenizer, *own) for own in answers],
                        "response_ids": mine, "ended": ended,
                        "special_inside": [is_foreign(tokenizer, *own) for own in answers],
                        "vocabulary": vocabulary(tokenizer)}
@@ -287,22 +342,27 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
         stats |= {"mean_characters": sum(lengths) / len(lengths),
                   "ended": sum(sum(row["ended"]) for row in done.values()) / len(lengths),
                   "special_inside": sum(sum(row["special_inside"]) for row in done.values())}
-        publish(args.out, settings, stats, lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)))
+        publish(args.out, settings, stats,
+                lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)))
         for path in glob.glob(f"{glob.escape(args.out)}.part*"):
             os.remove(path)
-        print(f"generate: {len(rows)} prompts × {args.n} responses, {stats['mean_characters']:.0f} characters on average, "
+        print(f"generate: {len(rows)} prompts × {args.n} responses, "
+              f"{stats['mean_characters']:.0f} characters on average, "
               f"{stats['ended']:.0%} ended by themselves, {stats['special_inside']} with special "
               f"tokens inside → {args.out}")
     return stats
 
 
-def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: int, world: int, device: torch.device, **changes) -> list[dict]:
-    """The rows of `out`, generated with the sampling flags in `args` but for `changes`; for other stages.
+def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: int, world: int,
+            device: torch.device, **changes) -> list[dict]:
+    """The rows of `out`, generated with the sampling flags in `args` but for `changes`; for other
+    stages.
 
     vLLM's engine gives a card back only when its process ends, so with it every policy is sampled
     by a process of its own, generate.py, for which this one frees what it keeps.
     """
-    known = ("n", "temperature", "max_new_tokens", "batch_size", "sample_tokens", "precision", "backend", "seed")
+    known = ("n", "temperature", "max_new_tokens", "batch_size", "sample_tokens", "precision",
+             "backend", "seed")
     flags = {key: getattr(args, key) for key in known} | changes
     if args.backend == "vllm":
         if torch.cuda.is_available():
@@ -311,10 +371,12 @@ def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: 
         for key, value in {"model": model, "prompts": prompts, "out": out, **flags}.items():
             command += ["-n" if key == "n" else f"--{key.replace('_', '-')}", str(value)]
         status = subprocess.run(command).returncode
+        # generate.py has said why.
         if status:
-            raise SystemExit(status)  # generate.py has said why
+            raise SystemExit(status)
     else:
-        generate(argparse.Namespace(model=model, prompts=prompts, out=out, **flags), rank, world, device)
+        whole = argparse.Namespace(model=model, prompts=prompts, out=out, **flags)
+        generate(whole, rank, world, device)
     if world > 1:
         dist.barrier()
     return read_rows(out, "responses")
@@ -323,34 +385,48 @@ def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: 
 def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
     """The flags that decide what is sampled; evaluate.py has them too."""
     cli.add_argument("-n", type=natural, default=n, help="responses a prompt (papers: 2)")
-    cli.add_argument("--temperature", type=ranged(float, 0), default=0.7, help="sampling temperature (papers: 0.7; 0: greedy), unless "
-                     "a prompt row has a `temperature` of its own")
-    cli.add_argument("--max-new-tokens", type=natural, default=300, help="length limit of a response in tokens (papers: 300)")
-    cli.add_argument("--batch-size", type=natural, default=128, help="responses sampled together, at most; at most rounding in the text")
+    cli.add_argument("--temperature", type=ranged(float, 0), default=0.7,
+                     help="sampling temperature (papers: 0.7; 0: greedy), unless a prompt row has "
+                     "a `temperature` of its own")
+    cli.add_argument("--max-new-tokens", type=natural, default=300,
+                     help="length limit of a response in tokens (papers: 300)")
+    cli.add_argument("--batch-size", type=natural, default=128,
+                     help="responses sampled together, at most; at most rounding in the text")
     cli.add_argument("--sample-tokens", type=natural, default=131072,
-                     help="tokens sampled together, prompts and --max-new-tokens counted: memory (0.13 MB a token for a 7 B "
-                     "Mistral, 0.33 MB for Phi-2), not text; a run may go on with another")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the weights while sampling")
-    cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers", help="vllm: if installed; all GPUs of one machine, no torchrun")
-    cli.add_argument("--seed", type=ranged(int, 0), default=42, help="decides the text, together with the prompt's id")
+                     help="tokens sampled together, prompts and --max-new-tokens counted: memory "
+                     "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), not text; a run may "
+                     "go on with another")
+    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                     help="of the weights while sampling")
+    cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers",
+                     help="vllm: if installed; all GPUs of one machine, no torchrun")
+    cli.add_argument("--seed", type=ranged(int, 0), default=42,
+                     help="decides the text, together with the prompt's id")
 
 
-def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor, stop: torch.Tensor) -> list[list[int]]:
+def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor,
+                stop: torch.Tensor) -> list[list[int]]:
     """As `sample`, by a vllm.LLM; the first uniform number of a response seeds its request."""
     from vllm import SamplingParams
     n = len(u) // len(prompts)
-    settings = [SamplingParams(temperature=t, max_tokens=u.shape[1], seed=int(first * 2 ** 31), stop_token_ids=stop.tolist(), detokenize=False)
-                for t, first in zip(temperature.tolist(), u[:, 0].tolist())]
-    done = engine.generate([{"prompt_token_ids": p} for p in prompts for _ in range(n)], settings, use_tqdm=False)
+    settings = [
+        SamplingParams(temperature=t, max_tokens=u.shape[1], seed=int(first * 2 ** 31),
+                       stop_token_ids=stop.tolist(), detokenize=False)
+        for t, first in zip(temperature.tolist(), u[:, 0].tolist())
+    ]
+    asked = [{"prompt_token_ids": p} for p in prompts for _ in range(n)]
+    done = engine.generate(asked, settings, use_tqdm=False)
     return [list(request.outputs[0].token_ids) for request in done]
 
 
 def start_vllm(path: str, config, bf16: bool, world: int):
     """A vllm.LLM over GPUs of this machine."""
     try:
-        import vllm  # never needed but for --backend vllm
+        # Never needed but for --backend vllm.
+        import vllm
     except ImportError:
-        fail(f"--backend vllm needs the vllm package, of a version made for this torch: pip install '{VLLM}'")
+        fail("--backend vllm needs the vllm package, of a version made for this torch: "
+             f"pip install '{VLLM}'")
     if world > 1:
         fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
     gpus = tensor_parallel(config.get_text_config(), torch.cuda.device_count())

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from core.rows import beside, fail, remove
 
-
 STARTED = time.time()
 
 # Memory, not mathematics: what is written is the same whatever they are (D11).
@@ -48,12 +47,14 @@ def fingerprint(path: str) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = digest_of(files, names)
-    tmp = f"{beside_it}.{os.getpid()}.tmp"  # several processes may be at it
+    # Several processes may be at it.
+    tmp = f"{beside_it}.{os.getpid()}.tmp"
     try:
         Path(tmp).write_text(json.dumps({"digest": digest, "files": seen}) + "\n")
         os.replace(tmp, beside_it)
     except OSError:
-        remove(tmp)  # where nothing can be written, a folder is digested at every start
+        # Where nothing can be written, a folder is digested at every start.
+        remove(tmp)
     return digest
 
 
@@ -81,8 +82,8 @@ def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
 
 
 def is_done(out: str, settings: dict) -> bool:
-    """True if `out` is complete from these very settings. A complete output of other settings is never
-    replaced unasked: what differs is named, and the program ends, unless REDO=yes is set."""
+    """True if `out` is complete from these very settings. A complete output of other settings is
+    never replaced unasked: what differs is named, and the program ends, unless REDO=yes is set."""
     try:
         old = json.loads(Path(f"{out}.stats.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
@@ -97,8 +98,8 @@ def is_done(out: str, settings: dict) -> bool:
             print(f"{out}: complete, skipped")
         return True
     if os.environ.get("REDO") != "yes":
-        fail(f"{out}: complete, of other settings: {'; '.join(changed)}. REDO=yes replaces it and all "
-             "that follows from it; another --out (RUN) keeps both")
+        fail(f"{out}: complete, of other settings: {'; '.join(changed)}. REDO=yes replaces it and "
+             "all that follows from it; another --out (RUN) keeps both")
     if first:
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
     return False
@@ -128,7 +129,8 @@ def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None])
         write(tmp)
         Path(tmp_stats).write_text(text + "\n", encoding="utf-8")
         remove(f"{out}.stats.json")
-        if os.path.isdir(out):  # a file is replaced at once
+        # A file is replaced at once.
+        if os.path.isdir(out):
             remove(out)
         os.replace(tmp, out)
         os.replace(tmp_stats, f"{out}.stats.json")
@@ -145,7 +147,8 @@ def run_stage(main: Callable[[], None]) -> None:
         fail(f"{error.strerror or error}: cannot write; nothing finished is lost")
     except MemoryError as error:
         fail(f"out of memory: {error}")
-    except RuntimeError as error:  # torch.OutOfMemoryError, without importing torch
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, without importing torch.
         if type(error).__name__ != "OutOfMemoryError":
             raise
         fail("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
@@ -153,7 +156,7 @@ def run_stage(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # gloo's threads can outlive the last collective and abort Python's teardown
+        # gloo's threads can outlive the last collective and abort Python's teardown.
         sys.stdout.flush()
         os._exit(0)
 
@@ -180,7 +183,8 @@ def ranged(kind: type, low: float, high: float = math.inf,
                 bounds += f" and at most {high}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, found {text}")
         return value
-    parse.__name__ = kind.__name__  # what argparse calls a text that is no number at all
+    # What argparse calls a text that is no number at all.
+    parse.__name__ = kind.__name__
     return parse
 
 

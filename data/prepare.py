@@ -31,7 +31,6 @@ Papers: 2 000 gold pairs of 60 000 (3.3 %).
 import csv
 import gzip
 import hashlib
-import json
 import os
 import random
 import re
@@ -71,7 +70,8 @@ def load_any(source: str) -> Iterator[tuple[str, dict]]:
     if re.search(r"\.(jsonl?|csv)(\.gz)?$", source) and "://" not in source:
         yield from read_texts(source, source, "csv" if ".csv" in source[-7:] else "json")
         return
-    import datasets  # slow to import, and not needed for the files above
+    # Slow to import, and not needed for the files above.
+    import datasets
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     kinds = ("json", "parquet", "csv")
@@ -82,11 +82,13 @@ def load_any(source: str) -> Iterator[tuple[str, dict]]:
         files = builder.config.data_files
         split = next((s for s in ("train_prefs", "train") if s in files), next(iter(files)))
         kind = type(builder).__module__.rpartition(".")[2]
-        if kind in ("json", "csv"):  # `datasets` would take NA for a null, and a date for a number
+        # `datasets` would take NA for a null, and a date for a number.
+        if kind in ("json", "csv"):
             local = datasets.DownloadManager().download_and_extract(list(files[split]))
         else:
             rows = datasets.load_dataset(**what, split=split)
-    except Exception as error:  # `datasets` raises many kinds
+    except Exception as error:
+        # `datasets` raises many kinds.
         fail(f"{source}: cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}")
     if kind in ("json", "csv"):
         for name, path in zip(files[split], local):
@@ -102,7 +104,8 @@ def read_texts(name: str, path: str, kind: str, separator: str = ",") -> Iterato
         fail(f"{name}: no such file")
     unpacked = gzip.open if path.endswith(".gz") else open
     if kind == "csv":
-        csv.field_size_limit(1 << 30)  # a response may be longer than csv's 128 kB
+        # A response may be longer than csv's 128 kB.
+        csv.field_size_limit(1 << 30)
         try:
             with unpacked(path, "rt", encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file, delimiter=separator, strict=True)
@@ -189,7 +192,8 @@ def join(where: str, prompt: str | list | None, before: list[dict]) -> list[dict
         prompt = [{"role": "user", "content": prompt}]
     if not prompt or not before:
         return prompt or before
-    asked, told = said(prompt), said(before)
+    asked = said(prompt)
+    told = said(before)
     if any(told[i:i + len(asked)] == asked for i in range(len(told))):
         return before
     if asked[-len(told):] == told:
@@ -250,7 +254,8 @@ def normalise(where: str, row: dict) -> dict | str:
             return "parted"
         both = [side[-1]["content"] for side in both]
     if isinstance(prompt, list) and prompt and prompt[-1] == {"role": "assistant", "content": ""}:
-        prompt = prompt[:-1]  # "… \n\nAssistant:" asks for the response
+        # "… \n\nAssistant:" asks for the response.
+        prompt = prompt[:-1]
     prompt = with_system(where, join(where, prompt, before), row.get("system"))
     if not any(turn["role"] != "system" and turn["content"].strip() for turn in prompt):
         return "empty_prompt"
@@ -262,7 +267,8 @@ def normalise(where: str, row: dict) -> dict | str:
     for keys in (("chosen_" + what, "rejected_" + what) for what in OF_A_SIDE):
         if sides and all(row.get(key) is not None for key in keys):
             extra |= {key: row[key] for key in keys}
-    if "chosen_ids" in extra and row.get("vocabulary") is not None:  # what the ids mean
+    # The vocabulary says what the ids mean.
+    if "chosen_ids" in extra and row.get("vocabulary") is not None:
         extra["vocabulary"] = row["vocabulary"]
     for key, value in extra.items():
         if expected := wrong(key, value):
@@ -288,7 +294,10 @@ def with_system(where: str, prompt: list[dict], system: object) -> list[dict]:
 def collect(source: str) -> tuple[list[dict], Counter, list[str]]:
     """(rows with distinct prompts in the order of the source, how many rows were left out for which
     of REASONS, columns that were not used)."""
-    rows, left, unused, gold = {}, Counter(), {}, None
+    rows = {}
+    left = Counter()
+    unused = {}
+    gold = None
     for where, raw in load_any(source):
         row = normalise(where, raw)
         instead = {"instruction", "input"} if raw.get("prompt") is not None else set()
@@ -316,7 +325,8 @@ def collect(source: str) -> tuple[list[dict], Counter, list[str]]:
 def fitting(rows: list[dict], path: str, room: int, source: str) -> list[dict]:
     """Rows whose prompt leaves room for `room` new tokens, and for both gold responses, in the
     context of the model at `path`. A prompt that its chat template refuses ends the program."""
-    from core.chat import encode_prompt, encode_response  # torch is slow to import
+    # torch is slow to import.
+    from core.chat import encode_prompt, encode_response
     from core.models import load_config, load_tokenizer
     limit = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     tokenizer = load_tokenizer(path)
@@ -325,7 +335,8 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> list[dict]:
         prompt = row["prompt"]
         try:
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise whatever they like
+        except Exception as error:
+            # Templates raise whatever they like.
             fail(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): "
                  f"the chat template of {path} refuses this prompt: {error}")
         answers = [row[key] for key in ("chosen", "rejected") if key in row]
@@ -344,7 +355,8 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> list[dict]:
 def embed(rows: list[dict], path: str, source: str):
     """Unit vectors [N, H] (fp16: 0.5 GB at N = 60 000, H = 4 096) of a model's last hidden states
     at the end of each prompt."""
-    import torch  # slow to import, and needed here alone
+    # Slow to import, and needed here alone.
+    import torch
     from tqdm import tqdm
 
     from core.chat import encode_rows
@@ -352,7 +364,8 @@ def embed(rows: list[dict], path: str, source: str):
     from core.parallel import autocast, start_processes
     from core.policy import deal, pack, response_hidden
     *_, device = start_processes()
-    model, tokenizer = load_model(path, device), load_tokenizer(path)
+    model = load_model(path, device)
+    tokenizer = load_tokenizer(path)
     budget = 16384 if device.type == "cuda" else 2048
     width = model.config.get_text_config().hidden_size
     vectors = torch.empty(len(rows), width, dtype=torch.float16, device=device)
@@ -406,7 +419,9 @@ def split(rows: list[dict], sizes: dict[str, int]) -> tuple[dict[str, list[dict]
     after the other in the order of `rows`, without those whose opening user turn an earlier part
     has."""
     parts: dict[str, list[dict]] = {name: [] for name in sizes}
-    left, owner, unfilled = Counter(), {}, list(sizes)
+    left = Counter()
+    owner = {}
+    unfilled = list(sizes)
     for row in rows:
         while unfilled and len(parts[unfilled[0]]) == sizes[unfilled[0]]:
             unfilled.pop(0)

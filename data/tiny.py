@@ -187,7 +187,8 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> transformers.PreT
         model = auto.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             model(torch.arange(3, 9)[None])
-    except Exception as error:  # configurations and models raise whatever they like
+    except Exception as error:
+        # Configurations and models raise whatever they like.
         fail(f"--architecture {architecture}: cannot be made tiny: {error}")
     return model
 
