@@ -35,7 +35,7 @@ from core.probe import load_scorer
 from core.rows import beside, fail, read_json_lines, read_json_list, read_rows, write_rows
 from core.sampling import respond, sampling_flags
 from core.stage import MEMORY_ONLY, fingerprint, is_done, parser, publish, run_stage
-from judges.judge import SCORERS, check_judge, compare, judge_flags, wins
+from judges.judge import SCORERS, check_judge, compare, judge_flags, settled, wins
 from judges.measures import (
     bootstrap_interval,
     label_quality,
@@ -121,17 +121,18 @@ def judge_policies(args, answers: dict[str, list[dict]], rank: int, world: int, 
         if scores is None:
             sides = [(row["prompt"], mine, theirs) for row, other in zip(rows, answers[baseline])
                      for mine, theirs in zip(row["responses"], other["responses"])]
-            preference, behaviour = compare(args, sides, rank, world, device)
-            preference = preference.reshape(shape)
+            verdict, behaviour = compare(args, sides, rank, world, device)
+            verdict = verdict.reshape(shape)
+            preference = settled(verdict)
             p |= behaviour
         else:
-            preference = wins(scores, reference)
+            preference = verdict = wins(scores, reference)
         p["win_rate"], p["win_rate_error"] = mean_and_error(preference)
         p |= {"interval": bootstrap_interval(preference), "ties": float((preference == 0.5).mean()),
               "p": paired_p(preference, np.full(shape, 0.5) if before is None else before)}
         before = preference
         annotations[name] = [{"instruction": instruction(row), "output_1": theirs, "generator_1": baseline, "output_2": mine, "generator_2": name,
-                              "annotator": args.judge_model or args.judge, "preference": 1 + float(preference[i, k])}
+                              "annotator": args.judge_model or args.judge, "preference": None if np.isnan(verdict[i, k]) else 1 + float(verdict[i, k])}
                              for i, (row, other) in enumerate(zip(rows, answers[baseline]))
                              for k, (mine, theirs) in enumerate(zip(row["responses"], other["responses"]))]
         p |= length_controlled(annotations[name])
@@ -159,7 +160,7 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int, device) ->
         flags = {i for step in log for i in step.get("flagged", [])}
         able = {i for step in log if step.get("tau") is not None for i in step["batch"]}
         preference, _ = compare(args, [(row["prompt"], row["chosen"], row["rejected"]) for row in rows], rank, world, device)
-        quality = label_quality(preference, np.array([row["id"] in flags for row in rows]),
+        quality = label_quality(settled(preference), np.array([row["id"] in flags for row in rows]),
                                 np.array([row["id"] in able for row in rows]))
     return quality, 1 / (1 + np.exp(-margin)), after
 

@@ -1,14 +1,14 @@
 """Judges: who says which of two responses to a prompt is better.
 
-A *ranker* is a function (args, comparisons, rank, world, device) → P(first response is better), one number in [0, 1] for
-every comparison (conversation, first, second), NaN where it gives no verdict. `compare` asks it in both orders and
-averages, because a judge's taste for the first option is often stronger than its taste. A *scorer* gives each response
-a number of its own, and is asked once.
+A *ranker* is a function (args, comparisons, rank, world, device) → P(first response is better), one
+number in [0, 1] for every comparison (conversation, first, second), NaN where it gives no verdict.
+`compare` asks it in both orders and averages, because a judge's taste for the first option is often
+stronger than its taste. A *scorer* gives each response a number of its own, and is asked once.
 
     vader           scorer: sentiment by a lexicon rated by people, the gold standard of the demo
     reward-model    scorer: the logit of any one-logit sequence classifier with a chat template
     pairrm          ranker: PairRM or any other ranker that the package llm-blender loads
-    llm             ranker: a causal LM's probability of "(A)" against "(B)" after the prompt of SPA's Listing 1
+    llm             ranker: a causal LM's probability of A against B after SPA's Listing 1
     openai          ranker: what an OpenAI-compatible endpoint answers to the same prompt
 """
 import argparse
@@ -54,7 +54,7 @@ def judge_flags(cli: argparse.ArgumentParser, others: list[str], default: str) -
     cli.add_argument("--base-url", help="the endpoint of --judge openai; its key is read from "
                                         "OPENAI_API_KEY, never from a flag")
     cli.add_argument("--judge-tokens", type=natural, default=16,
-                     help="room for an answer of --judge openai: more for a judge that reasons first")
+                     help="room for an answer of --judge openai; more where it reasons first")
 
 
 def check_judge(args: argparse.Namespace) -> None:
@@ -62,19 +62,23 @@ def check_judge(args: argparse.Namespace) -> None:
         fail(f"--judge {args.judge} needs --judge-model")
 
 
-# -------------------------------------------------------------------------------------------------------------- scorers
+# ------------------------------------------------------------------------------------------ scorers
 
 
-def vader(args, rows: list[dict], rank: int, world: int, device: torch.device) -> list[list[float]]:
-    """Sentiment in [−1, 1] of every response by VADER, a lexicon rated by people (Hutto & Gilbert 2014)."""
+def vader(args, rows: list[dict], rank: int, world: int,
+          device: torch.device) -> list[list[float]]:
+    """Sentiment in [−1, 1] of every response by VADER, a lexicon rated by people (Hutto & Gilbert
+    2014)."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # the demo's alone
     judge = SentimentIntensityAnalyzer()
     return [[judge.polarity_scores(text)["compound"] for text in row["responses"]] for row in rows]
 
 
 @torch.no_grad()
-def reward_model(args, rows: list[dict], rank: int, world: int, device: torch.device) -> list[list[float]]:
-    """Logit of every response by a one-logit sequence classifier with a chat template; rows split over ranks."""
+def reward_model(args, rows: list[dict], rank: int, world: int,
+                 device: torch.device) -> list[list[float]]:
+    """Logit of every response by a one-logit sequence classifier with a chat template; rows split
+    over ranks."""
     path = args.judge_model
     tokenizer = load_tokenizer(path)
     kind = transformers.AutoModelForSequenceClassification
@@ -82,7 +86,9 @@ def reward_model(args, rows: list[dict], rank: int, world: int, device: torch.de
     if model.config.num_labels != 1:
         fail(f"{path}: a reward model needs one logit; found {model.config.num_labels}")
     mine = {}
-    for i in tqdm(range(rank, len(rows), world), desc="reward model", unit="prompt", disable=None if rank == 0 else True):
+    mine_rows = range(rank, len(rows), world)
+    quiet = None if rank == 0 else True
+    for i in tqdm(mine_rows, desc="reward model", unit="prompt", disable=quiet):
         mine[i] = []
         for text in rows[i]["responses"]:
             try:
@@ -96,25 +102,34 @@ def reward_model(args, rows: list[dict], rank: int, world: int, device: torch.de
     return [merged[i] for i in range(len(rows))]
 
 
-# -------------------------------------------------------------------------------------------------------------- rankers
+# ------------------------------------------------------------------------------------------ rankers
 
 
 def option_prompt(conversation: list[dict], first: str, second: str) -> list[dict]:
-    """SPA's Listing 1: which of two responses is better, as a chat whose answer is the letter A or B."""
-    turns = "\n\n".join(f"{'Human' if m['role'] == 'user' else m['role'].capitalize()}: {m['content']}" for m in conversation)
+    """SPA's Listing 1: which of two responses is better, as a chat whose answer is the letter A or
+    B."""
+    turns = []
+    for message in conversation:
+        speaker = "Human" if message["role"] == "user" else message["role"].capitalize()
+        turns.append(f"{speaker}: {message['content']}")
+    said = "\n\n".join(turns)
     return [{"role": "user", "content": (
-        f"Consider the following conversation between a human and an assistant:\n{turns}\nPlease choose the response that is "
-        f"the most helpful, honest, and harmless.\nOptions:\n(A) {first}\n(B) {second}\nThe answer is:")}]
+        f"Consider the following conversation between a human and an assistant:\n{said}\n"
+        "Please choose the response that is the most helpful, honest, and harmless.\n"
+        f"Options:\n(A) {first}\n(B) {second}\nThe answer is:")}]
 
 
-def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> list[float]:
-    """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA, B.2)."""
+def llm(args, comparisons: list[Comparison], rank: int, world: int,
+        device: torch.device) -> list[float]:
+    """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA,
+    B.2)."""
     tokenizer = load_tokenizer(args.judge_model)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
     letters = [("A", False, None), ("B", False, None)]
     encoded = encode_rows(load_config(args.judge_model), tokenizer, rows, "comparisons",
                           lambda row: letters)
-    # the template may write something before a letter, Qwen3's a think block; it is the same for both
+    # the template may write something before a letter, Qwen3's a think block; it is the same for
+    # both
     if any(len(a) != len(b) or a[:-1] != b[:-1] or a == b for _, (a, b) in encoded):
         fail(f"{args.judge_model}: its tokenizer does not write A and B as one token each")
     model = load_scorer(args.judge_model, device, encoded, args.precision, tokenizer)
@@ -122,27 +137,35 @@ def llm(args, comparisons: list[Comparison], rank: int, world: int, device: torc
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]
 
 
-def pairrm(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> list[float]:
-    """σ of the logit by which a pairwise ranker (PairRM, Jiang et al. 2023) prefers the first; from the package llm-blender."""
+def pairrm(args, comparisons: list[Comparison], rank: int, world: int,
+           device: torch.device) -> list[float]:
+    """σ of the logit by which a pairwise ranker (PairRM, Jiang et al. 2023) prefers the first; from
+    the package llm-blender."""
     try:
         import llm_blender
     except ImportError as error:
-        fail(f"--judge pairrm needs the package llm-blender, importable beside transformers {transformers.__version__}: {error}")
+        fail("--judge pairrm needs the package llm-blender, importable beside transformers "
+             f"{transformers.__version__}: {error}")
 
     def ask() -> list[float]:
         blender = llm_blender.Blender()
         blender.loadranker(args.judge_model, device=str(device))
-        conversations = [c[0]["content"] if len(c) == 1 else "\n".join(f"{m['role'].upper()}: {m['content']}" for m in c)
-                         for c, _, _ in comparisons]
-        logits = blender.compare(conversations, [a for _, a, _ in comparisons], [b for _, _, b in comparisons],
+        conversations = []
+        for turns, _, _ in comparisons:
+            said = "\n".join(f"{turn['role'].upper()}: {turn['content']}" for turn in turns)
+            conversations.append(turns[0]["content"] if len(turns) == 1 else said)
+        logits = blender.compare(conversations, [first for _, first, _ in comparisons],
+                                 [second for _, _, second in comparisons],
                                  return_logits=True, mode="[A,B]")
         return [1 / (1 + math.exp(-max(float(x), -700.0))) for x in logits]
     return merge({0: ask()} if rank == 0 else {}, world)[0]
 
 
-def openai(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> list[float]:
+def openai(args, comparisons: list[Comparison], rank: int, world: int,
+           device: torch.device) -> list[float]:
     """1 or 0 by the letter that an OpenAI-compatible endpoint answers to Listing 1."""
-    system = {"role": "system", "content": "You compare responses. Answer with one letter, A or B, and nothing else."}
+    order = "You compare responses. Answer with one letter, A or B, and nothing else."
+    system = {"role": "system", "content": order}
     chats = [[system, *option_prompt(*c)] for c in comparisons]
     texts = chat(args, chats, args.judge_tokens, rank, world, device)
     return [parse_choice(text) for text in texts]
@@ -153,8 +176,8 @@ def conclusion(text: str) -> str:
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
-# A letter is a verdict where it is marked: in brackets, after one of three words, alone on its line.
-# An A before another word is an article there, but for the words that give a reason.
+# A letter is a verdict where it is marked: in brackets, after one of three words, alone on its
+# line. An A before another word is an article there, but for the words that give a reason.
 MARKED = re.compile(
     r"[(\[]\s*([AB])\s*[)\]]"
     r"|(?i:\b(?:answer|choice|better)\b)(?i:(?:\s+(?:response|option|one|answer|choice))?)"
@@ -179,21 +202,24 @@ def parse_rating(text: str) -> float:
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else math.nan
 
 
-# ----------------------------------------------------------------------------------------------------- asking a chat model
+# ------------------------------------------------------------------------------ asking a chat model
 
 
-def chat(args, chats: list[list[dict]], max_tokens: int, rank: int, world: int, device: torch.device) -> list[str]:
-    """The judging model's answer to every chat, at temperature 0: an endpoint's with --judge openai, else a local model's."""
+def chat(args, chats: list[list[dict]], max_tokens: int, rank: int, world: int,
+         device: torch.device) -> list[str]:
+    """The judging model's answer to every chat, at temperature 0: an endpoint's with --judge
+    openai, else a local model's."""
     if args.judge == "openai":
         return merge({0: ask_endpoint(args, chats, max_tokens)} if rank == 0 else {}, world)[0]
     rows = [{"id": str(i), "prompt": messages} for i, messages in enumerate(chats)]
-    path = f"{args.out}/judge/{hashlib.sha256(repr(chats).encode(errors='surrogatepass')).hexdigest()[:16]}"
+    digest = hashlib.sha256(repr(chats).encode(errors="surrogatepass")).hexdigest()[:16]
+    path = f"{args.out}/judge/{digest}"
     if rank == 0:
         write_rows(f"{path}.prompts.jsonl", rows)
     if world > 1:
         dist.barrier()
-    answers = respond(args.judge_model, f"{path}.prompts.jsonl", f"{path}.jsonl", args, rank, world, device, n=1, temperature=0.0,
-                      max_new_tokens=max_tokens)
+    answers = respond(args.judge_model, f"{path}.prompts.jsonl", f"{path}.jsonl", args, rank, world,
+                      device, n=1, temperature=0.0, max_new_tokens=max_tokens)
     return [row["responses"][0] for row in answers]
 
 
@@ -216,10 +242,11 @@ def hidden(text: str, key: str) -> str:
 
 
 def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
-    """An OpenAI-compatible endpoint's answers. Those that the cache in or beside OUT holds are not asked, and so not paid, again.
+    """An OpenAI-compatible endpoint's answers. Those that the cache in or beside OUT holds are not
+    asked, and so not paid, again.
 
-    The client tries again with growing pauses when the endpoint is busy, fails, or is silent for TIMEOUT seconds. What
-    still fails ends the program, after the answers under way are stored.
+    The client tries again with growing pauses when the endpoint is busy, fails, or is silent for
+    TIMEOUT seconds. What still fails ends the program, after the answers under way are stored.
     """
     try:
         from openai import APIStatusError, OpenAI, OpenAIError
@@ -227,11 +254,17 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
         fail("--judge openai needs the package openai (pip install openai)")
     key = os.environ.get("OPENAI_API_KEY")
     if not key:
-        fail("--judge openai reads its key from the environment variable OPENAI_API_KEY (any word for a server that asks for none)")
+        fail("--judge openai reads its key from the environment variable OPENAI_API_KEY (any word "
+             "for a server that asks for none)")
     client = OpenAI(base_url=args.base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
-    requests = [json.dumps({"url": str(client.base_url), "model": args.judge_model, "messages": messages, "temperature": 0,
-                            "max_tokens": max_tokens}) for messages in chats]
-    cache, known, errors = Path(f"{args.out}{'/' if os.path.isdir(args.out) else '.'}judge_cache.jsonl"), {}, []
+    requests = []
+    for messages in chats:
+        requests.append(json.dumps({"url": str(client.base_url), "model": args.judge_model,
+                                    "messages": messages, "temperature": 0,
+                                    "max_tokens": max_tokens}))
+    cache = Path(f"{args.out}{'/' if os.path.isdir(args.out) else '.'}judge_cache.jsonl")
+    known = {}
+    errors = []
     lock = threading.Lock()
     cache.parent.mkdir(parents=True, exist_ok=True)
     for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
@@ -256,25 +289,29 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
                         raise
                     body = as_wanted(body, error)
             answer = str(given.choices[0].message.content or "")
-        except (OpenAIError, ValueError, IndexError, TypeError, AttributeError) as error:  # all but the first: no such answer
+        except (OpenAIError, ValueError, IndexError, TypeError, AttributeError) as error:
+            # all but the first: what came is no answer
             errors.append(error)
             return
         with lock:
             known[request] = answer
-            file.write(json.dumps({"request": request, "answer": answer}, ensure_ascii=False) + "\n")
+            row = {"request": request, "answer": answer}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     with open(cache, "a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL) as pool:
         file.write("\n" if cache.stat().st_size else "")  # the last line may have been cut
         todo = [request for request in dict.fromkeys(requests) if request not in known]
-        for _ in tqdm(pool.map(ask, todo), desc="judge", total=len(todo), unit="request", disable=None):
+        answers = pool.map(ask, todo)
+        for _ in tqdm(answers, desc="judge", total=len(todo), unit="request", disable=None):
             pass
     if errors:
         said = hidden(" ".join(f"{type(errors[0]).__name__}: {errors[0]}".split()), key)[:300]
-        fail(f"{client.base_url}: {said}. {len(known)} answers are kept in {cache}; run the same command to go on")
+        fail(f"{client.base_url}: {said}. {len(known)} answers are kept in {cache}; run the same "
+             "command to go on")
     return [known[request] for request in requests]
 
 
-# ------------------------------------------------------------------------------------------------- one way to use them all
+# -------------------------------------------------------------------------- one way to use them all
 
 SCORERS: dict[str, Callable] = {"vader": vader, "reward-model": reward_model}
 RANKERS: dict[str, Callable] = {"pairrm": pairrm, "llm": llm, "openai": openai}
@@ -285,48 +322,65 @@ def wins(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (first > second) + 0.5 * (first == second)
 
 
-def both_orders(ranker: Callable[[list[Comparison]], list[float]], comparisons: list[Comparison]) -> tuple[np.ndarray, dict]:
-    """P(first is better) [N] with each comparison asked in both orders and averaged, and how the judge behaved.
+def both_orders(first: np.ndarray, exchanged: np.ndarray) -> tuple[np.ndarray, dict]:
+    """P(first is better) [N] from a ranker's answers in both orders [N], and how the judge behaved.
 
-    A judge that always prefers the first option comes out at exactly ½. `order_disagreement` is the share of comparisons
-    where the two orders name different winners; an answer without a verdict counts ½ and is counted.
+    A judge that always prefers the first option comes out at exactly ½. `order_disagreement` is the
+    share of comparisons where the two orders name different winners. An answer without a verdict
+    counts ½ and is counted; where neither order has one, the result is NaN.
     """
-    answers = np.array(ranker([*comparisons, *((c, b, a) for c, a, b in comparisons)])).reshape(2, -1)
-    answers[1] = 1 - answers[1]
+    answers = np.array([first, 1 - np.asarray(exchanged)])
     silent = np.isnan(answers)
     answers[silent] = 0.5
-    return answers.mean(0), {"order_disagreement": float(((answers[0] - 0.5) * (answers[1] - 0.5) < 0).mean()),
-                             "no_verdict": int(silent.sum())}
+    disagree = (answers[0] - 0.5) * (answers[1] - 0.5) < 0
+    result = np.where(silent.all(0), np.nan, answers.mean(0))
+    return result, {"order_disagreement": float(disagree.mean()), "no_verdict": int(silent.sum())}
 
 
-def compare(args, comparisons: list[Comparison], rank: int, world: int, device: torch.device) -> tuple[np.ndarray, dict]:
-    """P(first is better) [N] of every comparison by the judge of `args`, whatever its kind, and how it behaved."""
-    if args.judge in RANKERS:
-        found, behaviour = both_orders(lambda asked: RANKERS[args.judge](args, asked, rank, world, device), comparisons)
-        if comparisons and behaviour["no_verdict"] == 2 * len(comparisons):
-            fail(f"{args.judge_model}: none of its {2 * len(comparisons)} answers held a verdict; a "
-                 "judge that reasons first needs more --judge-tokens")
-        return found, behaviour
-    rows = [{"prompt": c, "responses": [a, b]} for c, a, b in comparisons]
-    first, second = np.array(SCORERS[args.judge](args, rows, rank, world, device)).T
-    return wins(first, second), {}
+def compare(args, comparisons: list[Comparison], rank: int, world: int,
+            device: torch.device) -> tuple[np.ndarray, dict]:
+    """P(first is better) [N] of every comparison by the judge of `args`, whatever its kind, NaN
+    where it gave no verdict, and how it behaved."""
+    if args.judge in SCORERS:
+        rows = [{"prompt": c, "responses": [a, b]} for c, a, b in comparisons]
+        first, second = np.array(SCORERS[args.judge](args, rows, rank, world, device)).T
+        return wins(first, second), {}
+    count = len(comparisons)
+    exchanged = [(conversation, b, a) for conversation, a, b in comparisons]
+    answers = RANKERS[args.judge](args, [*comparisons, *exchanged], rank, world, device)
+    found, behaviour = both_orders(np.array(answers[:count]), np.array(answers[count:]))
+    if behaviour["no_verdict"] == 2 * count:
+        fail(f"{args.judge_model}: none of its {2 * count} answers held a verdict; a judge that "
+             "reasons first needs more --judge-tokens")
+    return found, behaviour
 
 
-def rewards(args, rows: list[dict], rank: int, world: int, device: torch.device) -> tuple[list[list[float]], dict]:
+def settled(preference: np.ndarray) -> np.ndarray:
+    """Preferences with ½ where there is no verdict."""
+    return np.where(np.isnan(preference), 0.5, preference)
+
+
+def rewards(args, rows: list[dict], rank: int, world: int,
+            device: torch.device) -> tuple[list[list[float]], dict]:
     """A reward for every response of every row, and how the judge behaved.
 
-    A ranker's is the mean log-odds against the siblings (0 against itself): the least-squares fit of Bradley–Terry rewards
-    to the comparisons, whose difference for two responses is log p/(1 − p). Certainty counts as p = 1 − 10⁻⁶.
+    A ranker's is the mean log-odds against the siblings (0 against itself): the least-squares fit
+    of Bradley–Terry rewards to the comparisons, whose difference for two responses is
+    log p/(1 − p). Certainty counts as p = 1 − 10⁻⁶.
     """
     if args.judge in SCORERS:
         return SCORERS[args.judge](args, rows, rank, world, device), {}
-    where = [(i, j, k) for i, row in enumerate(rows) for k in range(len(row["responses"])) for j in range(k)]
-    if not where:
-        return [[0.0] * len(row["responses"]) for row in rows], {}
-    p, behaviour = compare(args, [(rows[i]["prompt"], rows[i]["responses"][j], rows[i]["responses"][k]) for i, j, k in where],
-                           rank, world, device)
-    odds = np.log(p.clip(1e-6, 1 - 1e-6)) - np.log1p(-p.clip(1e-6, 1 - 1e-6))
     result = [[0.0] * len(row["responses"]) for row in rows]
+    where = [(i, j, k) for i, own in enumerate(result) for k in range(len(own)) for j in range(k)]
+    if not where:
+        return result, {}
+    comparisons = []
+    for i, j, k in where:
+        texts = rows[i]["responses"]
+        comparisons.append((rows[i]["prompt"], texts[j], texts[k]))
+    found, behaviour = compare(args, comparisons, rank, world, device)
+    p = settled(found).clip(1e-6, 1 - 1e-6)
+    odds = np.log(p) - np.log1p(-p)
     for (i, j, k), d in zip(where, odds.tolist()):
         result[i][j] += d / len(result[i])
         result[i][k] -= d / len(result[i])

@@ -131,13 +131,13 @@ def length_controlled(annotations: list[dict],
     """
     if annotations[0]["generator_1"] == annotations[0]["generator_2"]:
         return {"length_controlled_winrate": 50.0, "lc_standard_error": 0.0}
-    delta = [len(row["output_1"]) - len(row["output_2"]) for row in annotations]
-    delta = np.array(delta, dtype=float)
-    length = np.tanh(delta / (delta.std(ddof=1) or 1.0))
     p = preferences_of(annotations)
     known = ~np.isnan(p)
     if known.sum() < 5:
         return {"length_controlled_winrate": math.nan, "lc_standard_error": math.nan}
+    delta = [len(row["output_1"]) - len(row["output_2"]) for row in annotations]
+    delta = np.array(delta, dtype=float)
+    length = np.tanh(delta / (delta.std(ddof=1) or 1.0))
     if difficulty is not None:
         rate, error = published_fit(length, p, known, difficulty)
     else:

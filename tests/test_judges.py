@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 
 from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
 from judges import judge as judges
-from judges.judge import both_orders, option_prompt, parse_choice, parse_rating, rewards
+from judges.judge import (
+    both_orders,
+    option_prompt,
+    parse_choice,
+    parse_rating,
+    rewards,
+    settled,
+)
 
 CPU = torch.device("cpu")
 ASK = [{"role": "user", "content": "Say."}]
@@ -29,26 +36,18 @@ def namespace(**fields):
 
 
 def test_a_judge_that_always_says_a_scores_one_half():
-    p, behaviour = both_orders(
-        lambda comparisons: [1.0] * len(comparisons), [(ASK, "x", "y"), (ASK, "z", "y")]
-    )
+    p, behaviour = both_orders(np.ones(2), np.ones(2))
     assert p.tolist() == [0.5, 0.5] and behaviour == {"order_disagreement": 1.0, "no_verdict": 0}
 
 
-def test_verdicts_that_are_missing_count_half_and_are_counted():
-    answers = [
-        1.0,
-        math.nan,
-        0.2,
-        0.0,
-        math.nan,
-        0.3,
-    ]  # three comparisons, then the same with sides exchanged
-    p, behaviour = both_orders(lambda comparisons: answers, [(ASK, "a", "b")] * 3)
-    assert p.tolist() == pytest.approx([1.0, 0.5, 0.45]) and behaviour == {
-        "order_disagreement": pytest.approx(1 / 3),
-        "no_verdict": 2,
-    }
+def test_verdicts_that_are_missing_are_counted():
+    """One order without a verdict counts ½; both, and there is none."""
+    p, behaviour = both_orders(
+        np.array([1.0, math.nan, 0.2, math.nan]), np.array([0.0, math.nan, 0.3, 0.0])
+    )
+    assert p[[0, 2, 3]].tolist() == pytest.approx([1.0, 0.45, 0.75]) and math.isnan(p[1])
+    assert behaviour == {"order_disagreement": 0.25, "no_verdict": 3}
+    assert settled(p)[1] == 0.5
 
 
 @given(
@@ -56,13 +55,13 @@ def test_verdicts_that_are_missing_count_half_and_are_counted():
     st.integers(0, 2**31),
 )
 def test_exchanging_the_sides_exchanges_the_preference(sides, seed):
-    def ranker(comparisons):  # any function of the order in which the two are shown
-        return [
-            np.random.default_rng([seed, *f"{a}|{b}".encode()]).random() for _, a, b in comparisons
-        ]
+    def ranker(a, b):  # any function of the order in which the two are shown
+        return np.random.default_rng([seed, *f"{a}|{b}".encode()]).random()
 
-    there, one = both_orders(ranker, [(ASK, a, b) for a, b in sides])
-    back, two = both_orders(ranker, [(ASK, b, a) for a, b in sides])
+    shown = np.array([ranker(a, b) for a, b in sides])
+    exchanged = np.array([ranker(b, a) for a, b in sides])
+    there, one = both_orders(shown, exchanged)
+    back, two = both_orders(exchanged, shown)
     assert np.allclose(there, 1 - back) and one == two
 
 
@@ -535,7 +534,8 @@ def test_a_judge_without_any_verdict_is_an_error(monkeypatch, capsys):
     monkeypatch.setitem(judges.RANKERS, "llm", lambda args, asked, *_: [math.nan] * len(asked))
     with pytest.raises(SystemExit) as stop:
         judges.compare(namespace(judge="llm"), [(ASK, "a", "b")] * 3, 0, 1, CPU)
-    assert stop.value.code == 2 and "none of its 6 answers held a verdict" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "none of its 6 answers held a verdict" in error
 
 
 def test_a_key_is_hidden_by_value_and_letters_are_left():
@@ -548,7 +548,8 @@ def test_an_endpoint_is_asked_again_the_way_it_wants():
         status_code = 400
 
     body = {"model": "m", "max_tokens": 9, "temperature": 0}
-    asked = judges.as_wanted(body, Refusal("Unsupported: 'max_tokens'; use 'max_completion_tokens'"))
+    refusal = Refusal("Unsupported: 'max_tokens'; use 'max_completion_tokens'")
+    asked = judges.as_wanted(body, refusal)
     assert asked == {"model": "m", "max_completion_tokens": 9, "temperature": 0}
     assert judges.as_wanted(body, Refusal("temperature 0 is not supported")) == {
         "model": "m",
