@@ -32,6 +32,8 @@ def main() -> None:
     cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="response rows (JSONL)")
+    cli.add_argument("--fit", action="store_true",
+                     help="a prompt that leaves less room than --max-new-tokens gets what is left")
     sampling_flags(cli, n=2)
     args = cli.parse_args()
     generate(args, *start_processes())

@@ -277,10 +277,11 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     pairs = encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])
     encoded = [prompt for prompt, _ in pairs]
     longest = max(map(len, encoded))
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest + args.max_new_tokens > limit:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if longest + args.max_new_tokens > limit and (not args.fit or longest >= limit):
         fail(f"{args.prompts}: the longest prompt ({longest} tokens) and --max-new-tokens "
              f"{args.max_new_tokens} exceed the model's context of {limit}")
+    rooms = [min(args.max_new_tokens, limit - len(prompt)) for prompt in encoded]
     stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
     if rank == 0:
         check_template(args.model, tokenizer)
@@ -299,7 +300,11 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
             check_tokens(args.model, model, [(prompt, []) for prompt in encoded], tokenizer)
             check_samples(args.model, model, encoded, args.max_new_tokens)
 
-    batches = batches_of(list(map(len, encoded)), args.n, args.max_new_tokens, together, budget)
+    batches = []
+    for room in sorted(set(rooms), reverse=True):  # a batch's answers have one length limit
+        own = [i for i in range(len(rows)) if rooms[i] == room]
+        for batch in batches_of([len(encoded[i]) for i in own], args.n, room, together, budget):
+            batches.append([own[k] for k in batch])
     header = json.dumps(settings)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     done = finished(args.out, header)
@@ -316,7 +321,7 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
         quiet = None if rank == 0 else True
         for batch in tqdm(todo[rank::world], desc="generate", unit="batch", disable=quiet):
             u = np.concatenate([
-                uniforms(args.seed, rows[i]["id"], args.n, args.max_new_tokens) for i in batch])
+                uniforms(args.seed, rows[i]["id"], args.n, rooms[i]) for i in batch])
             heats = [rows[i].get("temperature", args.temperature)
                      for i in batch for _ in range(args.n)]
             tokens = iter(draw_responses(
@@ -331,6 +336,8 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
                        "response_ids": mine, "ended": ended,
                        "special_inside": [is_foreign(tokenizer, *own) for own in answers],
                        "vocabulary": vocabulary(tokenizer)}
+                if rooms[i] < args.max_new_tokens:
+                    row["cut"] = True  # what the context left was less than --max-new-tokens
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     if world > 1:
@@ -363,11 +370,12 @@ def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: 
     """
     known = ("n", "temperature", "max_new_tokens", "batch_size", "sample_tokens", "precision",
              "backend", "seed")
-    flags = {key: getattr(args, key) for key in known} | changes
+    flags = {"fit": False, **{key: getattr(args, key) for key in known}, **changes}
     if args.backend == "vllm":
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         command = [sys.executable, str(Path(__file__).parent.parent / "generate.py")]
+        command += ["--fit"] if flags.pop("fit") else []
         for key, value in {"model": model, "prompts": prompts, "out": out, **flags}.items():
             command += ["-n" if key == "n" else f"--{key.replace('_', '-')}", str(value)]
         status = subprocess.run(command).returncode

@@ -1,6 +1,6 @@
-"""MT-Bench: two-turn answers to FastChat's questions, each rated by a judge that writes; files in FastChat's format."""
+"""MT-Bench: two-turn answers to FastChat's questions, each rated by a judge that writes; files in
+FastChat's format."""
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,72 +10,154 @@ from core.sampling import respond
 from judges.judge import chat, parse_rating
 from judges.measures import mt_bench_scores
 
-TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
-               "reasoning": 0.0}  # as FastChat samples
+# as FastChat samples
+TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0,
+               "math": 0.0, "coding": 0.0, "reasoning": 0.0}
 RATING_TOKENS = 2048
 
 
-def by_key(path: str, key: str, fits: Callable[[dict], bool], needs: str) -> dict:
-    """key → row of a JSONL file of MT-Bench."""
+def two_texts(value) -> bool:
+    """Whether a JSON value is a list of two strings."""
+    return (isinstance(value, list) and len(value) == 2
+            and all(isinstance(text, str) for text in value))
+
+
+def is_question(row: dict) -> bool:
+    return isinstance(row.get("category"), str) and two_texts(row.get("turns"))
+
+
+def is_template(row: dict) -> bool:
+    return all(isinstance(row.get(key), str) for key in ("system_prompt", "prompt_template"))
+
+
+def is_solution(row: dict) -> bool:
+    choices = row.get("choices")
+    return (isinstance(choices, list) and bool(choices) and isinstance(choices[0], dict)
+            and two_texts(choices[0].get("turns")))
+
+
+def read_by_key(path: str, key: str) -> dict:
+    """key → (line number, row) of a JSONL file of MT-Bench."""
     rows: dict = {}
     for number, row in read_json_lines(path):
-        if not isinstance(row.get(key), (str, int)) or row[key] in rows or not fits(row):
-            fail(f"{path}:{number}: needs a {key} of its own and {needs}")
-        rows[row[key]] = row
+        if not isinstance(row.get(key), (str, int)) or row[key] in rows:
+            fail(f"{path}:{number}: needs a {key} of its own")
+        rows[row[key]] = number, row
     return rows
 
 
-def two_texts(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+def read_folder(folder: Path) -> tuple[list[dict], dict, dict, str]:
+    """(questions, templates by name, reference answers by question, path of the templates)."""
+    questions = []
+    path = str(folder / "question.jsonl")
+    for number, row in read_by_key(path, "question_id").values():
+        if not is_question(row):
+            fail(f"{path}:{number}: needs a category and two turns")
+        questions.append(row)
+    templates = {}
+    templates_path = str(folder / "judge_prompts.jsonl")
+    for name, (number, row) in read_by_key(templates_path, "name").items():
+        if not is_template(row):
+            fail(f"{templates_path}:{number}: needs a system_prompt and a prompt_template")
+        templates[name] = row
+    path = str(folder / "reference_gpt-4.jsonl")
+    for found in sorted(folder.rglob("*gpt-4.jsonl")):
+        if "reference" in str(found.relative_to(folder)):
+            path = str(found)
+            break
+    solved = {}
+    for key, (number, row) in read_by_key(path, "question_id").items():
+        if not is_solution(row):
+            fail(f"{path}:{number}: needs choices whose first has two turns")
+        solved[key] = row["choices"][0]["turns"]
+    return questions, templates, solved, templates_path
+
+
+def conversation(question: dict, answers: list[str]) -> list[dict]:
+    """The prompt of the turn that follows the given answers."""
+    messages = []
+    for asked, answer in zip(question["turns"], answers):
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": question["turns"][len(answers)]})
+    return messages
+
+
+def two_turns(args, name: str, path: str, questions: list[dict], rank: int, world: int,
+              device) -> tuple[list[list[str]], int]:
+    """(two answers a question, how many were cut to the room that the context left), sampled turn
+    by turn. A turn's draws are its own: its number stands in the id that decides them."""
+    answers: list[list[str]] = [[] for _ in questions]
+    cut = 0
+    for t in (1, 2):
+        prompts = f"{args.out}/mt_bench/{name}.turn{t}.prompts.jsonl"
+        if rank == 0:
+            rows = []
+            for question, own in zip(questions, answers):
+                heat = TEMPERATURE.get(question["category"], 0.7)
+                rows.append({"id": f"{question['question_id']} turn {t}", "temperature": heat,
+                             "prompt": conversation(question, own)})
+            write_rows(prompts, rows)
+        if world > 1:
+            dist.barrier()
+        rows = respond(path, prompts, prompts.replace(".prompts", ""), args, rank, world, device,
+                       n=1, fit=True)
+        for own, row in zip(answers, rows):
+            own.append(row["responses"][0])
+            cut += row.get("cut", False)
+    return answers, cut
 
 
 def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dict[str, dict]:
-    """Two-turn answers and their ratings, name → scores. Answers and judgements are left in FastChat's format in OUT/mt_bench."""
-    folder = Path(args.mt_bench)
-    questions = list(by_key(str(folder / "question.jsonl"), "question_id", lambda q: isinstance(q.get("category"), str) and two_texts(q.get("turns")),
-                            "a category and two turns").values())
-    prompts_path = str(folder / "judge_prompts.jsonl")
-    templates = by_key(prompts_path, "name", lambda t: all(isinstance(t.get(k), str) for k in ("system_prompt", "prompt_template")),
-                       "a system_prompt and a prompt_template")
-    references = next((str(f) for f in sorted(folder.rglob("*gpt-4.jsonl")) if "reference" in str(f.relative_to(folder))), str(folder / "reference_gpt-4.jsonl"))
-    solved = by_key(references, "question_id", lambda r: isinstance(r.get("choices"), list) and r["choices"] and isinstance(r["choices"][0], dict)
-                    and two_texts(r["choices"][0].get("turns")), "choices whose first has two turns")
+    """Two-turn answers and their ratings, name → scores. Answers and judgements are left in
+    FastChat's format in OUT/mt_bench."""
+    questions, templates, solved, templates_path = read_folder(Path(args.mt_bench))
     results = {}
     for name, path in models.items():
-        turns: list[list[str]] = [[] for _ in questions]
-        for t in (0, 1):
-            prompts = f"{args.out}/mt_bench/{name}.turn{t + 1}.prompts.jsonl"
-            if rank == 0:
-                write_rows(prompts, [{"id": str(q["question_id"]), "temperature": TEMPERATURE.get(q["category"], 0.7), "prompt": [
-                    message for k in range(t + 1) for message in ({"role": "user", "content": q["turns"][k]},
-                                                                  {"role": "assistant", "content": own[k] if k < t else ""})][:-1]}
-                    for q, own in zip(questions, turns)])
-            if world > 1:
-                dist.barrier()
-            for own, row in zip(turns, respond(path, prompts, prompts.replace(".prompts", ""), args, rank, world, device, n=1)):
-                own += row["responses"]
+        answers, cut = two_turns(args, name, path, questions, rank, world, device)
         cases = []  # (question, turn, name of the judge's prompt, chat with the judge)
-        for q, own in zip(questions, turns):
-            known = solved[q["question_id"]]["choices"][0]["turns"] if q["question_id"] in solved else []
-            fields = {"question": q["turns"][0], "answer": own[0]}
-            fields |= {f"{key}_{k + 1}": value for key, both in (("question", q["turns"]), ("answer", own), ("ref_answer", known))
-                       for k, value in enumerate(both)}
+        for question, own in zip(questions, answers):
+            known = solved.get(question["question_id"], [])
+            fields = {"question": question["turns"][0], "answer": own[0]}
+            for key, both in (("question", question["turns"]), ("answer", own),
+                              ("ref_answer", known)):
+                fields |= {f"{key}_{k}": text for k, text in enumerate(both, 1)}
             for t, suffix in ((1, ""), (2, "-multi-turn")):
                 kind = f"single{'-math' if known else ''}-v1{suffix}"
                 try:
-                    cases.append((q, t, kind, [{"role": "system", "content": templates[kind]["system_prompt"]},
-                                               {"role": "user", "content": templates[kind]["prompt_template"].format(**fields)}]))
+                    asked = templates[kind]["prompt_template"].format(**fields)
+                    order = templates[kind]["system_prompt"]
                 except (KeyError, IndexError, ValueError) as error:
-                    fail(f"{prompts_path}: the prompt {kind} is missing, or asks for what there is not: {error}")
-        verdicts = chat(args, [messages for *_, messages in cases], RATING_TOKENS, rank, world, device)
-        ratings = [{"category": q["category"], "turn": t, "score": parse_rating(text)} for (q, t, _, _), text in zip(cases, verdicts)]
-        results[name] = mt_bench_scores(ratings)
+                    fail(f"{templates_path}: the prompt {kind} is missing, or asks for what there "
+                         f"is not: {error}")
+                cases.append((question, t, kind, [{"role": "system", "content": order},
+                                                  {"role": "user", "content": asked}]))
+        room = max(RATING_TOKENS, args.judge_tokens)
+        verdicts = chat(args, [messages for *_, messages in cases], room, rank, world, device)
+        ratings = [{"category": question["category"], "turn": t, "score": parse_rating(text)}
+                   for (question, t, _, _), text in zip(cases, verdicts)]
+        results[name] = {**mt_bench_scores(ratings), "cut to the context": cut}
         if rank == 0:
-            write_rows(f"{args.out}/mt_bench/model_answer/{name}.jsonl", [
-                {"question_id": q["question_id"], "answer_id": f"{name}-{q['question_id']}", "model_id": name,
-                 "choices": [{"index": 0, "turns": own}]} for q, own in zip(questions, turns)])
-            write_rows(f"{args.out}/mt_bench/model_judgment/{name}.jsonl", [
-                {"question_id": q["question_id"], "model": name, "judge": [args.judge_model, kind], "user_prompt": messages[1]["content"],
-                 "judgment": text, "score": -1 if math.isnan(rating["score"]) else rating["score"], "turn": t}
-                for (q, t, kind, messages), text, rating in zip(cases, verdicts, ratings)])
+            write_answers(args, name, questions, answers)
+            write_judgements(args, name, cases, verdicts, ratings)
     return results
+
+
+def write_answers(args, name: str, questions: list[dict], answers: list[list[str]]) -> None:
+    rows = []
+    for question, own in zip(questions, answers):
+        number = question["question_id"]
+        rows.append({"question_id": number, "answer_id": f"{name}-{number}", "model_id": name,
+                     "choices": [{"index": 0, "turns": own}]})
+    write_rows(f"{args.out}/mt_bench/model_answer/{name}.jsonl", rows)
+
+
+def write_judgements(args, name: str, cases: list, verdicts: list[str],
+                     ratings: list[dict]) -> None:
+    rows = []
+    for (question, t, kind, messages), text, rating in zip(cases, verdicts, ratings):
+        rated = not math.isnan(rating["score"])
+        rows.append({"question_id": question["question_id"], "model": name,
+                     "judge": [args.judge_model, kind], "user_prompt": messages[1]["content"],
+                     "judgment": text, "score": rating["score"] if rated else -1, "turn": t})
+    write_rows(f"{args.out}/mt_bench/model_judgment/{name}.jsonl", rows)

@@ -515,9 +515,8 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
 
     def chat(args, chats, *rest):
         asked.extend(chats)
-        assert (
-            len(real(args, chats, *rest)) == 4
-        )  # the local model writes nonsense: the ratings below stand for a judge's
+        # the local model writes nonsense: the ratings below stand for a judge's
+        assert len(real(args, chats, *rest)) == 4
         return ["Rating: [[8]]", "[[2.5]]", "no idea", "[[10]]"]
 
     monkeypatch.setattr(mt_bench, "chat", chat)
@@ -545,6 +544,7 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
         "average": pytest.approx(20.5 / 3),
         "rated": 3,
         "unrated": 1,
+        "cut to the context": 0,
     }
     first, second = jsonl(tmp_path / "run/mt_bench/model_answer/mine.jsonl")
     one, two = first["choices"][0]["turns"]

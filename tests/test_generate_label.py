@@ -142,6 +142,7 @@ def test_ended_says_whether_the_model_stopped(folder, prompts, tmp_path, monkeyp
         sample_tokens=1000,
         precision="fp32",
         backend="transformers",
+        fit=False,
         seed=0,
     )
     stage.generate(args, 0, 1, torch.device("cpu"))
@@ -375,3 +376,22 @@ def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
     row = jsonl(tmp_path / "m.jsonl")[0]
     assert row["margin"] == pytest.approx(abs(logits[0] - logits[1]), abs=1e-4)
     assert row["chosen"] == (bad, good)[int(np.argmax(logits))]
+
+
+def test_what_the_context_leaves(folder, tmp_path):
+    """With --fit a long prompt's answer ends at the context, marked; others are as without."""
+    texts = {"long": "abcdefgh" * 30, "short": "Write."}
+    rows = [{"id": k, "prompt": [{"role": "user", "content": v}]} for k, v in texts.items()]
+    prompts = dump(tmp_path / "p.jsonl", rows)
+    command = ["generate.py", "--model", folder, "--prompts", prompts, "--precision", "fp32"]
+    command += ["--max-new-tokens", "60", "--out", tmp_path / "o.jsonl"]
+    done = run(*command)
+    assert done.returncode == 2 and "exceed the model's context" in done.stderr
+    ok(run(*command, "--fit"))
+    long, short = jsonl(tmp_path / "o.jsonl")
+    assert long["cut"] and "cut" not in short
+    limit = AutoModelForCausalLM.from_pretrained(folder).config.max_position_embeddings
+    used = limit - max(map(len, long["response_ids"]))
+    assert 0 < used < limit and max(map(len, short["response_ids"])) <= 60
+    ok(run(*command[:4], dump(tmp_path / "s.jsonl", rows[1:]), *command[5:]))
+    assert jsonl(tmp_path / "o.jsonl")[0]["response_ids"] == short["response_ids"]
