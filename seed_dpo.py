@@ -80,7 +80,7 @@ def main() -> None:
         # The reference is where training starts and never changes: scored once, before the first
         # update.
         logp_ref = torch.tensor(score(run.policy, run.encoded, args.precision, run.device, run.rank,
-                                      run.world, "reference", not args.shard), device=run.device)
+                                      run.world, "reference"), device=run.device)
 
     log = resume(run)                                                   # empty, but after a kill
     bar = steps(run, log)

@@ -272,10 +272,13 @@ class ResponseLogps(torch.nn.Module):
 
 @torch.no_grad()
 def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0,
-          world: int = 1, title: str = "score", cache: bool = True,
+          world: int = 1, title: str = "score",
           shared: bool | None = None) -> list[list[float]]:
     """log-probs of every response of every row, on all processes; the rows are dealt out to them.
-    Whether prompts are `shared` is asked of the model, unless it is given."""
+    Whether prompts are `shared` is asked of the model, unless it is given.
+
+    A weight is used once a pass, so its bf16 copy is not kept: those of 14 B weights are 28 GB.
+    """
     if shared is None:
         shared = shares_prompt(model_of(net), encoded)
     # Tokens that keep the device busy.
@@ -283,7 +286,7 @@ def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.dev
     passes = deal(encoded, range(len(encoded)), shared, budget, world)[rank]
     mine = {}
     for rows in tqdm(passes, desc=title, unit="batch", disable=None if rank == 0 else True):
-        with autocast(device, precision, cache):
+        with autocast(device, precision, cache=False):
             logp, _ = net(pack([encoded[i] for i in rows or [0]], shared, device))
         values = iter(logp.tolist())
         mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})

@@ -156,7 +156,12 @@ def run_stage(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # gloo's threads can outlive the last collective and abort Python's teardown.
+        import torch.distributed as dist  # a stage on several processes has loaded it
+        if dist.is_initialized():
+            # all leave together: where one machine's processes leave while rank 0 still writes, the
+            # others' rendezvous ends, and rank 0 with it
+            dist.barrier()
+        # gloo's threads can outlive the last collective and abort Python's teardown
         sys.stdout.flush()
         os._exit(0)
 

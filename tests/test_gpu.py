@@ -472,3 +472,51 @@ def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch):
         pairs = {"loss": [1.0], "margin": [0.0], "gain": [0.0]}
         row = training.log_row(stage, 0, [0], pairs, 1.0, 1e-6, 8.0)
         assert row["seconds"] == seconds
+
+
+def test_all_processes_leave_together(tmp_path):
+    """Rank 0 still writes when rank 1 has nothing left to do: rank 1 stays until it has written."""
+    script = tmp_path / "stage.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from core.parallel import start_processes
+from core.stage import run_stage
+
+leave = os._exit
+
+def watched(status):
+    if os.environ["RANK"] == "1":
+        print("written before rank 1 leaves:", os.path.exists("out"), flush=True)
+    leave(status)
+
+def main():
+    rank, world, _ = start_processes()
+    if rank == 0:
+        time.sleep(2)
+        open("out", "w").close()
+
+os._exit = watched
+run_stage(main)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "written before rank 1 leaves: True" in done.stdout
+
+
+def test_scoring_keeps_no_copies(monkeypatch):
+    """Autocast's cache is off while a frozen model scores."""
+    import core.policy as policy
+
+    seen = []
+    real = policy.autocast
+
+    def watched(device, precision, cache=True):
+        seen.append(cache)
+        return real(device, precision, cache)
+
+    monkeypatch.setattr(policy, "autocast", watched)
+    model = make_model().requires_grad_(False)
+    policy.score(policy.ResponseLogps(model), [([5, 6], [[7], [8]])], "bf16", torch.device("cpu"))
+    assert seen and not any(seen)
