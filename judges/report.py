@@ -111,9 +111,14 @@ def plot(path: str, policies: dict, labels: dict, confidences: dict, logs: dict[
     count = sum(map(bool, (compared, policies, logs, judged, confidences, ratings)))
     columns = min(3, max(1, count))
     rows = max(1, math.ceil(count / columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.7 * columns, 3.75 * rows),
-                                constrained_layout=True, squeeze=False)
-    free = iter(axes.flat)
+    figure = plt.figure(figsize=(4.7 * columns, 3.75 * rows), constrained_layout=True)
+    grid = figure.add_gridspec(rows, 6)  # a last line that is not full shares its width
+    axes = []
+    for k in range(count):
+        line, place = divmod(k, columns)
+        width = 6 // min(columns, count - line * columns)
+        axes.append(figure.add_subplot(grid[line, place * width:(place + 1) * width]))
+    free = iter(axes)
     if compared:
         plot_wins(next(free), policies)
     if policies:
@@ -126,9 +131,7 @@ def plot(path: str, policies: dict, labels: dict, confidences: dict, logs: dict[
         plot_confidences(next(free), confidences)
     if ratings:
         plot_ratings(next(free), ratings)
-    for axis in free:
-        axis.remove()
-    for axis in figure.axes:
+    for axis in axes:
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=100, format="png")
