@@ -4,7 +4,8 @@ learnt from.
     win rate of a policy   mean preference of the judge for its samples over those of the first
                            policy named, a tie ½; 95 % bootstrap interval over prompts; p: paired
                            test against the policy before it
-    length-controlled      the same at equal length, by AlpacaEval 2's regression, ± standard error
+    length-controlled      the same at equal length, by a regression like AlpacaEval 2's that is
+                           symmetric in the two policies, ± standard error over prompts
     label accuracy         share of a round's self-labels that the judge agrees with, ties ½
     flag precision         share of the labels flagged as noise that were wrong, beside the share
                            among all that could be flagged (base rate)
@@ -178,6 +179,8 @@ def judge_policies(args, answers: dict[str, list[dict]], rank: int, world: int,
         p["ties"] = float((preference == 0.5).mean())
         p["p"] = paired_p(preference, np.full(shape, 0.5) if before is None else before)
         before = preference
+        if scores is None:
+            p["worst"] = np.argsort(preference.mean(1), kind="stable")[:SIDE_BY_SIDE].tolist()
         annotations[name] = annotate(args, name, rows, baseline, answers[baseline], verdict)
         p |= length_controlled(annotations[name])
     return policies, annotations
@@ -260,10 +263,11 @@ def explanations(args, policies: dict, quality: dict, ratings: dict, count: int)
             f"{count} held-out prompts × {args.n} samples at T = {args.temperature}, judge: "
             f"{args.judge_model or args.judge}. Win rate against `{next(iter(policies))}`, ties ½, "
             "with a 95 % bootstrap interval over prompts; p: the paired test of the same win rate "
-            "as the line above (the first: as ½); length-controlled: AlpacaEval 2's regression "
-            "without instruction difficulty; ± one standard error. Ended: share of the answers "
-            "that ended before the length limit; openings: distinct first three words, as a share "
-            "of the answers.")
+            "as the line above (the first: as ½); length-controlled: the rate at equal length, by "
+            "a regression on lengths that is symmetric in the two policies, its ± over prompts; "
+            "± one standard error; [low, high] of 0 and 1: exact, 95 %. Ended: share of the "
+            "answers that ended before the length limit, ✂ marks one that did not; openings: "
+            "distinct first three words, as a share of the answers.")
     for name, p in policies.items():
         if "order_disagreement" in p:
             about.append(
@@ -389,7 +393,7 @@ def main() -> None:
         parts += ["## Responses side by side", side_by_side(answers, first)]
         worst = list(policies.values())[-1].get("worst", [])
         if worst:
-            parts += [f"## The prompts where `{list(policies)[-1]}` scores lowest",
+            parts += [f"## The prompts where `{list(policies)[-1]}` does worst by the judge",
                       side_by_side(answers, worst)]
     text = "\n\n".join(parts) + "\n"
     publish(report, settings, {"policies": policies, "labels": quality, "mt_bench": ratings},

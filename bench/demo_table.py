@@ -1,9 +1,10 @@
-"""The language-model tables of RESULTS.md from the reports that bench/demo.sh left.
-
-Means over seeds with 95 % t-intervals; differences paired over seeds, with the two-sided p of the
-paired t-test and the number of seeds at which a difference of this size would reach p = 0.05.
+"""The language-model tables of RESULTS.md, from the reports that bench/demo.sh left.
 
     python bench/demo_table.py runs/table
+
+Means over seeds, and paired differences: ± is half the width of a 95 % t-interval over seeds, p the
+paired t-test's. Beside them the number of seeds by which a difference of the same mean and spread
+would be found at 95 % in four of five attempts.
 """
 import json
 import math
@@ -11,114 +12,175 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy.stats import t as student
 
-ARMS = {  # folder of an arm → its name, in the order of the tables
-    "worst": "worst case, ε = 0.01",
-    "spa": "SPA",
-    "gold": "DPO on the gold labels of all 232 prompts",
-    "flip_worst": "worst case, ε = 0.01; 25 % flipped",
-    "flip_spa": "SPA; 25 % flipped",
-    "one_spa_0": "one round: SPA",
-    "one_init_0_0": "one round: anchor init, ε = 0",
-    "one_init_0.01_0": "one round: ε = 0.01",
-    "one_init_0.05_0": "one round: ε = 0.05",
-    "one_random_0.05_0": "one round: ε = 0.05 on random pairs",
-    "one_spa_0.4": "one round: SPA; 40 % flipped",
-    "one_init_0_0.4": "one round: anchor init, ε = 0; 40 % flipped",
-    "one_init_0.01_0.4": "one round: ε = 0.01; 40 % flipped",
-    "one_init_0.05_0.4": "one round: ε = 0.05; 40 % flipped",
-    "one_random_0.05_0.4": "one round: ε = 0.05 on random pairs; 40 % flipped",
-    "one_iterdpo": "one round: iterative DPO",
-    "one_no_dnd": "one round: SPA without DND",
-    "one_two": "one round: SPA, two candidates",
-    "one_none": "one round: SPA, reward without a reference",
-    "one_vader": "one round: labels by the gold judge",
-    "one_llm": "one round: labels by an LLM judge tuned on the seed",
-    "one_seed10": "one round: SPA, 10 gold pairs",
-    "one_seed20": "one round: SPA, 20 gold pairs",
-}
-PAIRS = [  # what is compared with what
-    ("worst", "spa"), ("flip_worst", "flip_spa"), ("spa", "gold"), ("worst", "gold"),
-    ("one_init_0_0", "one_spa_0"), ("one_init_0.01_0", "one_init_0_0"),
-    ("one_init_0.05_0", "one_init_0_0"), ("one_init_0.05_0", "one_random_0.05_0"),
-    ("one_init_0_0.4", "one_spa_0.4"), ("one_init_0.01_0.4", "one_init_0_0.4"),
-    ("one_init_0.05_0.4", "one_init_0_0.4"), ("one_init_0.05_0.4", "one_random_0.05_0.4"),
-    *((arm, "one_spa_0") for arm in ARMS if arm.startswith("one_") and arm.count("_") == 1),
-    ("one_no_dnd", "one_spa_0"),
+POWER = 0.8
+MOST = 10_000  # seeds beyond which nobody counts
+
+# (arm of bench/demo.sh, policy of its report, what it is), in the order of the tables
+CENTRAL = [
+    ("worst", "init", "SFT (π_init)"),
+    ("worst", "seed", "DPO on the gold seed (π_0)"),
+    ("gold", "seed", "DPO on the gold labels of all 232 prompts"),
+    ("spa", "round2", "SPA (ε = 0)"),
+    ("worst", "round2", "worst case (ε = 0.01)"),
+    ("flip_worst", "seed", "25 % flipped: DPO on the gold seed"),
+    ("flip_spa", "round2", "25 % flipped: SPA"),
+    ("flip_worst", "round2", "25 % flipped: worst case"),
+]
+CENTRAL_PAIRS = [(4, 1), (3, 1), (4, 3), (2, 3), (7, 5), (6, 5), (7, 6)]
+
+
+def causes(flip: str) -> list[tuple[str, str, str]]:
+    return [
+        (f"one_spa_{flip}", "seed", "DPO on the gold seed (π_0)"),
+        (f"one_spa_{flip}", "round1", "anchor previous, ε = 0 (SPA)"),
+        (f"one_init_0_{flip}", "round1", "anchor init, ε = 0"),
+        (f"one_init_0.01_{flip}", "round1", "anchor init, ε = 0.01"),
+        (f"one_init_0.05_{flip}", "round1", "anchor init, ε = 0.05"),
+        (f"one_random_0.05_{flip}", "round1", "ε = 0.05, random pairs"),
+    ]
+
+
+CAUSES_PAIRS = [(2, 0), (1, 0), (1, 2), (3, 2), (4, 2), (5, 2), (4, 5)]
+PAPERS = [
+    ("one_spa_0", "seed", "DPO on the gold seed (π_0)"),
+    ("one_spa_0", "round1", "SPA"),
+    ("one_iterdpo", "round1", "iterative DPO: self-labels alone (DE)"),
+    ("one_no_dnd", "round1", "refined labels without de-coupled detection (SR)"),
+    ("one_two", "round1", "SPA, two candidates a prompt"),
+    ("one_none", "round1", "SPA, judged without a reference"),
+    ("one_vader", "round1", "labels by the gold judge"),
+    ("one_llm", "round1", "labels by an LLM judge tuned on the seed"),
+    ("one_seed10", "round1", "SPA, 10 gold pairs"),
+    ("one_seed20", "round1", "SPA, 20 gold pairs"),
+]
+PAPERS_PAIRS = [(1, 0), *((k, 1) for k in range(2, len(PAPERS)))]
+TABLES = [
+    ("Two rounds", CENTRAL, CENTRAL_PAIRS),
+    ("Causes, one round from shared labels, clean", causes("0"), CAUSES_PAIRS),
+    ("Causes, one round from shared labels, 40 % flipped", causes("0.4"), CAUSES_PAIRS),
+    ("The papers' rows, one round", PAPERS, PAPERS_PAIRS),
 ]
 
 
-def half_width(values: list[float]) -> float:
-    """Half the 95 % t-interval of a mean; NaN for a single value."""
-    if len(values) < 2:
+def interval(values: list[float], sign: str = "") -> str:
+    """mean ± half the width of the 95 % t-interval over seeds."""
+    n = len(values)
+    mean = f"{np.mean(values):{sign}.3f}"
+    if n < 2:
+        return f"{mean} ± ?"
+    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return f"{mean} ± {half:.3f}"
+
+
+def paired_t(gains: list[float]) -> float:
+    """Two-sided p-value of the t-test that gains have mean 0; NaN where none can be had."""
+    n = len(gains)
+    if n < 2 or np.std(gains) == 0:
         return math.nan
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
+    statistic = abs(np.mean(gains)) / (np.std(gains, ddof=1) / math.sqrt(n))
+    return float(2 * student.sf(statistic, n - 1))
 
 
-def summary(values: list[float], sign: str = "") -> str:
-    return f"{np.mean(values):{sign}.3f} ± {half_width(values):.3f}"
+def seeds_to_decide(gains: list[float]) -> int | None:
+    """The least number of seeds at which a gain of this mean and spread would be found at 95 % with
+    probability POWER; None if that is not known or beyond MOST."""
+    if len(gains) < 2 or np.mean(gains) == 0:
+        return None
+    effect = abs(np.mean(gains)) / max(np.std(gains, ddof=1), 1e-12)
+    n = np.arange(2, MOST + 1)
+    enough = (student.ppf(0.975, n - 1) + student.ppf(POWER, n - 1)) / np.sqrt(n) <= effect
+    return int(n[enough][0]) if enough.any() else None
 
 
-def seeds_needed(differences: list[float]) -> int | None:
-    """The fewest seeds at which this mean and this spread would have p < 0.05."""
-    spread = np.std(differences, ddof=1)
-    for seeds in range(2, 1001):
-        if abs(np.mean(differences)) > stats.t.ppf(0.975, seeds - 1) * spread / math.sqrt(seeds):
-            return seeds
-    return None
+def shown_p(p: float) -> str:
+    if math.isnan(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def last(report: dict) -> dict:
-    """Measures of the policy that an arm ended with."""
-    return list(report["policies"].values())[-1]
+def show(heads: list[str], lines: list[list[str]]) -> None:
+    """A Markdown table."""
+    for line in (heads, ["---"] * len(heads), *lines):
+        print(f"| {' | '.join(line)} |")
 
 
-def arm_line(name: str, seeds: list[str], policies: list[dict], labels: list[dict]) -> str:
-    win_rates = [p["win_rate"] for p in policies if p.get("win_rate") is not None]
-    right = [q["accuracy"] for q in labels if q]
-    cells = [name, ", ".join(seeds), summary([p["score"] for p in policies]),
-             summary(win_rates) if win_rates else "–",
-             f"{np.mean([p['characters'] for p in policies]):.0f}",
-             summary(right) if right else "–"]
-    return f"| {' | '.join(cells)} |"
+def value_line(name: str, policy: str, reports: dict[str, dict]) -> list[str]:
+    """A row's cells: gold score, win rate, length, and how its self-labels were."""
+    found = [report["policies"][policy] for report in reports.values()]
+    wins = [p["win_rate"] for p in found if "win_rate" in p]
+    accuracy, gaps = [], []
+    if policy.startswith("round"):
+        rounds = [f"round{t}" for t in range(1, int(policy[len("round"):]) + 1)]
+        for t in rounds:
+            labels = [r["labels"][t] for r in reports.values() if r["labels"].get(t)]
+            if labels:
+                accuracy.append(interval([q["accuracy"] for q in labels]))
+            gaps += [q["wrong_among_flagged"] - q["wrong"] for q in labels
+                     if q["wrong_among_flagged"] is not None and q["wrong"] is not None]
+    return [name, ", ".join(reports),
+            interval([p["score"] for p in found]),
+            interval(wins) if wins else "–",
+            f"{np.mean([p['characters'] for p in found]):.0f}",
+            ", ".join(accuracy) or "–",
+            interval(gaps, "+") if gaps else "–"]
+
+
+def scores_of(row: tuple[str, str, str], runs: dict[str, dict]) -> dict[str, float]:
+    """seed → gold score of a row's policy."""
+    arm, policy, _ = row
+    return {seed: report["policies"][policy]["score"] for seed, report in runs.get(arm, {}).items()
+            if policy in report["policies"]}
+
+
+def print_table(title: str, rows: list, pairs: list, runs: dict[str, dict]) -> None:
+    lines = []
+    for arm, policy, name in rows:
+        reports = {seed: report for seed, report in runs.get(arm, {}).items()
+                   if policy in report["policies"]}
+        if reports:
+            lines.append(value_line(name, policy, reports))
+    if not lines:
+        return
+    print(f"\n**{title}**\n")
+    show(["method", "seeds", "gold score", "win rate against SFT", "characters",
+          "label accuracy by round", "wrong among flagged − among those that could be"], lines)
+    differences, p_values = [], []
+    for one, other in pairs:
+        end, start = scores_of(rows[one], runs), scores_of(rows[other], runs)
+        seeds = [seed for seed in end if seed in start]
+        if not seeds:
+            continue
+        gains = [end[seed] - start[seed] for seed in seeds]
+        p = paired_t(gains)
+        needed = seeds_to_decide(gains)
+        differences.append([f"{rows[one][2]} − {rows[other][2]}", str(len(seeds)),
+                            interval(gains, "+"), shown_p(p), str(needed or "–"),
+                            ", ".join(f"{gain:+.3f}" for gain in gains)])
+        p_values.append(p)
+    if not differences:
+        return
+    print()
+    show(["difference in gold score", "seeds", "mean", "p", "seeds to decide it", "by seed"],
+         differences)
+    tested = [p for p in p_values if not math.isnan(p)]
+    print(f"\n{sum(p < 0.05 for p in tested)} of {len(tested)} differ at 95 %; "
+          f"{0.05 * len(tested):.1f} would by chance.")
 
 
 def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/table")
-    runs: dict[str, dict[str, dict]] = {arm: {} for arm in ARMS}
-    for path in sorted(root.glob("*/*/report.md.stats.json")):
-        if path.parent.name in runs:
-            runs[path.parent.name][path.parent.parent.name] = json.loads(path.read_text())
-
-    print("| arm | seeds | gold score | win rate against SFT | characters | label accuracy |")
-    print("| --- " * 6 + "|")
-    for start, name in (("init", "SFT (π_init)"), ("seed", "DPO on the 40 gold pairs (π_0)")):
-        reports = runs["worst"]
-        if reports:
-            own = [report["policies"][start] for report in reports.values()]
-            print(arm_line(name, list(reports), own, []))
-    for arm, name in ARMS.items():
-        reports = runs[arm]
-        if reports:
-            labels = [quality for report in reports.values()
-                      for quality in report["labels"].values()]
-            print(arm_line(name, list(reports), [last(r) for r in reports.values()], labels))
-
-    print("\nDifferences in gold score, paired over seeds:\n")
-    print("| difference | seeds | mean ± 95 % | p | seeds to decide it | by seed |")
-    print("| --- " * 6 + "|")
-    for one, other in PAIRS:
-        seeds = sorted(runs[one].keys() & runs[other].keys())
-        if len(seeds) < 2:
-            continue
-        gains = [last(runs[one][s])["score"] - last(runs[other][s])["score"] for s in seeds]
-        p = float(stats.ttest_1samp(gains, 0).pvalue)
-        cells = [f"{ARMS[one]} − {ARMS[other]}", str(len(seeds)), summary(gains, "+"),
-                 "< 0.001" if p < 0.001 else f"{p:.3f}", str(seeds_needed(gains) or "> 1000"),
-                 ", ".join(f"{gain:+.3f}" for gain in gains)]
-        print(f"| {' | '.join(cells)} |")
+    runs: dict[str, dict[str, dict]] = {}
+    found = list(root.glob("*/*/report.md.stats.json"))
+    for path in sorted(found, key=lambda path: (len(path.parts[-3]), path.parts[-3])):
+        seed, arm = path.parts[-3:-1]
+        runs.setdefault(arm, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+    if not runs:
+        print(f"error: {root}: no reports of bench/demo.sh", file=sys.stderr)
+        raise SystemExit(2)
+    for title, rows, pairs in TABLES:
+        print_table(title, rows, pairs, runs)
 
 
 if __name__ == "__main__":

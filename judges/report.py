@@ -28,33 +28,47 @@ def p_value(p: float | None) -> str | None:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def rate(value: float | None, error: float, interval: list[float] | None, digits: int = 3,
+         scale: float = 1.0) -> str | None:
+    """value ± error, or value [interval] where there is one; all divided by `scale`."""
+    if value is None or math.isnan(value):
+        return None
+    text = f"{value / scale:.{digits}f}"
+    if interval:
+        low, high = interval
+        return f"{text} [{low / scale:.{digits}f}, {high / scale:.{digits}f}]"
+    return f"{text} ± {error / scale:.{digits}f}"
+
+
 def leaderboard_table(scores: dict[str, dict], difficulty: bool) -> str:
     """AlpacaEval's scores of every model, in percent."""
     rows = []
     for name, s in scores.items():
         counts = [s[key] for key in ("n_wins", "n_wins_base", "n_draws", "n_missing", "avg_length")]
-        rows.append([name, f"{s['length_controlled_winrate']:.2f} ± {s['lc_standard_error']:.2f}",
-                     f"{s['win_rate']:.2f} ± {s['standard_error']:.2f}", *counts])
+        controlled = rate(s["length_controlled_winrate"], s["lc_standard_error"],
+                          s.get("lc_interval"), 2)
+        win = rate(s["win_rate"], s["standard_error"], s.get("interval"), 2)
+        rows.append([name, controlled, win, *counts])
     table = markdown(["model", "length-controlled win rate", "win rate", "wins", "losses", "draws",
                       "missing", "characters"], rows)
-    if difficulty:
-        return table
-    return (f"{table}\n\nWithout --instruction-difficulty: that term is left out of the "
-            "length-controlled regression, which is symmetric then, and its ± is a bootstrap's.")
+    notes = []
+    if not difficulty:
+        notes.append("Without --instruction-difficulty the length-controlled rate is not the "
+                     "published one: its regression knows lengths alone and is symmetric in the "
+                     "two models, and its ± is a bootstrap's over prompts.")
+    if any("interval" in s or "lc_interval" in s for s in scores.values()):
+        notes.append("[low, high]: at 0 and 100 an exact 95 % interval over prompts.")
+    return "\n\n".join([table, *notes])
 
 
 def policy_table(policies: dict[str, dict]) -> str:
     """The measures of every policy, a line each."""
     rows = []
     for name, p in policies.items():
-        win = p.get("win_rate")
-        if win is not None:
-            low, high = p["interval"]
-            win = f"{win:.3f} [{low:.3f}, {high:.3f}]"
-        controlled = p.get("length_controlled_winrate", math.nan)
-        if not math.isnan(controlled):
-            controlled = f"{controlled / 100:.3f} ± {p['lc_standard_error'] / 100:.3f}"
-        score = f"{p['score']:.3f} ± {p['score_error']:.3f}" if "score" in p else None
+        win = rate(p.get("win_rate"), math.nan, p.get("interval"))
+        controlled = rate(p.get("length_controlled_winrate"), p.get("lc_standard_error"),
+                          p.get("lc_interval"), scale=100)
+        score = rate(p.get("score"), p.get("score_error"), None)
         rows.append([name, win, p_value(p.get("p")), controlled, p.get("ties"), score,
                      round(p["characters"]), p.get("ended"), p.get("openings")])
     return markdown(["policy", "win rate [95 %]", "p", "length-controlled", "ties", "gold score",
@@ -63,10 +77,10 @@ def policy_table(policies: dict[str, dict]) -> str:
 
 def label_table(labels: dict[str, dict]) -> str:
     """How right the self-labels of every round are."""
-    keys = ("pairs", "accuracy", "flagged", "wrong_among_flagged", "wrong")
+    keys = ("pairs", "accuracy", "flagged", "wrong_among_flagged", "could_be_flagged", "wrong")
     rows = [[name, *(quality.get(key) for key in keys)] for name, quality in labels.items()]
     return markdown(["self-labels of", "pairs", "accuracy", "flagged", "flagged: wrong",
-                     "could be flagged: wrong"], rows)
+                     "could be flagged", "of these wrong"], rows)
 
 
 def mt_bench_table(results: dict[str, dict]) -> str:
@@ -97,9 +111,14 @@ def plot(path: str, policies: dict, labels: dict, confidences: dict, logs: dict[
     count = sum(map(bool, (compared, policies, logs, judged, confidences, ratings)))
     columns = min(3, max(1, count))
     rows = max(1, math.ceil(count / columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.7 * columns, 3.75 * rows),
-                                constrained_layout=True, squeeze=False)
-    free = iter(axes.flat)
+    figure = plt.figure(figsize=(4.7 * columns, 3.75 * rows), constrained_layout=True)
+    grid = figure.add_gridspec(rows, 6)  # a last line that is not full shares its width
+    axes = []
+    for k in range(count):
+        line, place = divmod(k, columns)
+        width = 6 // min(columns, count - line * columns)
+        axes.append(figure.add_subplot(grid[line, place * width:(place + 1) * width]))
+    free = iter(axes)
     if compared:
         plot_wins(next(free), policies)
     if policies:
@@ -112,28 +131,39 @@ def plot(path: str, policies: dict, labels: dict, confidences: dict, logs: dict[
         plot_confidences(next(free), confidences)
     if ratings:
         plot_ratings(next(free), ratings)
-    for axis in free:
-        axis.remove()
-    for axis in figure.axes:
+    for axis in axes:
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
 
 
+def bar(p: dict, key: str, error: str, interval: str, scale: float) -> tuple[float, ...]:
+    """(value, length of its 95 % bar below, and above)."""
+    value = p[key] / scale
+    if interval in p:
+        low, high = p[interval]
+        return value, max(value - low / scale, 0.0), max(high / scale - value, 0.0)
+    return value, 1.96 * p[error] / scale, 1.96 * p[error] / scale
+
+
 def plot_wins(axis, policies: dict) -> None:
-    baseline = next(iter(policies))
-    kinds = (("win_rate", "win_rate_error", 1, "win rate"),
-             ("score", "score_error", 1, "mean gold score"),
-             ("length_controlled_winrate", "lc_standard_error", 100, "length-controlled win rate"))
-    for key, error, scale, text in kinds:
-        names = [name for name in policies if not math.isnan(policies[name].get(key, math.nan))]
-        if names:
-            axis.errorbar(names, [policies[name][key] / scale for name in names],
-                          [policies[name][error] / scale for name in names], marker="o", capsize=3,
-                          label=text)
-    axis.axhline(0.5, color="gray", lw=0.8, ls=":")
-    axis.set(title=f"against {baseline}, held-out prompts (± s.e.)")
+    names = list(policies)
+    kinds = (("win_rate", "win_rate_error", "interval", 1, "win rate"),
+             ("score", "score_error", None, 1, "mean gold score"),
+             ("length_controlled_winrate", "lc_standard_error", "lc_interval", 100,
+              "length-controlled win rate"))
+    for key, error, interval, scale, text in kinds:
+        known = [k for k, name in enumerate(names)
+                 if not math.isnan(policies[name].get(key, math.nan))]
+        if known:
+            bars = [bar(policies[names[k]], key, error, interval, scale) for k in known]
+            value, below, above = np.array(bars).T
+            axis.errorbar(known, value, [below, above], marker="o", capsize=3, label=text)
+    if any("win_rate" in p for p in policies.values()):
+        axis.axhline(0.5, color="gray", lw=0.8, ls=":", label=f"as good as {names[0]}")
+    axis.set(title=f"against {names[0]}, held-out prompts (bars: 95 %)", xticks=range(len(names)),
+             xticklabels=names)
 
 
 def plot_lengths(axis, policies: dict) -> None:
@@ -161,7 +191,7 @@ def plot_labels(axis, judged: dict) -> None:
             axis.bar(places, [value for _, value in known], 0.25, label=text)
     axis.axhline(0.5, color="gray", lw=0.8, ls=":")
     axis.set(title="self-labels against the judge", xticks=range(len(judged)),
-             xticklabels=list(judged), ylim=(0, 1))
+             xticklabels=list(judged), xlim=(-0.5, len(judged) - 0.5), ylim=(0, 1.05))
 
 
 def plot_confidences(axis, confidences: dict) -> None:
@@ -174,17 +204,18 @@ def plot_confidences(axis, confidences: dict) -> None:
                 axis.hist(values, bins=bins, histtype="step", ls=style, color=f"C{k}",
                           label=f"{name}, {when}")
     whole_numbers(axis.yaxis)
+    room = 0.02 * (1 - low)  # for the lines of the outermost bins
     axis.set(title="confidence of a round's pairs, before and after it", xlabel="ξ = σ(margin)",
-             ylabel="pairs", xlim=(low, 1))
+             ylabel="pairs", xlim=(low - room, 1 + room))
 
 
 def plot_ratings(axis, ratings: dict) -> None:
-    other = ("turn 1", "turn 2", "average", "rated", "unrated")
+    other = ("turn 1", "turn 2", "average", "rated", "unrated", "cut to the context")
     for k, (name, means) in enumerate(ratings.items()):
         keys = [key for key in means if key not in other]
         places = np.arange(len(keys)) + 0.8 * k / len(ratings)
         axis.barh(places, [means[key] for key in keys], 0.8 / len(ratings), label=name)
-        axis.set(title="MT-Bench", yticks=range(len(keys)), yticklabels=keys, xlim=(0, 10))
+        axis.set(title="MT-Bench", yticks=range(len(keys)), yticklabels=keys, xlim=(0, 10.2))
 
 
 def whole_numbers(axis) -> None:

@@ -4,18 +4,22 @@ import csv
 import gzip
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, ok, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+sys.path.append(str(ROOT / "bench"))  # last: it has a train.py of its own
+import demo_table
 import evaluate
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, ok, run
-from judges import mt_bench
+from judges import mt_bench, report
 from judges.judge import wins
 from judges.measures import (
+    RIDGE,
     bootstrap_interval,
     label_quality,
     leaderboard,
@@ -23,6 +27,7 @@ from judges.measures import (
     mean_and_error,
     mt_bench_scores,
     paired_p,
+    rate_at_equal_length,
     read_difficulty,
     win_rate,
 )
@@ -41,19 +46,33 @@ def test_wins_and_errors_by_hand():
 
 
 def test_label_quality_by_hand():
-    preference = wins(np.array([1.0, 0.2, 0.5, 0.9]), np.array([0.0, 0.4, 0.5, 0.1]))
-    able = np.array([False, True, True, True])
-    q = label_quality(preference, np.array([False, True, True, False]), able)
-    assert q == {
-        "pairs": 4,
-        "accuracy": 0.625,
+    """Shares of pairs: 0.55 agrees as 1 does, ½ is half; base rate of what could be flagged."""
+    preference = np.array([0.55, 0.0, 0.5, 1.0, 0.45])
+    flagged = np.array([False, True, True, False, False])
+    could = np.array([True, True, True, True, False])
+    assert label_quality(preference, flagged, could) == {
+        "pairs": 5,
+        "accuracy": 0.5,
+        "could_be_flagged": 4,
         "flagged": 2,
         "wrong_among_flagged": 0.75,
-        "wrong": 0.5,  # among those that could be flagged
+        "wrong": 0.375,
     }
-    nobody = np.zeros(2, bool)
-    assert label_quality(np.ones(2), nobody, nobody)["wrong_among_flagged"] is None
-    assert label_quality(np.array([0.55, 0.45]), nobody, ~nobody)["accuracy"] == 0.5
+    none = np.zeros(5, bool)
+    quality = label_quality(preference, none, none)
+    assert quality["wrong_among_flagged"] is None and quality["wrong"] is None
+
+
+def test_rates_of_zero_and_one_have_an_exact_interval():
+    """Clopper and Pearson's, over prompts: samples of one prompt count once."""
+    from scipy.stats import binomtest
+
+    for count in (1, 2, 50):
+        for rate in (0, 1):
+            exact = binomtest(rate * count, count).proportion_ci(method="exact")
+            found = bootstrap_interval(np.full((count, 3), float(rate)))
+            assert found == pytest.approx([exact.low, exact.high])
+    assert 0 < bootstrap_interval(np.array([[0.0], [0.0], [1.0]]))[1] < 1.001
 
 
 def test_interval_covers_and_paired_test_is_uniform_under_the_null():
@@ -75,12 +94,12 @@ def test_interval_covers_and_paired_test_is_uniform_under_the_null():
     assert (
         paired_p(np.array([[1.0], [1.0], [1.0]]), np.zeros((3, 1))) == 0.25
     )  # 2 of the 8 ways to choose signs
-    assert all(math.isnan(v) for v in bootstrap_interval(np.ones((1, 4))))
+    assert all(math.isnan(v) for v in bootstrap_interval(np.full((1, 4), 0.25)))
 
 
-def annotation(preference, one, two, model="mine"):
+def annotation(preference, one, two, model="mine", instruction="i"):
     return {
-        "instruction": "i",
+        "instruction": instruction,
         "output_1": one,
         "output_2": two,
         "generator_1": "base",
@@ -177,8 +196,8 @@ def synthetic(count=400, bias=1.5, skill=-0.5, hard=0.8, seed=0):
     delta = lengths[:, 0] - lengths[:, 1]
     z = -bias * np.tanh(delta / delta.std(ddof=1)) + skill + hard * difficulty
     rows = [
-        annotation(1 + float(1 / (1 + np.exp(-v))), "x" * a, "y" * b)
-        for v, (a, b) in zip(z, lengths)
+        annotation(1 + float(1 / (1 + np.exp(-v))), "x" * a, "y" * b, instruction=str(i))
+        for i, (v, (a, b)) in enumerate(zip(z, lengths))
     ]
     return rows, difficulty, 100 * float((1 / (1 + np.exp(-(skill + hard * difficulty)))).mean())
 
@@ -246,6 +265,155 @@ def test_length_control_against_a_separate_optimiser():
     assert min(abs(rate(c) - ours) for c in np.logspace(-4, 4, 10)) < 0.02
 
 
+def judged(count, samples, seed, spread=1.5):
+    """Wins and losses at 0 or 1 by a judge that likes length; some prompts are harder."""
+    dice = np.random.default_rng(seed)
+    base = dice.integers(50, 1500, count)
+    mine = dice.integers(50, 1500, (count, samples))
+    delta = base[:, None] - mine
+    z = -np.tanh(delta / delta.std()) + 0.3 + spread * dice.normal(size=(count, 1))
+    won = dice.random((count, samples)) < 1 / (1 + np.exp(-z))
+    return [
+        annotation(1 + float(won[i, k]), "x" * base[i], "y" * mine[i, k], instruction=str(i))
+        for i in range(count)
+        for k in range(samples)
+    ]
+
+
+def turned(rows):
+    """The same judgements with the models' places exchanged."""
+    return [
+        annotation(
+            3 - row["preference"], row["output_2"], row["output_1"], instruction=row["instruction"]
+        )
+        for row in rows
+    ]
+
+
+def few_wins(count, wins, seed):
+    dice = np.random.default_rng(seed)
+    lengths = dice.integers(50, 1500, (count, 2))
+    return [
+        annotation(2.0 if i < wins else 1.0, "x" * a, "y" * b, instruction=str(i))
+        for i, (a, b) in enumerate(lengths)
+    ]
+
+
+def separated(count):
+    """The longer answer always wins: length alone tells who does."""
+    return [
+        annotation(1.0 + i % 2, "x" * 500, "y" * (480 + 120 * (i % 2)), instruction=str(i))
+        for i in range(count)
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        judged(30, 2, 0),
+        judged(200, 1, 1),
+        synthetic(100)[0],
+        few_wins(50, 1, 0),
+        few_wins(50, 49, 1),
+        few_wins(50, 0, 2),
+        few_wins(3, 1, 3),
+        separated(20),
+        [annotation(1.5, "a", "b", instruction=str(i)) for i in range(4)],
+        [annotation(1.001, "a", "bc", instruction=str(i)) for i in range(4)],
+    ],
+)
+def test_length_control_is_symmetric_in_the_models(rows):
+    there, back = length_controlled(rows), length_controlled(turned(rows))
+    assert there["length_controlled_winrate"] + back["length_controlled_winrate"] == pytest.approx(
+        100, abs=1e-6
+    )
+    assert there["lc_standard_error"] == pytest.approx(
+        back["lc_standard_error"], abs=1e-6, nan_ok=True
+    )
+    low, high = back.get("lc_interval", (0, 0))
+    assert there.get("lc_interval", [100, 100]) == pytest.approx([100 - high, 100 - low])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 0.3, 0.5, 1]), st.integers(1, 99)), min_size=2, max_size=30
+    )
+)
+def test_length_control_is_symmetric_in_whatever_is_judged(found):
+    test_length_control_is_symmetric_in_the_models(
+        [
+            annotation(1 + p, "x" * 50, "y" * length, instruction=str(i))
+            for i, (p, length) in enumerate(found)
+        ]
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_length_control_at_its_ends():
+    """Losing everywhere is 0 with an exact bound, one win in 50 about 2, and equal judgements are
+    their own rate whatever the lengths."""
+    lost = length_controlled(few_wins(50, 0, 0))
+    assert lost["length_controlled_winrate"] == 0
+    assert lost["lc_interval"] == pytest.approx([0, 100 * (1 - 0.025 ** (1 / 50))])
+    assert length_controlled(few_wins(50, 50, 0))["length_controlled_winrate"] == 100
+    for seed in range(5):
+        once = length_controlled(few_wins(50, 1, seed))
+        assert 0 < once["length_controlled_winrate"] < 5 and 0 < once["lc_standard_error"] < 5
+    thrice = length_controlled(few_wins(50, 0, 0) * 3)  # of the same prompts: no new evidence
+    assert thrice["lc_interval"] == lost["lc_interval"]
+    rows = [annotation(1.25, "a" * i, "b" * (9 - i), instruction=str(i)) for i in range(9)]
+    score = length_controlled(rows)
+    assert score["length_controlled_winrate"] == pytest.approx(25)
+    none = length_controlled([annotation(None, "a", "b", instruction=str(i)) for i in range(9)])
+    assert math.isnan(none["length_controlled_winrate"])
+    published = length_controlled(few_wins(50, 1, 0), (np.zeros(50), []))
+    assert 0 <= published["length_controlled_winrate"] < 10
+
+
+def test_symmetric_fit_against_a_separate_optimiser():
+    """Every row of weights has the minimum that scipy finds: samples, shares, separated."""
+    from scipy.optimize import minimize
+
+    dice = np.random.default_rng(2)
+    for rows in (judged(60, 2, 5), synthetic(80)[0], few_wins(50, 2, 4), separated(20)):
+        delta = np.array([len(r["output_1"]) - len(r["output_2"]) for r in rows])
+        x = np.tanh(delta / delta.std(ddof=1))
+        p = np.array([r["preference"] for r in rows]) - 1
+        weight = dice.integers(0, 4, (3, len(rows))).astype(float)
+        for w, rate in zip(weight, rate_at_equal_length(x, p, weight)):
+
+            def loss(v):
+                z = v[0] * x + v[1]
+                return (w * (np.logaddexp(0, z) - p * z)).sum() + RIDGE * v[0] ** 2 / 2
+
+            best = minimize(loss, np.zeros(2), method="Nelder-Mead", tol=1e-12).x[1]
+            assert rate == pytest.approx(1 / (1 + math.exp(-best)), abs=1e-5)
+
+
+def test_error_at_equal_length_is_that_of_replications():
+    """± against the spread over 400 fresh sets of prompts, with one and with four samples a prompt;
+    copies of a sample bring it no lower."""
+    for samples in (1, 4):
+        rates = [fitted(judged(64, samples, seed)) for seed in range(400)]
+        errors = [
+            length_controlled(judged(64, samples, seed))["lc_standard_error"] for seed in range(20)
+        ]
+        assert np.mean(errors) == pytest.approx(100 * np.std(rates, ddof=1), rel=0.2)
+    one = judged(64, 1, 0)
+    copies = length_controlled([row for row in one for _ in range(4)])["lc_standard_error"]
+    assert copies == pytest.approx(length_controlled(one)["lc_standard_error"], rel=0.1)
+
+
+def fitted(rows):
+    delta = np.array([len(r["output_1"]) - len(r["output_2"]) for r in rows])
+    p = np.array([r["preference"] for r in rows]) - 1
+    return rate_at_equal_length(
+        np.tanh(delta / delta.std(ddof=1)), p, np.ones((1, len(rows)))
+    ).item()
+
+
 def test_difficulty_files(tmp_path):
     path = tmp_path / "instruction_difficulty.csv"
     path.write_text("index,instruction_difficulty\n0,0.5\n1,-1\n")
@@ -287,7 +455,10 @@ def test_annotations_command(tmp_path):
     with gzip.open(tmp_path / "a.json.gz", "wt") as file:
         json.dump(rows, file)
     printed = ok(run("evaluate.py", "--annotations", tmp_path / "a.json.gz")).stdout
-    assert "| mine |" in printed and "left out" in printed
+    assert "| mine |" in printed and "symmetric" in printed
+    (tmp_path / "lost.json").write_text(json.dumps(few_wins(50, 0, 0)))
+    printed = ok(run("evaluate.py", "--annotations", tmp_path / "lost.json")).stdout
+    assert "| mine | 0.00 [0.00, 7.11] | 0.00 [0.00, 7.11] |" in printed
 
 
 def test_mt_bench_scores_by_hand():
@@ -404,6 +575,8 @@ def test_confidence_after_a_round_and_self_labels(folder, other_folder, tmp_path
             tmp_path / "policy",
             "--lr",
             "1e-3",
+            "--batch-size",
+            "1",
             *fp32,
         )
     )
@@ -416,6 +589,10 @@ def test_confidence_after_a_round_and_self_labels(folder, other_folder, tmp_path
         before == pytest.approx([1 / (1 + math.exp(-r["margin"])) for r in labelled])
         and quality["pairs"] == 6
     )
+    log = jsonl(tmp_path / "policy/log.jsonl")
+    watched = [step for step in log if step["tau"] is not None]
+    assert 0 < quality["could_be_flagged"] == len(watched) < 6  # of one pair each
+    assert quality["flagged"] == sum(len(step["flagged"]) for step in watched)
     gold = dump(tmp_path / "p.jsonl", labelled)
     ok(
         run(
@@ -567,73 +744,116 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
     assert "| unrated | 1 |" in printed
 
 
-def exchanged(annotations):
-    """The same comparisons from the other model's side."""
-    return [
-        {
-            "instruction": row["instruction"],
-            "output_1": row["output_2"],
-            "output_2": row["output_1"],
-            "generator_1": "b",
-            "generator_2": "a",
-            "preference": 3 - row["preference"],
-        }
-        for row in annotations
+# ------------------------------------------------------------------------------------- the report
+
+
+def test_small_p_values_have_a_floor():
+    assert [report.p_value(p) for p in (None, 2e-4, 9.99e-4, 1e-3, 0.0671)] == [
+        None,
+        "< 0.001",
+        "< 0.001",
+        "0.001",
+        "0.067",
     ]
+    policy = {"characters": 3.0, "win_rate": 1.0, "interval": [0.93, 1.0], "p": 2e-4}
+    assert "| 1.000 [0.930, 1.000] | < 0.001 |" in report.policy_table({"mine": policy})
 
 
-def compared(preferences, lengths):
-    return [
-        {
-            "instruction": f"i{k}",
-            "output_1": "x" * 50,
-            "output_2": "x" * length,
-            "generator_1": "a",
-            "generator_2": "b",
-            "preference": 1 + p,
-        }
-        for k, (p, length) in enumerate(zip(preferences, lengths))
-    ]
+def test_answers_as_a_reader_notices_them():
+    assert report.openings(["I love  it all", "I love it\nso", "I love cats", "No."]) == 0.75
+    prompt = [{"role": "user", "content": "say"}]
+    rows = [{"prompt": prompt, "responses": [text]} for text in ("a\nb", "c")]
+    cut = [{**row, "ended": [ended]} for row, ended in zip(rows, (True, False))]
+    text = report.side_by_side({"file": rows, "mine": cut}, [1, 0])
+    assert text.splitlines()[2:4] == ["- **file**: c", "- **mine**: c ✂"]
+    assert text.splitlines()[-1] == "- **mine**: a b"
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([0, 0.3, 0.5, 1]), st.integers(1, 99)), min_size=6, max_size=30
+def panels(monkeypatch, tmp_path, *content):
+    """The axes of the picture that the report draws."""
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    report.plot(str(tmp_path / "r.png"), *content)
+    return kept[0].axes
+
+
+def test_panels_of_what_there_is(monkeypatch, tmp_path):
+    """No empty frames, integers on counts, ξ from ½ where it starts there, and π_init at ½ is a
+    line, no measurement."""
+    init = {"characters": 5.0, "score": 0.2, "score_error": 0.1}
+    moved = {"win_rate": 1.0, "win_rate_error": 0.0, "interval": [0.9, 1.0]}
+    moved |= {"length_controlled_winrate": 100.0, "lc_standard_error": math.nan}
+    moved |= {"lc_interval": [90, 100]}
+    policies = {"init": init, "moved": {**init, **moved}}
+    quality = label_quality(np.ones(3), np.zeros(3, bool), np.ones(3, bool))
+    log = [{"loss": 0.7}, {"loss": 0.6}]
+    ratings = {"mine": {"math": 4.0, "turn 1": 4.0, "average": 4.0, "rated": 1, "unrated": 0}}
+    before = np.array([0.5, 0.9, 1.0])
+    axes = panels(
+        monkeypatch,
+        tmp_path,
+        policies,
+        {"moved": quality},
+        {"moved": (before, None)},
+        {"moved": log},
+        ratings,
     )
-)
-def test_length_control_is_symmetric(rows):
-    annotations = compared(*zip(*rows))
-    there = length_controlled(annotations)
-    back = length_controlled(exchanged(annotations))
-    total = there["length_controlled_winrate"] + back["length_controlled_winrate"]
-    assert total == pytest.approx(100, abs=1e-6)
-    assert there["lc_standard_error"] == pytest.approx(back["lc_standard_error"], abs=1e-6)
+    assert len(axes) == 6 and all(axis.has_data() for axis in axes)
+    rates, _, loss, _, confidence, _ = axes
+    measured = {c.get_label(): c.lines[0].get_xdata().tolist() for c in rates.containers}
+    assert measured == {
+        "win rate": [1],
+        "mean gold score": [0, 1],
+        "length-controlled win rate": [1],
+    }
+    assert all(tick == round(tick) for tick in loss.get_xticks())
+    assert all(tick == round(tick) for tick in confidence.get_yticks())
+    low, high = confidence.get_xlim()
+    assert 0.48 < low < 0.5 and 1 < high < 1.02
+    spread = panels(monkeypatch, tmp_path, {}, {}, {"moved": (before, before - 0.4)}, {}, {})
+    assert len(spread) == 1 and -0.03 < spread[0].get_xlim()[0] < 0
+    alone = {"init": {"characters": 5.0}}
+    few = panels(monkeypatch, tmp_path, alone, {"init": {}}, {}, {}, ratings)
+    assert [axis.get_title() for axis in few] == ["length of the answers", "MT-Bench"]
 
 
-@pytest.mark.filterwarnings("error")
-def test_length_control_at_its_ends():
-    """All lost is 0, all won 100, with the exact bound where 50 losses have probability 0.159; one
-    win in 50 is near 2 and not uncertain by 41."""
-    lengths = np.random.default_rng(0).integers(20, 90, 50)
-    for p, rate in ((0, 0), (1, 100)):
-        found = length_controlled(compared([p] * 50, lengths))
-        assert found["length_controlled_winrate"] == rate
-        assert (1 - found["lc_standard_error"] / 100) ** 50 == pytest.approx(0.1587)
-    middle = np.argsort(lengths)[25]  # a win that length does not explain
-    found = length_controlled(compared(np.arange(50) == middle, lengths))
-    assert 0 < found["length_controlled_winrate"] < 6 and 0.5 < found["lc_standard_error"] < 6
+def test_table_over_seeds_against_scipy(tmp_path, capsys, monkeypatch):
+    """The t-interval, its test, the seeds that a difference needs, the tables of a folder."""
+    from scipy.stats import nct, t, ttest_1samp
 
+    gains = [-0.114, 0.004, -0.052, -0.037, -0.039]
+    test = ttest_1samp(gains, 0)
+    assert demo_table.paired_t(gains) == pytest.approx(test.pvalue)
+    assert demo_table.shown_p(test.pvalue) == "0.067"
+    low, high = test.confidence_interval()
+    assert demo_table.interval(gains, "+") == f"{np.mean(gains):+.3f} ± {(high - low) / 2:.3f}"
+    effect = abs(np.mean(gains)) / np.std(gains, ddof=1)
 
-def test_length_controls_error_is_what_replications_show():
-    """Two samples a prompt that are copies of one another: the error is that of the prompts."""
-    dice = np.random.default_rng(0)
-    rates, errors = [], []
-    for _ in range(60):
-        lengths = dice.integers(20, 90, 80)
-        wins = dice.random(80) < 1 / (1 + np.exp(-(0.4 + 0.02 * (lengths - 50))))
-        annotations = compared(wins.astype(float), lengths)
-        found = length_controlled(annotations * 2)
-        rates.append(found["length_controlled_winrate"])
-        errors.append(found["lc_standard_error"])
-    assert np.mean(errors) == pytest.approx(np.std(rates, ddof=1), rel=0.25)
+    def power(n):
+        return nct.sf(t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n))
+
+    needed = demo_table.seeds_to_decide(gains)
+    assert power(needed + 1) > 0.8 > power(needed - 2)
+    assert demo_table.seeds_to_decide([0.1, -0.1]) is None
+    assert demo_table.interval([1.0]) == "1.000 ± ?"
+    quality = {"accuracy": 0.75, "wrong_among_flagged": 0.5, "wrong": 0.25}
+    for arm, gain in (("one_spa_0", 0.0), ("one_iterdpo", 0.1)):
+        for seed in (1, 2, 10):
+            folder = tmp_path / str(seed) / arm
+            folder.mkdir(parents=True)
+            score = {"characters": 9.0, "win_rate": 0.5}
+            policies = {
+                "init": {"characters": 9.0, "score": 0.1},
+                "seed": {**score, "score": 0.2},
+                "round1": {**score, "score": 0.3 + gain * (1 + seed / 100)},
+            }
+            stats = {"policies": policies, "labels": {"round1": quality}}
+            (folder / "report.md.stats.json").write_text(json.dumps(stats))
+    monkeypatch.setattr("sys.argv", ["demo_table.py", str(tmp_path)])
+    demo_table.main()
+    printed = capsys.readouterr().out
+    assert "| SPA | 1, 2, 10 | 0.300 ± 0.000 | 0.500 ± 0.000 | 9 | 0.750 ± 0.000 |" in printed
+    assert "self-labels alone (DE) − SPA | 3 | +0.104 ± 0.012 | < 0.001 |" in printed
+    assert "+0.101, +0.102, +0.110" in printed and "Two rounds" not in printed
