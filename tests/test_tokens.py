@@ -280,8 +280,8 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
     config = make_model().config
     config.vocab_size = len(merging)
     ((prompt, (alone, within)),) = encode_rows(config, merging, rows, "file", pair_of)
-    assert alone == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
-    assert within == merging("Hello").input_ids + [2]
+    assert alone.tolist() == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
+    assert within.tolist() == merging("Hello").input_ids + [2]
     assert "file: 1 responses are tokenised alone" in capsys.readouterr().err
 
 
@@ -377,7 +377,9 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
     ok(run("dro.py", "--pairs", tmp_path / "l.jsonl", "--out", tmp_path / "w.jsonl"))
     worst = jsonl(tmp_path / "w.jsonl")
     encoded = encode_rows(model.config, tokenizer, worst, "w", pair_of)
-    assert [ys for _, ys in encoded] == [[r["chosen_ids"], r["rejected_ids"]] for r in labelled]
+    assert [[y.tolist() for y in ys] for _, ys in encoded] == [
+        [r["chosen_ids"], r["rejected_ids"]] for r in labelled
+    ]
     train = ["train.py", "--model", any_folder, "--anchor", "init", "--precision", "fp32"]
     done = ok(run(*train, "--pairs", tmp_path / "w.jsonl", "--out", tmp_path / "policy"))
     assert "3 pairs, all read as sampled" in done.stdout and "not those of" not in done.stderr
@@ -555,7 +557,7 @@ def test_letters_are_read_in_context(any_tokenizer):
     ((prompt, answers),) = encode_rows(config, any_tokenizer, rows, "", lambda row: letters)
     assert any_tokenizer.convert_ids_to_tokens([i for ids in answers for i in ids]) == ["A", "B"]
     whole = template_ids(any_tokenizer, answered(rows[0]["prompt"], "A"))
-    assert whole[: len(prompt) + 1] == prompt + answers[0]
+    assert whole[: len(prompt) + 1] == [*prompt, *answers[0]]
 
 
 def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
