@@ -4,6 +4,7 @@ import copy
 import gzip
 import re
 import timeit
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from core.chat import (
 )
 from core.models import load
 from core.probe import check_template
+from core.rows import read_rows
 from data import prepare
 from judges.judge import option_prompt
 
@@ -597,3 +599,20 @@ def test_an_empty_system_turn_is_the_models_own(any_folder, any_tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path / "policy")
     policy = transformers.AutoTokenizer.from_pretrained(tmp_path / "policy")
     assert encode_prompt(policy, ASK) == encode_prompt(any_tokenizer, [empty, *ASK])
+
+
+def test_ids_take_four_bytes_and_are_kept_once(tokenizer, tmp_path):
+    """As lists they take 36 bytes a token."""
+    ids = [300 + i % 80 for i in range(2000)]
+    row = {"prompt": ASK, "chosen": "a", "rejected": "b", "vocabulary": vocabulary(tokenizer)}
+    row |= {"chosen_ids": ids, "rejected_ids": ids}
+    path = dump(tmp_path / "pairs.jsonl", [{"id": str(i), **row} for i in range(50)])
+    tracemalloc.start()
+    rows = read_rows(str(path), "preferences")
+    config = make_model(max_position_embeddings=4096).config
+    encoded = encode_rows(config, tokenizer, rows, "file", pair_of)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 6 * 50 * 2 * 2000
+    for own, (_, ys) in zip(rows, encoded):
+        assert ys[0] is own["chosen_ids"] and ys[1] is own["rejected_ids"] and ys[0].tolist() == ids
