@@ -335,7 +335,8 @@ def main() -> None:
     labels = named(args.labels, "--labels")
     if unknown := set(labels) - set(models):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --models does not")
-    settings = settings_of(args, "prompts", "mt_bench", "judge_model")
+    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
+    settings = settings_of(args, "prompts", "mt_bench", *judges)
     for key in ("models", "labels", "annotations"):
         del settings[key]  # by the content of each, below
     settings |= {name: fingerprint(path) for name, path in models.items()}

@@ -82,7 +82,7 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
         if tokenizer and own_ids(tokenizer, row) and ids[0] is not None:
             for own in ids:
                 check_range(config, own, path, row)
-            inside = [is_foreign(tokenizer, own, e) for own, e in zip(ids, ended)]
+            inside = [is_foreign(tokenizer, own.tolist(), e) for own, e in zip(ids, ended)]
         row["answers"] = [answer for *answer, out in zip(texts, ended, ids, inside)
                           if answer[0].strip() and not out]
         special += sum(inside)
@@ -113,7 +113,8 @@ def main() -> None:
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
     if args.length_penalty and not implicit:
         fail("--length-penalty is a part of the implicit reward; --judge implicit")
-    settings = settings_of(args, "model", "reference_model", "judge_model", "responses", "pairs")
+    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
+    settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
     if is_done(args.out, settings):
         return
     tokenizer = load_tokenizer(args.model) if args.model else None

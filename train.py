@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from core.chat import from_text, pair_of
-from core.models import load_model
+from core.models import load_model, load_outline
 from core.parallel import distribute
 from core.policy import ResponseLogps
 from core.rows import fail, foreign_margin, is_number
@@ -131,8 +131,10 @@ def check_margins(run: Run) -> int:
 
 def reference_policy(run: Run, args: argparse.Namespace) -> torch.nn.Module:
     """π_ref, frozen, over all processes as the policy is."""
-    device = torch.device("cpu") if args.shard else run.device
-    model = load_model(args.model, device).requires_grad_(False)
+    if args.shard and run.rank > 0:
+        model = load_outline(args.model)
+    else:
+        model = load_model(args.model, torch.device("cpu") if args.shard else run.device)
     return distribute(ResponseLogps(model), run.device, run.world, args)
 
 

@@ -120,11 +120,11 @@ def checkpoint_gb(count: int) -> float:
     return 12 * count / 1e9
 
 
-def host_gb(count: int, gpus: int, sharded: bool) -> float:
-    """Main memory of a machine of up to 8 GPUs: each process reads the model in fp32 before it
-    keeps its shard; without shards one process gathers a checkpoint."""
-    loaded = 4 * count * min(gpus, 8) / 1e9
-    return loaded if sharded else max(loaded, checkpoint_gb(count))
+def host_gb(count: int, sharded: bool) -> float:
+    """Main memory of the first machine: with shards one process reads the model in fp32 and hands
+    out its layers; without, weights go straight to the GPUs, and one process gathers a checkpoint.
+    """
+    return 4 * count / 1e9 if sharded else checkpoint_gb(count)
 
 
 # ------------------------------------------------------------------------------ sampling, labelling
@@ -216,7 +216,7 @@ def main() -> None:
             f"{micro}: {activations_gb(shape, micro):.1f}",
             f"{gathers[0]:.1f} → {gathers[1]:.1f}", f"{pairs * train / speed:.1f}",
             f"{checkpoint_gb(count):.0f}, {checkpoint_gb(count) / writers / args.write:.0f}",
-            f"{host_gb(count, args.gpus, sharded):.0f}"])
+            f"{host_gb(count, sharded):.0f}"])
 
         longest = largest_prompt(shape, count, n, new, args.memory)
         rows = min(128, int(chosen["SAMPLE_TOKENS"]) // (PROMPT + new))

@@ -144,7 +144,8 @@ def theirs(model_path: str, pairs: str, precision: str, out: str, precomputed: b
                       train_dataset=Dataset.from_list(plain), optimizers=(optimizer, schedule))
     for row, (prompt, answers) in zip(trainer.train_dataset, encoded):
         found = row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]
-        assert found == (prompt, answers), "not the same tokens"
+        right = prompt.tolist(), [ids.tolist() for ids in answers]
+        assert found == right, "not the same tokens"
     trainer.train()
     seconds, yardstick = statistics.median(Clock.ticks[1:]), matmul_flops(device, precision)
     return {"losses": [r["loss"] for r in trainer.state.log_history if "loss" in r],

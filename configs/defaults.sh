@@ -140,10 +140,11 @@ check_settings() {
     stop "${EACH_NODE%% *}: no such command; EACH_NODE must run a command once on each of NNODES=$NNODES machines"
   fi
   if [[ $ANCHOR == init || $EPSILON != @(0|0.0) ]]; then  # margins are used: they must be against π_init (D1, D10)
-    local needs="METHOD=$METHOD uses confidences against π_init"
-    [[ $JUDGE == implicit ]] || stop "JUDGE=$JUDGE: $needs; it goes with METHOD=spa"
-    [[ $REFERENCE == init ]] || stop "REFERENCE=$REFERENCE: $needs; it goes with METHOD=spa"
-    [[ $LENGTH_PENALTY == @(0|0.0) ]] || stop "LENGTH_PENALTY=$LENGTH_PENALTY: $needs; it goes with METHOD=spa"
+    local needs="METHOD=$METHOD with ANCHOR=$ANCHOR, EPSILON=$EPSILON uses confidences against π_init"
+    needs+="; it goes with METHOD=spa and its own ANCHOR=previous, EPSILON=0"
+    [[ $JUDGE == implicit ]] || stop "JUDGE=$JUDGE: $needs"
+    [[ $REFERENCE == init ]] || stop "REFERENCE=$REFERENCE: $needs"
+    [[ $LENGTH_PENALTY == @(0|0.0) ]] || stop "LENGTH_PENALTY=$LENGTH_PENALTY: $needs"
   fi
   [[ $ANCHOR == init || $EPSILON == @(0|0.0) ]] ||
     stop "EPSILON=$EPSILON moves confidences against π_init; ANCHOR=previous measures others (D6)"

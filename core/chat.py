@@ -1,6 +1,6 @@
 """From conversations to tokens: prompts in the model's chat template, the responses after them.
 
-An encoded row is (prompt ids, [response ids, …]). What a model sampled is kept as ids, and these
+An encoded row is (prompt ids, [response ids, …]), each an int32 array. What a model sampled is kept as ids, and these
 are what is scored and learnt; only text that came from elsewhere is tokenised (D9). Only the chat
 template writes control tokens; what is spelled out in a message or a response is text.
 """
@@ -14,12 +14,13 @@ import sys
 from collections.abc import Callable
 
 import jinja2
+import numpy as np
 from tokenizers import Tokenizer
 
 from core.rows import fail
 
 # A response as it is known: its text, whether it ended by itself, and its token ids or None.
-Answer = tuple[str, bool, list[int] | None]
+Answer = tuple[str, bool, list[int] | np.ndarray | None]
 
 # Two planes of characters that Unicode assigns to nobody.
 PRIVATE = range(0xF0000, 0x10FFFE)
@@ -270,11 +271,11 @@ def own_ids(tokenizer, row: dict) -> bool:
     return row.get("vocabulary") == vocabulary(tokenizer)
 
 
-def check_range(config, ids: list[int], path: str, row: dict) -> None:
+def check_range(config, ids: np.ndarray, path: str, row: dict) -> None:
     """A row's ids are tokens that the model has, or the program ends."""
     size = config.get_text_config().vocab_size
-    if max(ids) >= size:
-        fail(f"{path}: id {row['id']!r} has the token {max(ids)}; the model knows {size}. Another "
+    if np.max(ids) >= size:
+        fail(f"{path}: id {row['id']!r} has the token {np.max(ids)}; the model knows {size}. Another "
              "model wrote it, or the row was changed")
 
 
@@ -300,7 +301,7 @@ def encode_rows(config, tokenizer, rows: list[dict], path: str,
                 if ids is None:
                     ids = response_alone(tokenizer, text, ended)
                     alone += 1
-                answers.append(ids)
+                answers.append(np.asarray(ids, np.int32))
         except Exception as error:
             # Templates raise whatever they like, e.g. for a system turn.
             fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
@@ -308,7 +309,7 @@ def encode_rows(config, tokenizer, rows: list[dict], path: str,
         if limit and longest > limit:
             fail(f"{path}: id {row['id']!r} has {longest} tokens; the model's context is {limit}. "
                  "Shorten or remove it")
-        encoded.append((prompt, answers))
+        encoded.append((np.array(prompt, np.int32), answers))
     if alone and os.environ.get("RANK", "0") == "0":
         print(f"note: {path}: {alone} responses are tokenised alone: in the conversation, their "
               "first characters are one token with the prompt's last", file=sys.stderr)

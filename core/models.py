@@ -51,15 +51,13 @@ def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
     that is never given such a mask.
     """
     config = load_config(path)
+    # Straight to a GPU, and not by way of main memory, which all processes of a machine share.
+    place = device if device.type == "cuda" else None
     try:
-        family = kind._model_mapping.get(type(config), None)
-        attention = "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
-        if config.get_text_config() is not config:
-            # Each part of a composite model has its own.
-            attention = None
         model, found = kind.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True)
+            path, config=config, dtype=dtype, attn_implementation=attention(kind, config),
+            device_map=place, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
         model = model.to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError:
         raise
@@ -72,6 +70,25 @@ def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
         fail(f"{path}: {len(missing)} weights are missing ({some(missing)}){unused}; is the folder "
              f"whole, and of a {type(model).__name__}?")
     return model
+
+
+def attention(kind, config) -> str | None:
+    """What computes attention in a model of an Auto class."""
+    family = kind._model_mapping.get(type(config), None)
+    if config.get_text_config() is not config:
+        return None  # each part of a composite model its own
+    return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
+
+
+def load_outline(path: str):
+    """The modules of what `load_model` returns, without memory for weights (meta device)."""
+    kind = transformers.AutoModelForCausalLM
+    config = load_config(path)
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False,
+                                 attn_implementation=attention(kind, config))
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def some(names: list[str]) -> str:

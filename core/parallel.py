@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from core.rows import fail
@@ -70,17 +71,18 @@ def keep_freed_memory() -> None:
 
 def distribute(net: torch.nn.Module, device: torch.device, world: int,
                args: argparse.Namespace) -> torch.nn.Module:
-    """`net` (ResponseLogps) over all processes: a copy on each, gradients averaged (DDP), or layers
-    in shards (FSDP2)."""
+    """`net` (ResponseLogps) over all processes: a copy on each, gradients averaged (DDP); or under
+    --shard layers in shards (FSDP2), where process 0 alone needs weights in its `net`."""
     # The longest list of modules is the decoder's layers.
     layers = max((m for m in net.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     if args.gradient_checkpointing:
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if args.shard:
-        for layer in layers:
-            fully_shard(layer)
-        register_fsdp_forward_method(fully_shard(net), "states")
+        for part in (*layers, net):
+            hand_out(part, device)
+            fully_shard(part)
+        register_fsdp_forward_method(net, "states")
         return net
     net.to(device)
     if world == 1 or not any(p.requires_grad for p in net.parameters()):
@@ -91,6 +93,27 @@ def distribute(net: torch.nn.Module, device: torch.device, world: int,
     # after 2.11 and warns of the old name; this name reads and sets either.
     net.broadcast_buffers = False
     return net
+
+
+def hand_out(part: torch.nn.Module, device: torch.device) -> None:
+    """Give every process what process 0 holds of a part of the model: no other has read weights.
+    What is sharded already stays as it is."""
+    given = {}  # tied weights are one
+    for module in part.modules():
+        for table in (module._parameters, module._buffers):
+            for name, own in table.items():
+                if own is None or isinstance(own, DTensor):
+                    continue
+                if own not in given:
+                    if dist.get_rank() == 0:
+                        value = own.detach().to(device).contiguous()
+                    else:
+                        value = torch.empty(own.shape, dtype=own.dtype, device=device)
+                    dist.broadcast(value, 0)
+                    if isinstance(own, torch.nn.Parameter):
+                        value = torch.nn.Parameter(value, own.requires_grad)
+                    given[own] = value
+                table[name] = given[own]
 
 
 def model_of(net: torch.nn.Module):

@@ -130,17 +130,17 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
     where, target, lengths = [], [], []
     for b, (prompt, ys) in enumerate(rows):
         n = end = len(prompt)
-        ids[b, :n] = torch.tensor(prompt)
+        ids[b, :n] = torch.as_tensor(prompt)
         part[b, :n] = 0
         positions[b, :n] = torch.arange(n)
         for j, y in enumerate(ys, 1):
             start = end
             end = start + len(y) - 1
-            ids[b, start:end] = torch.tensor(y[:-1], dtype=torch.long)
+            ids[b, start:end] = torch.as_tensor(y[:-1], dtype=torch.long)
             part[b, start:end] = j
             positions[b, start:end] = torch.arange(n, n + len(y) - 1)
             where += [b * width + n - 1, *range(b * width + start, b * width + end)]
-            target += y
+            target.append(torch.as_tensor(y))
             lengths.append(len(y))
     mask = None
     if shared and any(len(ys) > 1 for _, ys in rows):
@@ -153,7 +153,7 @@ def pack(encoded: list, shared: bool, device: torch.device) -> dict:
     return {"input_ids": ids.to(device), "position_ids": positions.to(device),
             "attention_mask": mask, "lengths": lengths,
             "where": torch.tensor(where, device=device),
-            "target": torch.tensor(target, device=device)}
+            "target": torch.cat(target).long().to(device)}
 
 
 def response_hidden(model, batch: dict) -> torch.Tensor:

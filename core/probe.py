@@ -6,6 +6,7 @@ by more than rounding, and whatever raises, is one line. Sampling's part is in c
 """
 import os
 
+import numpy as np
 import torch
 
 from core.chat import encode_prompt, encode_response
@@ -45,9 +46,10 @@ def check_tokens(path: str, model, encoded: list, tokenizer=None) -> None:
     """Every token has an embedding, and every response follows at least one token."""
     size = model.get_input_embeddings().num_embeddings
     for prompt, ys in encoded:
-        if not prompt:
+        if len(prompt) == 0:
             fail(f"{path}: a prompt without any token; the chat template must write something")
-        if (largest := max(max(part, default=0) for part in (prompt, *ys))) >= size:
+        largest = int(max(np.max(part, initial=0) for part in (prompt, *ys)))
+        if largest >= size:
             name = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
             fail(f"{path}: token {largest}{name} has no embedding; the model has {size}. Model and "
                  "tokenizer must share their vocabulary")
@@ -117,7 +119,7 @@ def plain_logits(model, ids: list[int]) -> torch.Tensor:
 def probe_rows(config, encoded: list) -> list:
     """Rows of different short lengths, of the stage's own tokens; and one that passes the largest
     window or context that `encoded` rows pass, so that it passes the smaller ones too."""
-    pool = [token for prompt, ys in encoded[:8] for part in (prompt, *ys) for token in part]
+    pool = [int(token) for prompt, ys in encoded[:8] for part in (prompt, *ys) for token in part]
     rows = [(cut(pool, 0, 7), [cut(pool, 7, 5), cut(pool, 12, 3)]),
             (cut(pool, 15, 3), [cut(pool, 18, 6)])]
     longest = max(len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded)

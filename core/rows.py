@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+
 
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit status 2."""
@@ -166,6 +168,12 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
             fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; "
                  "ids must differ")
         seen[row["id"]] = number
+        # A list takes 36 bytes a token, an array 4.
+        for key in ("chosen_ids", "rejected_ids"):
+            if key in row:
+                row[key] = np.array(row[key], np.int32)
+        if "response_ids" in row:
+            row["response_ids"] = [np.array(ids, np.int32) for ids in row["response_ids"]]
         yield row
     if not seen:
         fail(f"{path}: holds no rows")
@@ -216,5 +224,7 @@ def write_rows(path: str, rows: Iterable[dict]) -> None:
     """Write JSONL beside `path`, then rename: a file that exists is whole."""
     with beside(path) as tmp:
         with open(tmp, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for row in rows:  # token ids may be arrays
+                text = json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist)
+                file.write(text + "\n")
         os.replace(tmp, path)

@@ -275,7 +275,7 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     config = load_config(args.model)
     tokenizer = load_tokenizer(args.model)
     pairs = encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])
-    encoded = [prompt for prompt, _ in pairs]
+    encoded = [prompt.tolist() for prompt, _ in pairs]
     longest = max(map(len, encoded))
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest + args.max_new_tokens > limit and (not args.fit or longest >= limit):

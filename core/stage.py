@@ -5,6 +5,7 @@ The settings lie in OUT.stats.json, so the same command again has nothing to do,
 says what changed.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -26,36 +27,65 @@ MEMORY_ONLY = ("micro_tokens", "sample_tokens", "gradient_checkpointing", "shard
 
 
 def fingerprint(path: str) -> str:
-    """Digest of a file's or a folder's content, or of the text of a hub id.
+    """Digest of a file's or a folder's content, or of a hub id and its commit.
 
-    A folder's is kept beside it, FOLDER.digest.json: names, sizes and times only decide whether it
-    is computed anew, so that a copy is the same thing and a start costs no pass over a large model.
-    A training log is not looked at: it holds times.
+    A folder's is kept beside it, FOLDER.digest.json, or in the user's cache where nothing can be
+    written beside it: names, sizes and times only decide whether it is computed anew, so that a
+    copy is the same thing and a start costs no pass over a large model. Training logs and what
+    downloads leave in hidden files are not looked at: they hold times.
     """
     if os.path.isfile(path):
         return digest_of([path], [os.path.basename(path)])
     if not os.path.isdir(path):
-        return hashlib.sha256(path.encode()).hexdigest()[:16]
-    files = sorted(f for f in Path(path).rglob("*") if f.is_file() and f.name != "log.jsonl")
-    names = [str(f.relative_to(path)) for f in files]
-    seen = [[name, f.stat().st_size, f.stat().st_mtime_ns] for name, f in zip(names, files)]
-    beside_it = Path(f"{os.path.normpath(path)}.digest.json")
-    try:
-        known = json.loads(beside_it.read_text())
-        if known["files"] == seen:
-            return known["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    digest = digest_of(files, names)
-    # Several processes may be at it.
-    tmp = f"{beside_it}.{os.getpid()}.tmp"
-    try:
-        Path(tmp).write_text(json.dumps({"digest": digest, "files": seen}) + "\n")
-        os.replace(tmp, beside_it)
-    except OSError:
-        # Where nothing can be written, a folder is digested at every start.
-        remove(tmp)
+        return hashlib.sha256(f"{path}{commit_of(path)}".encode()).hexdigest()[:16]
+    files = {str(f.relative_to(path)): f for f in sorted(Path(path).rglob("*")) if f.is_file()}
+    files = {name: f for name, f in files.items()
+             if f.name != "log.jsonl" and not any(part[0] == "." for part in Path(name).parts)}
+    seen = [[name, f.stat().st_size, f.stat().st_mtime_ns] for name, f in files.items()]
+    places = kept_at(path)
+    for place in places:
+        try:
+            known = json.loads(place.read_text())
+            if known["files"] == seen:
+                return known["digest"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    digest = digest_of(list(files.values()), list(files))
+    for place in places:
+        # Several processes may be at it.
+        tmp = f"{place}.{os.getpid()}.tmp"
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Path(tmp).write_text(json.dumps({"digest": digest, "files": seen}) + "\n")
+            os.replace(tmp, place)
+            break
+        except OSError:
+            with contextlib.suppress(OSError):
+                remove(tmp)
     return digest
+
+
+def kept_at(folder: str) -> list[Path]:
+    """Where a folder's digest is kept: beside it, or else in the user's cache."""
+    key = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [Path(f"{os.path.normpath(folder)}.digest.json"),
+            Path(cache, "preference-digests", f"{key}.json")]
+
+
+def commit_of(name: str) -> str:
+    """The commit that a hub id stands for here; "" where it is none that can be reached."""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        return ""
+    import huggingface_hub  # slow to import, and needed for hub ids alone
+    config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    try:
+        if not isinstance(config, str):
+            config = huggingface_hub.hf_hub_download(name, "config.json")
+    except Exception:
+        # Whoever loads the model says what is wrong.
+        return ""
+    return Path(config).parent.name
 
 
 def digest_of(files: list, names: list[str]) -> str:

@@ -11,6 +11,7 @@ import pickle
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from core.chat import encode_rows, pair_of
-from core.models import load_config, load_tokenizer
+from core.models import load_config, load_outline, load_tokenizer
 from core.parallel import autocast, distribute, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, rope_switch, shares_prompt, tokens_of
 from core.probe import load_scorer
@@ -95,8 +96,12 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
         fail("--shard needs several processes: torchrun --nproc_per_node=N …")
     tokenizer = load_tokenizer(args.model)
     encoded = encode_rows(load_config(args.model), tokenizer, rows, args.pairs, pair_of)
-    place = torch.device("cpu") if args.shard else device  # shards leave the CPU one by one
-    model = load_scorer(args.model, place, encoded, args.precision, tokenizer).requires_grad_(True)
+    if args.shard and rank > 0:
+        model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
+    else:
+        place = torch.device("cpu") if args.shard else device
+        model = load_scorer(args.model, place, encoded, args.precision, tokenizer)
+    model.requires_grad_(True)
     limit, _ = rope_switch(model.config)
     if args.shard and any(len(prompt) + len(y) > limit for prompt, ys in encoded for y in ys):
         fail(f"{args.pairs}: a row passes {limit} tokens, beyond which {model.config.model_type} "
@@ -309,6 +314,8 @@ def save_state(run: Run, log: list[dict]) -> None:
     """
     path = f"{run.args.out}.checkpoint"
     tmp = f"{path}.tmp"
+    # a CRC32 of every byte takes seven times as long as writing them
+    torch.serialization.set_crc32_options(False)
     text = {"settings": json.dumps(run.settings), "log": json.dumps(log)}
     try:
         if run.args.shard:
@@ -320,21 +327,15 @@ def save_state(run: Run, log: list[dict]) -> None:
             dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp, sync_files=False))
             if run.rank == 0:
                 Path(tmp, "run.json").write_text(json.dumps(text))
-                old = f"{path}.old"
-                remove(old)
-                if os.path.exists(path):
-                    os.replace(path, old)
-                os.replace(tmp, path)
-                remove(old)
+                put_in_place(tmp, path)
             dist.barrier()
             return
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, moments = get_state_dict(run.policy, run.optimizer, options=whole)
         if run.rank == 0:
-            # a CRC32 of every byte takes seven times as long as writing them
-            torch.serialization.set_crc32_options(False)
+            remove(tmp)
             torch.save({**text, "weights": weights, "moments": moments}, tmp)
-            os.replace(tmp, path)
+            put_in_place(tmp, path)
     except (OSError, RuntimeError, CheckpointException) as error:  # a full disk has many names
         if run.rank == 0:
             remove(tmp)
@@ -342,12 +343,22 @@ def save_state(run: Run, log: list[dict]) -> None:
              f"({str(error).splitlines()[0]})")
 
 
+def put_in_place(tmp: str, path: str) -> None:
+    """Rename a checkpoint to `path`. An earlier one, be it a file or a folder, goes only then."""
+    old = f"{path}.old"
+    remove(old)
+    if os.path.exists(path):
+        os.replace(path, old)
+    os.replace(tmp, path)
+    remove(old)
+
+
 def restore_state(run: Run) -> list[dict]:
     """The log up to where training goes on: weights and optimizer are set from OUT.checkpoint if it
-    is of these settings."""
+    is of these settings, however many processes wrote it, with shards or without."""
     path = f"{run.args.out}.checkpoint"
     old = f"{path}.old"
-    if run.rank == 0 and os.path.isdir(old) and not os.path.exists(path):
+    if run.rank == 0 and os.path.exists(old) and not os.path.exists(path):
         os.replace(old, path)  # killed between two renames
     if run.world > 1:
         dist.barrier()
@@ -364,8 +375,6 @@ def restore_state(run: Run) -> list[dict]:
         fail(f"{path}: not a checkpoint of this program ({str(error).splitlines()[0]}); remove it "
              "to start again")
     changed = [key for key in run.settings if settings.get(key) != run.settings[key]]
-    if sharded != run.args.shard:
-        changed.append("--shard")
     if changed:
         if run.rank == 0:
             print(f"{path}: of other settings ({', '.join(changed)}); starting again", flush=True)
@@ -374,7 +383,9 @@ def restore_state(run: Run) -> list[dict]:
     if sharded:
         weights, moments = get_state_dict(run.policy, run.optimizer)
         state = {"weights": weights, "moments": moments}
-        dcp.load(state, checkpoint_id=path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process
+            dcp.load(state, checkpoint_id=path, no_dist=run.world == 1)
     set_state_dict(run.policy, run.optimizer, model_state_dict=state["weights"],
                    optim_state_dict=state["moments"], options=whole)
     if run.rank == 0:
@@ -410,6 +421,4 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
     if run.rank == 0:
         publish(args.out, run.settings, stats, write)
         clean(args.out)
-    if run.world > 1:
-        dist.barrier()  # a machine whose processes leave early ends the others' rendezvous
     return stats

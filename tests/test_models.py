@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, dump, gold_rows, make_model, run
-from core.models import load, load_model
+from core.models import load, load_model, load_outline
+from core.parallel import hand_out
 from core.policy import ResponseLogps, pack, score, shares_prompt
 from core.probe import check_scores, check_template, check_tokens, load_scorer
 from core.sampling import check_samples, draw, sample
@@ -363,3 +365,31 @@ def test_what_differs_ends_a_stage_before_any_work(tmp_path, tokenizer):
     one_line(run("seed_dpo.py", *use, "--pairs", pairs), "nats a token")
     one_line(run("generate.py", *use, "--prompts", pairs), "cannot be sampled from")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Phi", "Phi3", "Gemma2", "Mixtral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_process_reads_for_all(family, tied, tmp_path, monkeypatch):
+    """What process 0 sends, part by part, another takes into an outline without memory: the same
+    model, tied weights and buffers included."""
+    config = getattr(transformers, f"{family}Config")
+    changes = {"head_dim": 8} if family == "Gemma2" else {}
+    make_model(config, tie_word_embeddings=tied, **changes).save_pretrained(tmp_path)
+    ours, theirs = load_model(str(tmp_path), CPU), load_outline(str(tmp_path))
+    assert all(tensor.is_meta for tensor in [*theirs.parameters(), *theirs.buffers()])
+    ids = torch.arange(20)[None]
+    right = ours(ids).logits
+    sent = []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda value, source: sent.append(value))
+    for part in (*ours.model.layers, ours):
+        hand_out(part, CPU)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(
+        torch.distributed, "broadcast", lambda value, source: value.copy_(sent.pop(0))
+    )
+    for part in (*theirs.model.layers, theirs):
+        hand_out(part, CPU)
+    assert not sent and torch.equal(ours(ids).logits, right) and torch.equal(theirs(ids).logits, right)
+    tie = theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
+    assert tie == tied and not any(p.requires_grad for p in theirs.parameters())

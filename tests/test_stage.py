@@ -4,8 +4,12 @@ import argparse
 import json
 import os
 import shutil
+import socket
+import subprocess
 
+import huggingface_hub
 import pytest
+from conftest import ROOT, warm_python
 
 from core import stage
 
@@ -24,6 +28,8 @@ def test_a_copy_or_a_touch_is_the_same_content(model, tmp_path):
     shutil.copytree(model, tmp_path / "copy")
     os.utime(model / "weights", (1, 1))
     (model / "log.jsonl").write_text("times")
+    (model / ".cache").mkdir()  # what a download leaves
+    (model / ".cache/weights.metadata").write_text("times")
     assert stage.fingerprint(str(model)) == stage.fingerprint(f"{tmp_path / 'copy'}/") == digest
     (tmp_path / "copy/weights").write_bytes(b"abd")
     assert stage.fingerprint(str(tmp_path / "copy")) != digest
@@ -39,14 +45,31 @@ def test_a_digest_is_computed_once(model, monkeypatch):
     assert stage.fingerprint(str(model)) == digest
 
 
-def test_a_broken_or_unwritable_digest_is_computed_again(model, monkeypatch):
+def test_a_broken_digest_is_computed_again_and_kept_elsewhere(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     digest = stage.fingerprint(str(model))
     kept = model.parent / "model.digest.json"
     kept.write_text("{")
     assert stage.fingerprint(str(model)) == digest
+    assert not (tmp_path / "cache").exists()
     kept.unlink()
     kept.mkdir()  # no file can be put there
     assert stage.fingerprint(str(model)) == digest
+    assert not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr(stage, "digest_of", None)  # nobody may read the files again
+    assert stage.fingerprint(str(model)) == digest
+
+
+def test_a_hub_id_is_its_commit(tmp_path, monkeypatch):
+    """As the cache knows it, without asking the hub."""
+    digests = set()
+    for commit in ("abc", "abd", "abc"):
+        config = f"/cache/models--some--model/snapshots/{commit}/config.json"
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: config)
+        digests.add(stage.fingerprint("some/model"))
+    assert len(digests) == 2
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", None)  # for hub ids alone
+    assert stage.fingerprint("gpt-4o") != stage.fingerprint("./some/model")
 
 
 def test_memory_decides_no_output(tmp_path):
@@ -79,3 +102,33 @@ def test_a_complete_stage_is_never_replaced_unasked(tmp_path, monkeypatch, capsy
     assert stop.value.code == 2 and len(error.splitlines()) == 1 and "lr 1.0 → 2.0" in error
     monkeypatch.setenv("REDO", "yes")
     assert not stage.is_done(str(out), {"lr": 2.0}) and out.read_text() == "x"
+
+
+def test_no_process_leaves_before_process_0_has_published(tmp_path):
+    """Else their machine ends, and some minutes later process 0 with it."""
+    program = tmp_path / "slow.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import time\n"
+        "from pathlib import Path\n"
+        "from core.parallel import start_processes\n"
+        "from core.stage import run_stage\n"
+        "def main():\n"
+        "    if start_processes()[0] == 0:\n"
+        "        time.sleep(1)\n"
+        "        Path(sys.argv[1]).touch()\n"
+        "run_stage(main)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    out = tmp_path / "out"
+    both = [
+        subprocess.Popen(
+            [warm_python(), program, out], env=os.environ | meet | {"RANK": rank}, cwd=ROOT
+        )
+        for rank in ("0", "1")
+    ]
+    assert both[1].wait(60) == 0 and out.exists()
+    assert both[0].wait(60) == 0

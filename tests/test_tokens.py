@@ -4,6 +4,7 @@ import copy
 import gzip
 import re
 import timeit
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from core.chat import (
 )
 from core.models import load
 from core.probe import check_template
+from core.rows import read_rows
 from data import prepare
 from judges.judge import option_prompt
 
@@ -280,8 +282,8 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
     config = make_model().config
     config.vocab_size = len(merging)
     ((prompt, (alone, within)),) = encode_rows(config, merging, rows, "file", pair_of)
-    assert alone == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
-    assert within == merging("Hello").input_ids + [2]
+    assert alone.tolist() == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
+    assert within.tolist() == merging("Hello").input_ids + [2]
     assert "file: 1 responses are tokenised alone" in capsys.readouterr().err
 
 
@@ -377,7 +379,9 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
     ok(run("dro.py", "--pairs", tmp_path / "l.jsonl", "--out", tmp_path / "w.jsonl"))
     worst = jsonl(tmp_path / "w.jsonl")
     encoded = encode_rows(model.config, tokenizer, worst, "w", pair_of)
-    assert [ys for _, ys in encoded] == [[r["chosen_ids"], r["rejected_ids"]] for r in labelled]
+    assert [[y.tolist() for y in ys] for _, ys in encoded] == [
+        [r["chosen_ids"], r["rejected_ids"]] for r in labelled
+    ]
     train = ["train.py", "--model", any_folder, "--anchor", "init", "--precision", "fp32"]
     done = ok(run(*train, "--pairs", tmp_path / "w.jsonl", "--out", tmp_path / "policy"))
     assert "3 pairs, all read as sampled" in done.stdout and "not those of" not in done.stderr
@@ -555,7 +559,7 @@ def test_letters_are_read_in_context(any_tokenizer):
     ((prompt, answers),) = encode_rows(config, any_tokenizer, rows, "", lambda row: letters)
     assert any_tokenizer.convert_ids_to_tokens([i for ids in answers for i in ids]) == ["A", "B"]
     whole = template_ids(any_tokenizer, answered(rows[0]["prompt"], "A"))
-    assert whole[: len(prompt) + 1] == prompt + answers[0]
+    assert whole[: len(prompt) + 1] == [*prompt, *answers[0]]
 
 
 def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
@@ -595,3 +599,20 @@ def test_an_empty_system_turn_is_the_models_own(any_folder, any_tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path / "policy")
     policy = transformers.AutoTokenizer.from_pretrained(tmp_path / "policy")
     assert encode_prompt(policy, ASK) == encode_prompt(any_tokenizer, [empty, *ASK])
+
+
+def test_ids_take_four_bytes_and_are_kept_once(tokenizer, tmp_path):
+    """As lists they take 36 bytes a token."""
+    ids = [300 + i % 80 for i in range(2000)]
+    row = {"prompt": ASK, "chosen": "a", "rejected": "b", "vocabulary": vocabulary(tokenizer)}
+    row |= {"chosen_ids": ids, "rejected_ids": ids}
+    path = dump(tmp_path / "pairs.jsonl", [{"id": str(i), **row} for i in range(50)])
+    tracemalloc.start()
+    rows = read_rows(str(path), "preferences")
+    config = make_model(max_position_embeddings=4096).config
+    encoded = encode_rows(config, tokenizer, rows, "file", pair_of)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 6 * 50 * 2 * 2000
+    for own, (_, ys) in zip(rows, encoded):
+        assert ys[0] is own["chosen_ids"] and ys[1] is own["rejected_ids"] and ys[0].tolist() == ids

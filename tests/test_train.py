@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import time
+import zipfile
 
 import pytest
 import torch
@@ -399,6 +400,45 @@ def test_a_dying_rank_takes_the_others_down_and_all_go_on(
     assert all(torch.equal(whole[n], killed[n]) for n in whole)
 
 
+def test_a_checkpoint_outlives_a_change_of_memory(round_rows, other_folder, tmp_path):
+    """Killed, and gone on with sharded weights or without: to the same weights but for rounding."""
+    command = [
+        "train.py",
+        "--model",
+        other_folder,
+        "--pairs",
+        round_rows / "worst.jsonl",
+        "--anchor",
+        "init",
+        *FLAGS,
+        *EVERY_STEP,
+    ]
+    ok(run(*command, "--out", tmp_path / "whole"))
+    launch([*command, "--shard", "--out", tmp_path / "one"], processes=2, DIE="0,3")
+    said = ok(run(*command, "--out", tmp_path / "one")).stdout
+    launch([*command, "--out", tmp_path / "shards"], processes=1, DIE="0,3")
+    said += ok(launch([*command, "--shard", "--out", tmp_path / "shards"], processes=2)).stdout
+    assert len(re.findall("going on after step 3\n", said)) == 2, said
+    whole = load_file(tmp_path / "whole/model.safetensors")
+    for name in ("one", "shards"):
+        other = load_file(tmp_path / name / "model.safetensors")
+        for key in whole:
+            torch.testing.assert_close(whole[key], other[key], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("processes, extra", [(1, []), (2, ["--shard"])])
+def test_checkpoints_are_written_without_checksums(
+    round_rows, other_folder, tmp_path, processes, extra
+):
+    """They take seven times as long as writing; as zip files, torch's are wrong without."""
+    rows = round_rows / "labelled.jsonl"
+    command = ["train.py", "--model", other_folder, "--pairs", rows, *FLAGS, *EVERY_STEP, *extra]
+    launch([*command, "--out", tmp_path / "out"], processes=processes, DIE="0,2")
+    saved = tmp_path / "out.checkpoint"
+    saved = saved / "__0_0.distcp" if extra else saved
+    assert zipfile.ZipFile(saved).testzip() is not None
+
+
 def test_full_disk_is_one_line_and_keeps_what_there_is(round_rows, other_folder, tmp_path):
     """A limit on the size of files stands in for it: of the checkpoint, then of the weights."""
     command = [
@@ -504,6 +544,20 @@ def test_whole_pair_loss_by_finite_differences(monkeypatch):
             down = loss().item()
             p.add_(h * direction)
         assert exact == pytest.approx((up - down) / (2 * h), rel=1e-5, abs=1e-7), name
+
+
+def test_a_vanishing_radius_is_no_radius(round_rows, other_folder, tmp_path):
+    """D6a: ε = 0 and ε = 10⁻⁹ differ in nothing else."""
+    labelled = round_rows / "labelled.jsonl"
+    weights = []
+    for epsilon in ("0", "1e-9"):
+        worst, out = tmp_path / f"{epsilon}.jsonl", tmp_path / f"policy{epsilon}"
+        ok(run("dro.py", "--pairs", labelled, "--out", worst, "--epsilon", epsilon))
+        pairs = ["--pairs", worst, "--anchor", "init", "--out", out]
+        ok(run("train.py", "--model", other_folder, *pairs, *FLAGS))
+        weights.append(load_file(out / "model.safetensors"))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_zero_epsilon_is_spa_and_without_smoothing_dpo(round_rows, other_folder, tmp_path):
