@@ -1,8 +1,9 @@
 """From conversations to tokens: prompts in the model's chat template, the responses after them.
 
-An encoded row is (prompt ids, [response ids, …]), each an int32 array. What a model sampled is kept as ids, and these
-are what is scored and learnt; only text that came from elsewhere is tokenised (D9). Only the chat
-template writes control tokens; what is spelled out in a message or a response is text.
+An encoded row is (prompt ids, [response ids, …]), each an int32 array. What a model sampled is kept
+as ids, and these are what is scored and learnt; only text that came from elsewhere is tokenised
+(D9). Only the chat template writes control tokens; what is spelled out in a message or a response
+is text.
 """
 import datetime
 import functools
@@ -275,8 +276,8 @@ def check_range(config, ids: np.ndarray, path: str, row: dict) -> None:
     """A row's ids are tokens that the model has, or the program ends."""
     size = config.get_text_config().vocab_size
     if np.max(ids) >= size:
-        fail(f"{path}: id {row['id']!r} has the token {np.max(ids)}; the model knows {size}. Another "
-             "model wrote it, or the row was changed")
+        fail(f"{path}: id {row['id']!r} has the token {np.max(ids)}; the model knows {size}. "
+             "Another model wrote it, or the row was changed")
 
 
 def encode_rows(config, tokenizer, rows: list[dict], path: str,
