@@ -16,7 +16,7 @@ LATE = {"data.prepare"}  # imports torch, which takes seconds, only where it is 
 TAG = re.compile(r"\b(?:S\d+|T2-\d|D\d+a?|L_i)\b")
 NAMED = re.compile(r"`([\w./-]+\.(?:py|sh|env))(?::(\w+))?`")
 METHOD = ROOT / "docs/method.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # ------------------------------------------------------------------------------------------- tags
 
