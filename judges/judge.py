@@ -130,7 +130,9 @@ def llm(args, comparisons: list[Comparison], rank: int, world: int,
                           lambda row: letters)
     # the template may write something before a letter, Qwen3's a think block; it is the same for
     # both
-    if any(len(a) != len(b) or a[:-1] != b[:-1] or a == b for _, (a, b) in encoded):
+    for _, (a, b) in encoded:
+        if len(a) == len(b) and (a[:-1] == b[:-1]).all() and a[-1] != b[-1]:
+            continue
         fail(f"{args.judge_model}: its tokenizer does not write A and B as one token each")
     model = load_scorer(args.judge_model, device, encoded, args.precision, tokenizer)
     logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")

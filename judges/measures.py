@@ -149,7 +149,7 @@ def read_difficulty(path: str) -> tuple[np.ndarray, list[dict]]:
 
 def prompt_of(annotations: list[dict]) -> np.ndarray:
     """The number of each annotation's prompt [N]: samples of one prompt share their instruction."""
-    texts = [row.get("instruction", i) for i, row in enumerate(annotations)]
+    texts = [str(row.get("instruction", i)) for i, row in enumerate(annotations)]
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     return np.array([number[text] for text in texts])
 

@@ -15,9 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import pytest
-import torch
-import transformers
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: no test waits for a hub
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
