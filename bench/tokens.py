@@ -69,7 +69,7 @@ def probe_cost(run: Path) -> None:
             scoring.append(time.perf_counter() - start)
             model = load_model(path, cpu, dtype)
             start = time.perf_counter()
-            check_samples(path, model, [prompt for prompt, _ in encoded], 48)
+            check_samples(path, model, [prompt.tolist() for prompt, _ in encoded], 48)
             sampling.append(time.perf_counter() - start)
         print(f"probe, {precision}: {min(scoring) - min(loading):.2f} s of scoring, "
               f"{min(sampling):.2f} s of sampling")
