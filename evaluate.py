@@ -29,7 +29,6 @@ import argparse
 import json
 import math
 import os
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -110,22 +109,18 @@ def instruction(row: dict) -> str:
 
 
 def outputs_of(path: str, prompts: list[dict], n: int) -> list[dict]:
-    """Response rows of a model whose outputs a file in AlpacaEval's format holds. Where an
-    instruction stands several times, its outputs are taken in their order."""
-    found = defaultdict(list)
-    for row in read_json_list(path, "instruction", "output"):
-        found[row["instruction"]].append(row["output"])
+    """Response rows of a model whose outputs a file in AlpacaEval's format holds, one a prompt in
+    the prompts' order."""
+    found = read_json_list(path, "instruction", "output")
+    if len(found) != len(prompts):
+        fail(f"{path}: holds {len(found)} outputs for {len(prompts)} prompts; it needs one for "
+             "each, in their order")
     rows = []
-    missing = []
-    for row in prompts:
-        outputs = found[instruction(row)]
-        if outputs:
-            rows.append({**row, "responses": [outputs.pop(0)] * n})
-        else:
-            missing.append(row["id"])
-    if missing:
-        fail(f"{path}: no output for {len(missing)} of {len(prompts)} prompts, the first with id "
-             f"{missing[0]!r}")
+    for number, (row, own) in enumerate(zip(prompts, found), 1):
+        if own["instruction"] != instruction(row):
+            fail(f"{path}: entry {number}: its instruction is not that of prompt {row['id']!r}; "
+                 "outputs must stand in the prompts' order")
+        rows.append({**row, "responses": [own["output"]] * n})
     return rows
 
 
@@ -228,10 +223,10 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int,
         flags = {i for step in log for i in step.get("flagged", [])}
         able = {i for step in log if step.get("tau") is not None for i in step["batch"]}
         pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-        preference, _ = compare(args, pairs, rank, world, device)
+        preference, behaviour = compare(args, pairs, rank, world, device)
         flagged = np.array([row["id"] in flags for row in rows])
         could = np.array([row["id"] in able for row in rows])
-        quality = label_quality(settled(preference), flagged, could)
+        quality = label_quality(settled(preference), flagged, could) | behaviour
     return quality, 1 / (1 + np.exp(-margin)), after
 
 
@@ -282,6 +277,10 @@ def explanations(args, policies: dict, quality: dict, ratings: dict, count: int)
             f"Self-labels: on up to {LABELS} of the pairs that the policy was trained on, the "
             "share that the judge agrees with, and the share that it calls wrong among those "
             "flagged as noise and among all that could be flagged.")
+    for name, q in quality.items():
+        if "no_verdict" in q:
+            about.append(f"Self-labels of `{name}`: {q['no_verdict']} of {2 * q['pairs']} answers "
+                         "had no verdict and count ½.")
     if ratings:
         about.append("MT-Bench: means of the judge's ratings from 1 to 10 by category, by turn and "
                      "of all; unrated: answers of the judge without a rating.")
@@ -401,6 +400,9 @@ def main() -> None:
             lambda tmp: Path(tmp).write_text(text, encoding="utf-8") and None)
     what = [f"{count} prompts × {args.n} samples"] if policies else []
     what += ["MT-Bench"] if ratings else []
+    asked = [found for found in (*policies.values(), *quality.values()) if "no_verdict" in found]
+    if asked:
+        what.append(f"{sum(found['no_verdict'] for found in asked)} answers without verdict")
     print(f"evaluate: {', '.join(what)}, judge {args.judge} → {report}\n\n" + "\n\n".join(tables))
 
 

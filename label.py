@@ -181,7 +181,8 @@ def main() -> None:
             row |= {"chosen_logp": logps[0][k][w], "rejected_logp": logps[0][k][l]}
         labelled.append(row)
     if not labelled:
-        fail(f"{path}: no row has two responses of different reward")
+        silent = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
+        fail(f"{path}: no row has two responses of different reward{silent}")
     if rank == 0:
         margins = sorted(row["margin"] for row in labelled)
         stats = {"prompts": len(rows), "labelled": len(labelled), "ties": len(rows) - len(labelled),

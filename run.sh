@@ -17,6 +17,9 @@ cd "$(dirname "$0")"
 source configs/defaults.sh  # settings, checks, installation; `launch` starts a stage on all processes
 
 judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
+[[ $GOLD != openai ]] || judge+=(${BASE_URL:+--base-url "$BASE_URL"})
+endpoint=()
+[[ $JUDGE != openai ]] || endpoint=(${BASE_URL:+--base-url "$BASE_URL"})
 sample=(--max-new-tokens "$MAX_NEW_TOKENS" --sample-tokens "$SAMPLE_TOKENS" --seed "$SEED")
 train=(--beta "$BETA" --batch-size "$BATCH_SIZE" --seed "$SEED" --micro-tokens "$MICRO_TOKENS")
 [[ $SHARD == no ]] || train+=(--gradient-checkpointing)
@@ -77,7 +80,7 @@ for _ in $ROUNDS; do
   reference=$MODEL
   [[ $REFERENCE != previous ]] || reference=$before
   launch label.py --model "$policy" --responses "$round/responses.jsonl" --out "$round/labelled.jsonl" --beta "$BETA" \
-    --judge "$JUDGE" ${judge_model:+--judge-model "$judge_model"} \
+    --judge "$JUDGE" ${judge_model:+--judge-model "$judge_model"} "${endpoint[@]}" \
     --reference "$REFERENCE" --reference-model "$reference" --length-penalty "$LENGTH_PENALTY"
   # the worst distribution of the confidences within W₁ ≤ ε                                            T2-2 … T2-5
   "$python" dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" --epsilon "$EPSILON" --pieces "$PIECES" \

@@ -55,6 +55,7 @@ define_settings() {
 
   setting JUDGE implicit "who labels the rounds: implicit (SPA), vader, reward-model, pairrm, llm, openai"
   setting JUDGE_MODEL "" "that judge's model; llm without one is trained on the gold seed"
+  setting BASE_URL "" "endpoint of JUDGE=openai and GOLD=openai; empty: OpenAI's own"
   setting JUDGE_LR 2e-5 "learning rate of that training"
   setting JUDGE_START init "which is done once, from π_init, or in each round anew, from π_{t−1} (previous)"
   setting REFERENCE init "of the implicit reward: init, previous, none (SPA, Table 7)"

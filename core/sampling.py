@@ -55,12 +55,14 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> to
     """Tokens [B] from logits [B, V] at temperature [B]: the smallest token whose cumulative
     probability exceeds u [B] in [0, 1); at temperature 0 the likeliest token.
 
-    Summed in float64: in float32 the sum over 128 K tokens is off by more than most of their
-    probabilities, and differently on every device.
+    NaN logits raise FloatingPointError. Summed in float64: in float32 the sum over 128 K tokens is
+    off by more than most of their probabilities, and differently on every device.
     """
     probability = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
     cumulative = probability.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise FloatingPointError("its logits are not numbers (NaN)")
     # u·total may round up.
     below = total.nextafter(torch.zeros_like(total))
     point = torch.minimum(u.double()[:, None] * total, below)
@@ -324,9 +326,14 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
                 uniforms(args.seed, rows[i]["id"], args.n, rooms[i]) for i in batch])
             heats = [rows[i].get("temperature", args.temperature)
                      for i in batch for _ in range(args.n)]
-            tokens = iter(draw_responses(
-                model, [encoded[i] for i in batch], torch.tensor(u, device=device),
-                torch.tensor(heats, device=device), stop))
+            try:
+                tokens = iter(draw_responses(
+                    model, [encoded[i] for i in batch], torch.tensor(u, device=device),
+                    torch.tensor(heats, device=device), stop))
+            except FloatingPointError as error:
+                fail(f"{args.model}: {error} while it answers {args.prompts}, id "
+                     f"{rows[batch[0]]['id']!r} or one sampled with it; are its weights sound? "
+                     "--precision fp32 has more range")
             for i in batch:
                 mine = [next(tokens) for _ in range(args.n)]
                 ended = [bool(y) and y[-1] in stop for y in mine]

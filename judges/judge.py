@@ -99,6 +99,8 @@ def reward_model(args, rows: list[dict], rank: int, world: int,
             with autocast(device, args.precision):
                 mine[i].append(model(torch.tensor([ids], device=device)).logits.float().item())
     merged = merge(mine, world)
+    if not all(math.isfinite(logit) for own in merged.values() for logit in own):
+        fail(f"{path}: a reward is not finite; are its weights sound?")
     return [merged[i] for i in range(len(rows))]
 
 
@@ -178,29 +180,40 @@ def conclusion(text: str) -> str:
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
-# A letter is a verdict where it is marked: in brackets, after one of three words, alone on its
-# line. An A before another word is an article there, but for the words that give a reason.
-MARKED = re.compile(
-    r"[(\[]\s*([AB])\s*[)\]]"
-    r"|(?i:\b(?:answer|choice|better)\b)(?i:(?:\s+(?:response|option|one|answer|choice))?)"
-    r"(?i:\W+is\b)?(?i:\W+(?:response|option)\b)?\W+([AB])\b(?!['’])"
-    r"(?!(?<=A)\s+(?!because|since|as|for|over|than|and\b)[a-z])"
-    r"|^\W*([AB])\W*$", re.MULTILINE)
+# Two letters named together are no verdict, and one that the other is compared with is none either.
+COMPARED = re.compile(r"""
+    [(\[{*"']* \b [AB] \b [)\]}*"',]* \s+ (?i:and|or|nor|versus|vs\.?) \s+
+        (?i: (?:response|option|answer) \s+ )? [(\[{*"']* [AB] \b [)\]}*"']*
+    | (?i: \b (?:than|over|not|to) \s+ (?: (?:response|option|answer) \s+ )? )
+        [(\[{*"']* [AB] \b [)\]}*"']*
+    """, re.VERBOSE)
+# A letter is a verdict where it is marked: in brackets, after one of three words in the same
+# sentence, alone on its line. After a word it ends its clause or a reason follows: "the better
+# choice. B rambles" names the other one, and in "Answer: A clear winner" the A is an article.
+MARKED = re.compile(r"""
+    [(\[{] \s* ([AB]) \s* [)\]}]
+    | (?i: \b (?:answer|choice|better) \b (?: \s+ (?:response|option|one|answer|choice) \b )?
+           (?: [^\w.,;!?\n]+ is \b )? (?: [^\w.,;!?\n]+ (?:response|option) \b )? )
+      [^\w.,;!?\n]+ ([AB])
+      (?= [^\w\s'’] | \s*$ | \s+ (?:and|because|since|as|for) \b )
+    | ^ \W* ([AB]) \W* $
+    """, re.MULTILINE | re.VERBOSE)
 
 
 def parse_choice(text: str) -> float:
     """1 for A, 0 for B, NaN for no verdict: the last marked letter of the conclusion. Letters in
     running text are none: "A and B are alike", "A clear winner is hard to name"."""
-    letters = ["".join(filter(None, found)) for found in MARKED.findall(conclusion(text))]
+    said = COMPARED.sub(" … ", conclusion(text))
+    letters = ["".join(filter(None, found)) for found in MARKED.findall(said)]
     return {"A": 1.0, "B": 0.0}[letters[-1]] if letters else math.nan
 
 
 def parse_rating(text: str) -> float:
     """The last rating from 1 to 10 in the conclusion, "[[7]]" or else "[7]", as FastChat reads it;
-    NaN where there is none. The index in "arr[1]" is none."""
+    NaN where there is none. The index in "arr[1]" or "df[[1]]" is none."""
     said = conclusion(text)
-    found = re.findall(r"\[\[(\d+\.?\d*)\]\]", said)
-    found = found or re.findall(r"(?<![\w\])])\[(\d+\.?\d*)\]", said)
+    found = re.findall(r"(?<![\w\])])\[\[(\d+\.?\d*)\]\]", said)
+    found = found or re.findall(r"(?<![\w\])\[])\[(\d+\.?\d*)\]", said)
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else math.nan
 
 
@@ -225,17 +238,24 @@ def chat(args, chats: list[list[dict]], max_tokens: int, rank: int, world: int,
     return [row["responses"][0] for row in answers]
 
 
-def as_wanted(body: dict, error) -> dict:
-    """A request as an endpoint wants it that refused `max_tokens` or temperature 0, as those of
-    reasoning models do; any other refusal is raised again."""
-    changed = dict(body)
-    if "max_tokens" in body and "max_tokens" in str(error):
-        changed["max_completion_tokens"] = changed.pop("max_tokens")
-    elif "temperature" in body and "temperature" in str(error):
-        changed.pop("temperature")
-    if error.status_code not in (400, 422) or changed == body:
-        raise error
-    return changed
+def as_wanted(request: str, refused: set[str]) -> dict:
+    """The body of a request as an endpoint wants it that has refused `max_tokens` or temperature 0,
+    as those of reasoning models do."""
+    body = json.loads(request)
+    del body["url"]
+    if "max_tokens" in refused:
+        body["max_completion_tokens"] = body.pop("max_tokens")
+    if "temperature" in refused:
+        del body["temperature"]
+    return body
+
+
+def refusal(body: dict, error) -> str:
+    """The setting in a request that an endpoint refuses; any other refusal is raised again."""
+    for name in ("max_tokens", "temperature"):
+        if name in body and name in str(error) and error.status_code in (400, 422):
+            return name
+    raise error
 
 
 def hidden(text: str, key: str) -> str:
@@ -267,6 +287,7 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
     cache = Path(f"{args.out}{'/' if os.path.isdir(args.out) else '.'}judge_cache.jsonl")
     known = {}
     errors = []
+    refused: set[str] = set()  # what the endpoint does not take, learnt once for all requests
     lock = threading.Lock()
     cache.parent.mkdir(parents=True, exist_ok=True)
     for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
@@ -279,17 +300,14 @@ def ask_endpoint(args, chats: list[list[dict]], max_tokens: int) -> list[str]:
     def ask(request: str) -> None:
         if errors:
             return  # nothing more is asked for; what is under way comes to its end
-        body = json.loads(request)
-        del body["url"]
+        given = None
         try:
-            for wanted in (True, True, False):  # an endpoint may refuse both, one after the other
+            while given is None:  # an endpoint may refuse both, one after the other
+                body = as_wanted(request, refused)
                 try:
                     given = client.chat.completions.create(**body)
-                    break
                 except APIStatusError as error:
-                    if not wanted:
-                        raise
-                    body = as_wanted(body, error)
+                    refused.add(refusal(body, error))
             answer = str(given.choices[0].message.content or "")
         except (OpenAIError, ValueError, IndexError, TypeError, AttributeError) as error:
             # all but the first: what came is no answer

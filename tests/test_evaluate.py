@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 sys.path.append(str(ROOT / "bench"))  # last: it has a train.py of its own
 import demo_table
 import evaluate
-from judges import mt_bench, report
+from judges import judge, mt_bench, report
 from judges.judge import wins
 from judges.measures import (
     RIDGE,
@@ -655,7 +655,32 @@ def test_alpaca_eval_prompts_and_outputs_with_a_local_judge(folder, wide, tmp_pa
     assert "two orders named different winners" in (tmp_path / "run/report.md").read_text()
     (tmp_path / "few.json").write_text(json.dumps(questions[:3]))
     command[2] = f"gpt={tmp_path / 'few.json'}"
-    assert "no output for 4 of 7 prompts" in run(*command).stderr
+    assert "holds 3 outputs for 7 prompts" in run(*command).stderr
+    turned = [*questions[:5], questions[6], questions[5]]
+    (tmp_path / "few.json").write_text(json.dumps(turned))
+    assert "entry 6: its instruction is not that of prompt '5'" in run(*command).stderr
+
+
+def test_equal_instructions_keep_their_own_outputs(tmp_path):
+    rows = [{"instruction": "Say.", "output": f"{i}"} for i in range(3)]
+    (tmp_path / "o.json").write_text(json.dumps(rows))
+    ask = [{"role": "user", "content": "Say."}]
+    prompts = [{"id": str(i), "prompt": ask} for i in range(3)]
+    found = evaluate.outputs_of(str(tmp_path / "o.json"), prompts, 2)
+    assert [row["responses"] for row in found] == [["0"] * 2, ["1"] * 2, ["2"] * 2]
+
+
+def test_no_verdict_is_null_in_annotations_and_counted(monkeypatch):
+    """Three samples against the baseline: a win, no verdict in either order, one in one order."""
+    verdicts = [1.0, math.nan, math.nan, 0.0, math.nan, 0.0]
+    monkeypatch.setitem(judge.RANKERS, "llm", lambda *_: verdicts)
+    rows = [{"prompt": [{"role": "user", "content": str(i)}], "responses": ["x"]} for i in range(3)]
+    args = evaluate.argparse.Namespace(judge="llm", judge_model="m")
+    answers = {"init": rows, "mine": rows}
+    policies, found = evaluate.judge_policies(args, answers, 0, 1, torch.device("cpu"))
+    assert [row["preference"] for row in found["mine"]] == [2.0, None, 1.75]
+    assert policies["mine"]["no_verdict"] == 3
+    assert policies["mine"]["win_rate"] == pytest.approx((1 + 0.5 + 0.75) / 3)
 
 
 def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):

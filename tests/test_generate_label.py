@@ -395,3 +395,23 @@ def test_what_the_context_leaves(folder, tmp_path):
     assert 0 < used < limit and max(map(len, short["response_ids"])) <= 60
     ok(run(*command[:4], dump(tmp_path / "s.jsonl", rows[1:]), *command[5:]))
     assert jsonl(tmp_path / "o.jsonl")[0]["response_ids"] == short["response_ids"]
+
+
+def test_nan_while_sampling_is_one_line(folder, tmp_path, monkeypatch):
+    """Logits that become NaN in mid-answer, greedy or not, end the stage with the model's name."""
+    real = stage.draw
+
+    def draw(logits, u, temperature):
+        if len(u) == 6:  # the stage's batch; the model itself is sound
+            logits = logits.clone()
+            logits[1, 7] = float("nan")
+        return real(logits, u, temperature)
+
+    monkeypatch.setattr(stage, "draw", draw)
+    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": "Say."}]} for i in range(3)]
+    command = ["generate.py", "--model", folder, "--prompts", dump(tmp_path / "p.jsonl", rows)]
+    command += ["-n", "2", "--out", tmp_path / "o.jsonl", "--max-new-tokens", "8", "--temperature"]
+    for temperature in ("0", "0.7"):
+        done = run(*command, temperature)
+        assert done.returncode == 2 and f"{folder}: its logits are not numbers" in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "o.jsonl").exists()

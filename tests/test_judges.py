@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from core import parallel
 from judges import judge as judges
 from judges.judge import (
     both_orders,
@@ -98,6 +99,15 @@ def test_exchanging_the_sides_exchanges_the_preference(sides, seed):
         ("Both have merit.\n\nB", 0),
         ("<think>(A) looks fine.</think> (B)", 0),
         ("<think>(A) looks fine", None),
+        ("Option A is the better choice. B is worse.", None),
+        ("Which answer is better? B is short.", None),
+        ("Both (A) and (B) are alike", None),
+        ("The answer is A or B", None),
+        ("Answer: A clear winner is hard to name", None),
+        ("(A) is better than (B)", 1),
+        ("I prefer (B) over (A).", 0),
+        ("The answer is not A", None),
+        ("\\boxed{B}", 0),
     ],
 )
 def test_parse_choice(text, value):
@@ -111,6 +121,8 @@ def test_parse_choice(text, value):
         ("[[8.5]] then [[2]]", 2),
         ("[[5]] for style. Rating: [[9]]", 9),
         ("arr[1] is never read", None),
+        ("df[[1]] is a frame", None),
+        ("arr[1], m[2][3] and df[[1]]: [6]", 6),
         ("<think>[[3]]</think> Rating: [[4]]", 4),
         ("<think>[[3]]", None),
         ("[6]", 6),
@@ -316,6 +328,7 @@ class Endpoint(BaseHTTPRequestHandler):
     request."""
 
     model, tokenizer, plan, asked = None, None, [], []
+    refuses: set[str] = set()  # settings that it does not take
     lock = threading.Lock()
 
     def do_POST(self):
@@ -323,6 +336,9 @@ class Endpoint(BaseHTTPRequestHandler):
         with self.lock:
             self.asked.append((body, self.headers["Authorization"]))
             trouble = self.plan.pop(0) if self.plan else 200
+        unwanted = sorted(self.refuses & body.keys())
+        if unwanted:
+            trouble = 400
         if trouble in ("silence", "slow"):
             time.sleep(1.5)
         if trouble == "hang up":
@@ -337,7 +353,7 @@ class Endpoint(BaseHTTPRequestHandler):
                 )
                 out = self.model.generate(
                     **ids,
-                    max_new_tokens=min(3, body["max_tokens"]),
+                    max_new_tokens=3,
                     do_sample=False,
                     pad_token_id=0,
                 )
@@ -361,7 +377,7 @@ class Endpoint(BaseHTTPRequestHandler):
                     if trouble == "no choice"
                     else {
                         "error": {
-                            "message": f"trouble, {self.headers['Authorization']}",
+                            "message": f"trouble, {self.headers['Authorization']}, {unwanted[:1]}",
                             "code": trouble,
                         }
                     }
@@ -543,17 +559,42 @@ def test_a_key_is_hidden_by_value_and_letters_are_left():
     assert judges.hidden("max_tokens exceeds x", "x") == "max_tokens exceeds …"
 
 
-def test_an_endpoint_is_asked_again_the_way_it_wants():
-    class Refusal(Exception):
-        status_code = 400
+def test_an_endpoint_is_asked_again_the_way_it_wants(endpoint, tmp_path, monkeypatch):
+    """One that takes neither setting refuses twice in all, not twice a request."""
+    monkeypatch.setattr(judges, "PARALLEL", 1)
+    monkeypatch.setattr(judges, "parse_choice", lambda text: len(text) % 7 / 7)
+    monkeypatch.setattr(Endpoint, "refuses", {"max_tokens", "temperature"})
+    command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint]
+    ok(run(*command, "--responses", responses_file(tmp_path), "--out", tmp_path / "l.jsonl"))
+    bodies = [body for body, _ in Endpoint.asked]
+    assert len(bodies) == 2 + 8
+    for body in bodies[2:]:
+        assert body["max_completion_tokens"] == 16
+        assert not {"max_tokens", "temperature"} & body.keys()
 
-    body = {"model": "m", "max_tokens": 9, "temperature": 0}
-    refusal = Refusal("Unsupported: 'max_tokens'; use 'max_completion_tokens'")
-    asked = judges.as_wanted(body, refusal)
-    assert asked == {"model": "m", "max_completion_tokens": 9, "temperature": 0}
-    assert judges.as_wanted(body, Refusal("temperature 0 is not supported")) == {
-        "model": "m",
-        "max_tokens": 9,
-    }
-    with pytest.raises(Refusal):
-        judges.as_wanted(body, Refusal("no such model"))
+
+def test_answers_without_verdict_are_counted(endpoint, tmp_path, monkeypatch):
+    """In the summary, in the error where no row is left, and where no answer held one."""
+    said = iter(["(A)", "A clear winner is hard to name", "(B)", "A and B are alike"])
+    monkeypatch.setattr(judges, "ask_endpoint", lambda args, chats, _: [next(said) for _ in chats])
+    command = ["label.py", "--judge", "openai", "--judge-model", "tiny"]
+    command += ["--responses", responses_file(tmp_path, 2), "--out", tmp_path / "l.jsonl"]
+    assert ", 2 without verdict" in ok(run(*command)).stdout
+    (row,) = jsonl(tmp_path / "l.jsonl")
+    assert row["id"] == "0"  # of the other row neither order held one
+    (tmp_path / "l.jsonl").unlink()
+    said = iter(["(A)", "both", "(A)", "both"])
+    done = run(*command)
+    assert done.returncode == 2 and "different reward; 2 answers without verdict" in done.stderr
+    said = iter(["both"] * 4)
+    done = run(*command)
+    assert done.returncode == 2 and "none of its 4 answers held a verdict" in done.stderr
+
+
+def test_who_waits_for_an_endpoint_does_not_time_out(monkeypatch):
+    """60 000 requests in both orders at 10 s, 8 at once, are 41.7 h, on process 0 alone."""
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **k: given.update(k))
+    parallel.start_processes()
+    assert given["timeout"].total_seconds() > 2 * 60_000 * 10 / judges.PARALLEL

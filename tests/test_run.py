@@ -199,3 +199,20 @@ def test_spa_variant_on_two_machines(tmp_path):
         json.load(open(tmp_path / "run-tiny/round1/worst.jsonl.stats.json"))["settings"]["epsilon"]
         == 0
     )
+
+
+def test_endpoint_judges_take_their_address(tmp_path):
+    """BASE_URL reaches every stage that an endpoint judges, and no other."""
+    calls = tmp_path / "calls"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    python.chmod(0o755)
+    common = {"PYTHON": python, "DATA": "d", "MODEL": "m", "RUN": tmp_path / "run", "METHOD": "spa",
+              "ROUNDS": "4", "BASE_URL": "http://host/v1"}
+    for judge, gold, expected in (("openai", "openai", ["label.py", "evaluate.py"]),
+                                  ("openai", "vader", ["label.py"]), ("implicit", "none", [])):
+        calls.write_text("")
+        run_sh(**common, JUDGE=judge, JUDGE_MODEL="j", GOLD=gold, GOLD_MODEL="g")
+        told = [line.split()[0] for line in calls.read_text().splitlines()
+                if "--base-url http://host/v1" in line]
+        assert told == expected
