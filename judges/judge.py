@@ -182,7 +182,8 @@ def conclusion(text: str) -> str:
 
 # Two letters named together are no verdict, and one that the other is compared with is none either.
 COMPARED = re.compile(r"""
-    [(\[{*"']* \b [AB] \b [)\]}*"',]* \s+ (?i:and|or|nor|versus|vs\.?) \s+
+    [(\[{*"']* \b [AB] \b [)\]}*"',]*
+        (?: \s+ (?i:and|or|nor|versus|vs\.?) \s+ | \s* [/&] \s* )
         (?i: (?:response|option|answer) \s+ )? [(\[{*"']* [AB] \b [)\]}*"']*
     | (?i: \b (?:than|over|not|to) \s+ (?: (?:response|option|answer) \s+ )? )
         [(\[{*"']* [AB] \b [)\]}*"']*
@@ -259,7 +260,10 @@ def refusal(body: dict, error) -> str:
 
 
 def hidden(text: str, key: str) -> str:
-    """The text without the key, wherever it stands by itself; letters of words are left alone."""
+    """The text without the key. One of fewer than eight characters may be part of ordinary words,
+    and is hidden where it stands by itself."""
+    if len(key) >= 8:
+        return text.replace(key, "…")
     return re.sub(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", "…", text)
 
 

@@ -36,6 +36,8 @@ def rate(value: float | None, error: float, interval: list[float] | None, digits
     text = f"{value / scale:.{digits}f}"
     if interval:
         low, high = interval
+        if math.isnan(low):  # of one prompt there is none
+            return text
         return f"{text} [{low / scale:.{digits}f}, {high / scale:.{digits}f}]"
     return f"{text} ± {error / scale:.{digits}f}"
 

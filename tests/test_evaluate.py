@@ -420,7 +420,9 @@ def test_difficulty_files(tmp_path):
     values, gamed = read_difficulty(str(path))
     assert values.tolist() == [0.5, -1] and gamed == []
     path.write_text(
-        "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\na,0,0.2,1.5,0.5,False\nb,0,0.3,-1,0.5,False\n"
+        "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
+        "a,0,0.2,1.5,0.5,False\n"
+        "b,0,0.3,-1,0.5,False\n"
     )
     values, gamed = read_difficulty(str(path))
     assert values.tolist() == [0.5] and gamed[1] == {
@@ -782,6 +784,8 @@ def test_small_p_values_have_a_floor():
     ]
     policy = {"characters": 3.0, "win_rate": 1.0, "interval": [0.93, 1.0], "p": 2e-4}
     assert "| 1.000 [0.930, 1.000] | < 0.001 |" in report.policy_table({"mine": policy})
+    alone = {"characters": 3.0, "win_rate": 0.5, "interval": [math.nan, math.nan], "p": 1.0}
+    assert "| mine | 0.500 | 1.000 |" in report.policy_table({"mine": alone})
 
 
 def test_answers_as_a_reader_notices_them():

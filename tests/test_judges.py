@@ -91,6 +91,8 @@ def test_exchanging_the_sides_exchanges_the_preference(sides, seed):
         ('"A"', 1),
         ("A bar or B", None),
         ("A and B are alike", None),
+        ("Answer: A/B", None),
+        ("(A) & (B)", None),
         ("A clear winner is hard to name", None),
         ("The answer is A because it helps.", 1),
         ("The better response is B.", 0),
@@ -557,6 +559,9 @@ def test_a_judge_without_any_verdict_is_an_error(monkeypatch, capsys):
 def test_a_key_is_hidden_by_value_and_letters_are_left():
     assert judges.hidden("Bearer sk-12x, key sk-12x!", "sk-12x") == "Bearer …, key …!"
     assert judges.hidden("max_tokens exceeds x", "x") == "max_tokens exceeds …"
+    # an address writes = as %3D, and nothing need stand between a word and the key
+    for text in ("?key%3Dsk-0123456789", "api_keysk-0123456789ab"):
+        assert "sk-0123456789" not in judges.hidden(text, "sk-0123456789")
 
 
 def test_an_endpoint_is_asked_again_the_way_it_wants(endpoint, tmp_path, monkeypatch):
