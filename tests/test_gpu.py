@@ -1,12 +1,14 @@
 """What holds on GPUs and on many machines, as far as it can be checked without either."""
 
 import argparse
+import gc
 import math
 import os
 import re
 import subprocess
 import sys
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +18,11 @@ import torch.distributed as dist
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import core.models as models
 import core.parallel as parallel
 import core.sampling as sampling
 from bench import cost
-from conftest import ROOT, dump, jsonl, make_model, ok, run
+from conftest import ROOT, dump, gold_rows, jsonl, make_model, ok, run
 from core.policy import ResponseLogps, pack
 from core.sampling import batches_of, draw, sample, tensor_parallel, uniforms
 
@@ -519,3 +522,70 @@ def test_scoring_keeps_no_copies(monkeypatch):
     model = make_model().requires_grad_(False)
     policy.score(policy.ResponseLogps(model), [([5, 6], [[7], [8]])], "bf16", torch.device("cpu"))
     assert seen and not any(seen)
+
+
+def test_one_model_at_a_time_is_held_while_evaluating(
+    folder, other_folder, wide, tmp_path, monkeypatch
+):
+    """Two policies that answer, one that scores its labels again, and a judge: whenever one is
+    loaded, those before it are freed, and no collector of cycles was needed for it."""
+    rows = [
+        {"id": g["id"], "prompt": g["prompt"], "responses": [g["chosen"], g["rejected"]]}
+        for g in gold_rows(3)
+    ]
+    responses, labelled = dump(tmp_path / "r.jsonl", rows), tmp_path / "l.jsonl"
+    fp32, trained = ["--precision", "fp32"], tmp_path / "policy"
+    base = ["--model", other_folder]
+    ok(
+        run(
+            "label.py",
+            *base,
+            "--reference-model",
+            folder,
+            "--responses",
+            responses,
+            "--out",
+            labelled,
+            *fp32,
+        )
+    )
+    ok(run("train.py", *base, "--pairs", labelled, "--out", trained, *fp32))
+    loaded, held = [], []
+    real = models.load_weights
+
+    def watched(kind, path, *rest):
+        held.append([str(name) for name, model in loaded if model() is not None])
+        model = real(kind, path, *rest)
+        loaded.append((path, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(models, "load_weights", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        ok(
+            run(
+                "evaluate.py",
+                "--models",
+                f"first={folder}",
+                f"mine={trained}",
+                "--labels",
+                f"mine={labelled}",
+                "--prompts",
+                responses,
+                "--out",
+                tmp_path / "run",
+                "--judge",
+                "llm",
+                "--judge-model",
+                wide,
+                "--max-new-tokens",
+                "4",
+                *fp32,
+            )
+        )
+    finally:
+        gc.enable()
+    order = [str(path) for path, _ in loaded]
+    assert order == [folder, str(trained), wide, str(trained), wide]
+    assert held == [[]] * 5
