@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The language-model tables of RESULTS.md: methods in the demo's world, seed after seed.
 #
-#   bash bench/demo.sh central 1 2 3      SFT, DPO on the seed and on all gold labels, SPA, worst case; clean and 25 % flipped
+#   bash bench/demo.sh central 1 2 3      two rounds: SFT, DPO on the seed and on all gold labels, SPA, worst case
+#   bash bench/demo.sh flipped 1 2 3      two rounds from a seed with 25 % of its labels wrong
 #   bash bench/demo.sh causes 1 2 3       one round from shared labels: anchor, radius, random pairs; clean and 40 % flipped
 #   bash bench/demo.sh papers 1 2 3       the papers' other rows, one round
 #   python bench/demo_table.py runs/table mean over seeds, paired differences
@@ -10,7 +11,7 @@
 # is skipped. Arms share what they have in common (gold pairs, π_0, candidates, labels) by hard links (GNU cp).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-table=${1:?central, causes or papers}
+table=${1:?central, flipped, causes or papers}
 shift
 
 share() {  # FROM TO PATHS…: a run that starts with finished pieces of another
@@ -39,7 +40,9 @@ for SEED in "$@"; do
       METHOD=spa RUN=$base/spa bash run.sh
       share "$base/worst" "$base/gold" eval/init.jsonl
       ROUNDS=none SEED_SIZE=232 RUN=$base/gold bash run.sh
-      share "$base/worst" "$base/flip_worst" "${gold[@]}" data eval/init.jsonl
+      ;;
+    flipped)
+      share "$base/worst" "$base/flip_worst" "${gold[@]}" eval/init.jsonl
       FLIP=0.25 RUN=$base/flip_worst bash run.sh
       share "$base/flip_worst" "$base/flip_spa" "${seed[@]}" "${eval[@]}" "${labels[@]}"
       FLIP=0.25 METHOD=spa RUN=$base/flip_spa bash run.sh
@@ -85,7 +88,7 @@ for SEED in "$@"; do
       SEED_SIZE=20 RUN=$base/one_seed20 bash run.sh
       ;;
     *)
-      echo "error: $table: central, causes or papers" >&2
+      echo "error: $table: central, flipped, causes or papers" >&2
       exit 2
       ;;
   esac
