@@ -301,7 +301,7 @@ def how_it_came_about(args) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     cli = parser(__doc__)
     cli.add_argument("--models", nargs="+", metavar="NAME=PATH",
                      help="policies, or .json files of AlpacaEval outputs; the first: baseline")
@@ -320,11 +320,12 @@ def main() -> None:
                      help="folder for report.md, report.png, eval/ and mt_bench/")
     judge_flags(cli, ["none"], "none")
     sampling_flags(cli, n=1)
-    args = cli.parse_args()
-    if args.annotations:
-        scores = leaderboard(args.annotations, args.instruction_difficulty)
-        print(leaderboard_table(scores, bool(args.instruction_difficulty)))
-        return
+    return cli.parse_args()
+
+
+def inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """(--models, --labels), each name → path; ends in one line where options do not fit
+    together."""
     if not (args.models and args.out and (args.prompts or args.mt_bench)):
         fail("needs --annotations; or --models, --out and --prompts or --mt-bench")
     check_judge(args)
@@ -334,42 +335,35 @@ def main() -> None:
     labels = named(args.labels, "--labels")
     if unknown := set(labels) - set(models):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --models does not")
+    return models, labels
+
+
+def decided_by(args: argparse.Namespace, models: dict[str, str], labels: dict[str, str]) -> dict:
+    """What decides the report: the options, and every input by its content."""
     judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
     settings = settings_of(args, "prompts", "mt_bench", *judges)
     for key in ("models", "labels", "annotations"):
         del settings[key]  # by the content of each, below
     settings |= {name: fingerprint(path) for name, path in models.items()}
-    settings |= {f"labels of {name}": fingerprint(path) for name, path in labels.items()}
-    report = f"{args.out}/report.md"
-    if is_done(report, settings):
-        if int(os.environ.get("RANK", 0)) == 0:
-            tables = Path(report).read_text(encoding="utf-8").split("\n\n## ")[0]
-            print(tables.split("\n\n", 1)[1])
-        return
+    return settings | {f"labels of {name}": fingerprint(path) for name, path in labels.items()}
 
-    # answer and judge
-    rank, world, device = start_processes()
-    os.makedirs(f"{args.out}/eval", exist_ok=True)
-    answers, policies, annotations, quality, confidences, ratings = {}, {}, {}, {}, {}, {}
-    if args.prompts:
-        path = prompts_file(args, rank, world)
-        for name, model in models.items():
-            if model.endswith(".json"):
-                answers[name] = outputs_of(model, read_rows(path, "prompts"), args.n)
-            else:
-                answers[name] = respond(model, path, f"{args.out}/eval/{name}.jsonl", args, rank,
-                                        world, device)
-        policies, annotations = judge_policies(args, answers, rank, world, device)
-        for name, rows in labels.items():
-            quality[name], *confidences[name] = judge_labels(args, rows, models[name], rank, world,
-                                                             device)
-    if args.mt_bench:
-        asked = {name: model for name, model in models.items() if not model.endswith(".json")}
-        ratings = mt_bench(args, asked, rank, world, device)
-    if rank != 0:
-        return
 
-    # report
+def answer(args, models: dict[str, str], rank: int, world: int, device) -> dict[str, list[dict]]:
+    """name → response rows of a policy to --prompts, read where a file holds them."""
+    path = prompts_file(args, rank, world)
+    answers = {}
+    for name, model in models.items():
+        if model.endswith(".json"):
+            answers[name] = outputs_of(model, read_rows(path, "prompts"), args.n)
+        else:
+            answers[name] = respond(model, path, f"{args.out}/eval/{name}.jsonl", args, rank,
+                                    world, device)
+    return answers
+
+
+def write_report(args, settings: dict, models: dict[str, str], answers: dict, policies: dict,
+                 quality: dict, confidences: dict, ratings: dict) -> None:
+    """OUT/report.md with OUT/report.png; prints the tables."""
     tables = []
     if policies:
         tables.append(policy_table(policies))
@@ -381,7 +375,6 @@ def main() -> None:
     with beside(f"{args.out}/report.png") as tmp:
         plot(tmp, policies, quality, confidences, logs, ratings)
         os.replace(tmp, f"{args.out}/report.png")
-    write_alpaca_eval(args, answers, annotations)
     count = len(next(iter(answers.values()), []))
     parts = [f"# Run `{os.path.basename(os.path.normpath(args.out))}`", *tables,
              "## What the columns mean",
@@ -396,6 +389,7 @@ def main() -> None:
             parts += [f"## The prompts where `{list(policies)[-1]}` does worst by the judge",
                       side_by_side(answers, worst)]
     text = "\n\n".join(parts) + "\n"
+    report = f"{args.out}/report.md"
     publish(report, settings, {"policies": policies, "labels": quality, "mt_bench": ratings},
             lambda tmp: Path(tmp).write_text(text, encoding="utf-8") and None)
     what = [f"{count} prompts × {args.n} samples"] if policies else []
@@ -404,6 +398,38 @@ def main() -> None:
     if asked:
         what.append(f"{sum(found['no_verdict'] for found in asked)} answers without verdict")
     print(f"evaluate: {', '.join(what)}, judge {args.judge} → {report}\n\n" + "\n\n".join(tables))
+
+
+def main() -> None:
+    args = arguments()
+    if args.annotations:
+        scores = leaderboard(args.annotations, args.instruction_difficulty)
+        print(leaderboard_table(scores, bool(args.instruction_difficulty)))
+        return
+    models, labels = inputs(args)
+    settings = decided_by(args, models, labels)
+    report = f"{args.out}/report.md"
+    if is_done(report, settings):
+        if int(os.environ.get("RANK", 0)) == 0:
+            tables = Path(report).read_text(encoding="utf-8").split("\n\n## ")[0]
+            print(tables.split("\n\n", 1)[1])
+        return
+
+    rank, world, device = start_processes()
+    os.makedirs(f"{args.out}/eval", exist_ok=True)
+    answers, policies, annotations, quality, confidences, ratings = {}, {}, {}, {}, {}, {}
+    if args.prompts:
+        answers = answer(args, models, rank, world, device)
+        policies, annotations = judge_policies(args, answers, rank, world, device)
+        for name, rows in labels.items():
+            quality[name], *confidences[name] = judge_labels(args, rows, models[name], rank, world,
+                                                             device)
+    if args.mt_bench:
+        asked = {name: model for name, model in models.items() if not model.endswith(".json")}
+        ratings = mt_bench(args, asked, rank, world, device)
+    if rank == 0:
+        write_alpaca_eval(args, answers, annotations)
+        write_report(args, settings, models, answers, policies, quality, confidences, ratings)
 
 
 if __name__ == "__main__":
