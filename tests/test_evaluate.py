@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -796,6 +797,24 @@ def test_answers_as_a_reader_notices_them():
     text = report.side_by_side({"file": rows, "mine": cut}, [1, 0])
     assert text.splitlines()[2:4] == ["- **file**: c", "- **mine**: c ✂"]
     assert text.splitlines()[-1] == "- **mine**: a b"
+
+
+def test_worst_prompts_stand_beside_the_first(tmp_path):
+    """The three lowest scores of the last policy, lowest first; without a judge there is no such
+    section."""
+    texts = ["I love it.", "It is a table.", "I hate it!", "Great, good, happy.", "It is bad."]
+    for name, outputs in (("init", ["Fine."] * 5), ("mine", texts)):
+        rows = [{"instruction": f"say {i}", "output": text} for i, text in enumerate(outputs)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    command = ["evaluate.py", "--prompts", tmp_path / "mine.json", "--out", tmp_path / "run"]
+    command += ["--models", f"init={tmp_path / 'init.json'}", f"mine={tmp_path / 'mine.json'}"]
+    shown = {}
+    for judge in ("vader", "none"):
+        ok(run(*command, "--judge", judge))
+        text = (tmp_path / "run/report.md").read_text()
+        first, *worst = text.split("## Responses side by side")[1].split("does worst by the judge")
+        shown[judge] = [re.findall(r"[*][*]say (\d)[*][*]", part) for part in (first, *worst)]
+    assert shown == {"vader": [["0", "1", "2"], ["2", "4", "1"]], "none": [["0", "1", "2"]]}
 
 
 def panels(monkeypatch, tmp_path, *content):
