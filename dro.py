@@ -29,10 +29,46 @@ Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5
 
     python dro.py --pairs labelled.jsonl --out worst.jsonl --epsilon 0.01 --pieces 6 --plot f.png
 """
+import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from core.stage import (
+    is_done,
+    leave_if,
+    natural,
+    parser,
+    publish,
+    ranged,
+    run_stage,
+    settings_of,
+)
+
+
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output."""
+    cli = parser(__doc__)
+    cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
+    cli.add_argument("--epsilon", type=ranged(float, 0), default=0.01,
+                     help="radius of the ball (papers: 0.01; also 0 to 0.1)")
+    cli.add_argument("--pieces", type=natural, default=6,
+                     help="K, tangents of the loss (papers: 6; also 5 and 7)")
+    cli.add_argument("--solver", choices=["exact", "lp"], default="exact",
+                     help="closed form, or HiGHS")
+    cli.add_argument("--group", type=natural,
+                     help="pairs a group (thesis: 100, 200, 300); default: all pairs in one")
+    cli.add_argument("--plot", help="picture of the worst case (PNG)")
+    args = cli.parse_args()
+    return args, settings_of(args, "pairs")
+
+
+if __name__ == "__main__":
+    # here already: what is imported below takes seconds to load
+    args, settings = flags()
+    leave_if(is_done(args.out, settings))
 
 import numpy as np
 import scipy.sparse as sp
@@ -40,7 +76,6 @@ from scipy.optimize import linprog
 from scipy.special import expit
 
 from core.rows import fail, foreign_margin, iterate_rows
-from core.stage import is_done, natural, parser, publish, ranged, run_stage, settings_of
 
 LP_PAIRS = 1000  # how many pairs the linear program checks: about a second
 
@@ -274,20 +309,7 @@ def read_margins(path: str, used: bool) -> tuple[np.ndarray, int]:
 
 
 def main() -> None:
-    cli = parser(__doc__)
-    cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
-    cli.add_argument("--epsilon", type=ranged(float, 0), default=0.01,
-                     help="radius of the ball (papers: 0.01; also 0 to 0.1)")
-    cli.add_argument("--pieces", type=natural, default=6,
-                     help="K, tangents of the loss (papers: 6; also 5 and 7)")
-    cli.add_argument("--solver", choices=["exact", "lp"], default="exact",
-                     help="closed form, or HiGHS")
-    cli.add_argument("--group", type=natural,
-                     help="pairs a group (thesis: 100, 200, 300); default: all pairs in one")
-    cli.add_argument("--plot", help="picture of the worst case (PNG)")
-    args = cli.parse_args()
-    settings = settings_of(args, "pairs")
+    args, settings = flags()
     if is_done(args.out, settings):
         return
     margins, silent = read_margins(args.pairs, args.epsilon > 0)

@@ -31,6 +31,83 @@ import math
 import os
 from pathlib import Path
 
+from core.flags import sampling_flags
+from core.rows import fail
+from core.stage import (
+    fingerprint,
+    is_done,
+    leave_if,
+    parser,
+    publish,
+    run_stage,
+    settings_of,
+)
+from core.stage import about as about_run
+from judges.flags import check_judge, judge_flags
+
+
+def named(pairs: list[str], flag: str) -> dict[str, str]:
+    """{name: path} of NAME=PATH arguments."""
+    table = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(table) != len(pairs) or any(not name or "/" in name for name in table):
+        fail(f"{flag} takes NAME=PATH, each name once and without '/'; found {' '.join(pairs)}")
+    return table
+
+
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the report (where there is one to be made)."""
+    cli = parser(__doc__)
+    cli.add_argument("--models", nargs="+", metavar="NAME=PATH",
+                     help="policies, or .json files of AlpacaEval outputs; the first: baseline")
+    cli.add_argument("--labels", nargs="*", default=[], metavar="NAME=FILE",
+                     help="rows that the policy NAME was trained on")
+    cli.add_argument("--prompts",
+                     help="evaluation prompts: rows (JSONL), or AlpacaEval's instructions (.json)")
+    cli.add_argument("--mt-bench", help="folder with MT-Bench's question.jsonl, "
+                                        "judge_prompts.jsonl and reference answers of gpt-4")
+    cli.add_argument("--annotations", nargs="+", metavar="FILE",
+                     help="only print the scores of annotations in AlpacaEval's format")
+    cli.add_argument("--instruction-difficulty", metavar="FILE",
+                     help="with --annotations: AlpacaEval's df_gamed.csv (exactly as published) or "
+                          "instruction_difficulty.csv")
+    cli.add_argument("--out", type=os.path.normpath,
+                     help="folder for report.md, report.png, eval/ and mt_bench/")
+    judge_flags(cli, ["none"], "none")
+    sampling_flags(cli, n=1)
+    args = cli.parse_args()
+    if args.annotations:
+        return args, {}
+    if not (args.models and args.out and (args.prompts or args.mt_bench)):
+        fail("needs --annotations; or --models, --out and --prompts or --mt-bench")
+    check_judge(args)
+    if args.mt_bench and args.judge not in ("llm", "openai"):
+        fail("--mt-bench needs a judge that writes: --judge llm or --judge openai")
+    models = named(args.models, "--models")
+    labels = named(args.labels, "--labels")
+    if unknown := set(labels) - set(models):
+        fail(f"--labels names {', '.join(sorted(unknown))}, which --models does not")
+    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
+    settings = settings_of(args, "prompts", "mt_bench", *judges)
+    for key in ("models", "labels", "annotations"):
+        del settings[key]  # by the content of each, below
+    settings |= {name: fingerprint(path) for name, path in models.items()}
+    settings |= {f"labels of {name}": fingerprint(path) for name, path in labels.items()}
+    return args, settings
+
+
+def is_reported(args: argparse.Namespace, settings: dict) -> bool:
+    """Whether the report is complete; its tables are shown then."""
+    if args.annotations or not is_done(f"{args.out}/report.md", settings):
+        return False
+    if int(os.environ.get("RANK", 0)) == 0:
+        tables = Path(args.out, "report.md").read_text(encoding="utf-8").split("\n\n## ")[0]
+        print(tables.split("\n\n", 1)[1])
+    return True
+
+
+if __name__ == "__main__":
+    leave_if(is_reported(*flags()))  # here already: what is imported below takes seconds to load
+
 import numpy as np
 import torch.distributed as dist
 
@@ -41,17 +118,14 @@ from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import (
     beside,
-    fail,
     foreign_margin,
     read_json_lines,
     read_json_list,
     read_rows,
     write_rows,
 )
-from core.sampling import respond, sampling_flags
-from core.stage import about as about_run
-from core.stage import fingerprint, is_done, parser, publish, run_stage, settings_of
-from judges.judge import SCORERS, check_judge, compare, judge_flags, settled, wins
+from core.sampling import respond
+from judges.judge import SCORERS, compare, settled, wins
 from judges.measures import (
     bootstrap_interval,
     label_quality,
@@ -77,14 +151,6 @@ from judges.report import (
 LABELS = 1000
 
 # ------------------------------------------------------------------------------------------- inputs
-
-
-def named(pairs: list[str], flag: str) -> dict[str, str]:
-    """{name: path} of NAME=PATH arguments."""
-    table = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    if len(table) != len(pairs) or any(not name or "/" in name for name in table):
-        fail(f"{flag} takes NAME=PATH, each name once and without '/'; found {' '.join(pairs)}")
-    return table
 
 
 def prompts_file(args: argparse.Namespace, rank: int, world: int) -> str:
@@ -301,53 +367,6 @@ def how_it_came_about(args) -> str:
     return "\n".join(lines)
 
 
-def arguments() -> argparse.Namespace:
-    cli = parser(__doc__)
-    cli.add_argument("--models", nargs="+", metavar="NAME=PATH",
-                     help="policies, or .json files of AlpacaEval outputs; the first: baseline")
-    cli.add_argument("--labels", nargs="*", default=[], metavar="NAME=FILE",
-                     help="rows that the policy NAME was trained on")
-    cli.add_argument("--prompts",
-                     help="evaluation prompts: rows (JSONL), or AlpacaEval's instructions (.json)")
-    cli.add_argument("--mt-bench", help="folder with MT-Bench's question.jsonl, "
-                                        "judge_prompts.jsonl and reference answers of gpt-4")
-    cli.add_argument("--annotations", nargs="+", metavar="FILE",
-                     help="only print the scores of annotations in AlpacaEval's format")
-    cli.add_argument("--instruction-difficulty", metavar="FILE",
-                     help="with --annotations: AlpacaEval's df_gamed.csv (exactly as published) or "
-                          "instruction_difficulty.csv")
-    cli.add_argument("--out", type=os.path.normpath,
-                     help="folder for report.md, report.png, eval/ and mt_bench/")
-    judge_flags(cli, ["none"], "none")
-    sampling_flags(cli, n=1)
-    return cli.parse_args()
-
-
-def inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
-    """(--models, --labels), each name → path; ends in one line where options do not fit
-    together."""
-    if not (args.models and args.out and (args.prompts or args.mt_bench)):
-        fail("needs --annotations; or --models, --out and --prompts or --mt-bench")
-    check_judge(args)
-    if args.mt_bench and args.judge not in ("llm", "openai"):
-        fail("--mt-bench needs a judge that writes: --judge llm or --judge openai")
-    models = named(args.models, "--models")
-    labels = named(args.labels, "--labels")
-    if unknown := set(labels) - set(models):
-        fail(f"--labels names {', '.join(sorted(unknown))}, which --models does not")
-    return models, labels
-
-
-def decided_by(args: argparse.Namespace, models: dict[str, str], labels: dict[str, str]) -> dict:
-    """What decides the report: the options, and every input by its content."""
-    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
-    settings = settings_of(args, "prompts", "mt_bench", *judges)
-    for key in ("models", "labels", "annotations"):
-        del settings[key]  # by the content of each, below
-    settings |= {name: fingerprint(path) for name, path in models.items()}
-    return settings | {f"labels of {name}": fingerprint(path) for name, path in labels.items()}
-
-
 def answer(args, models: dict[str, str], rank: int, world: int, device) -> dict[str, list[dict]]:
     """name → response rows of a policy to --prompts, read where a file holds them."""
     path = prompts_file(args, rank, world)
@@ -401,20 +420,15 @@ def write_report(args, settings: dict, models: dict[str, str], answers: dict, po
 
 
 def main() -> None:
-    args = arguments()
+    args, settings = flags()
     if args.annotations:
         scores = leaderboard(args.annotations, args.instruction_difficulty)
         print(leaderboard_table(scores, bool(args.instruction_difficulty)))
         return
-    models, labels = inputs(args)
-    settings = decided_by(args, models, labels)
-    report = f"{args.out}/report.md"
-    if is_done(report, settings):
-        if int(os.environ.get("RANK", 0)) == 0:
-            tables = Path(report).read_text(encoding="utf-8").split("\n\n## ")[0]
-            print(tables.split("\n\n", 1)[1])
+    if is_reported(args, settings):
         return
-
+    models = named(args.models, "--models")
+    labels = named(args.labels, "--labels")
     rank, world, device = start_processes()
     os.makedirs(f"{args.out}/eval", exist_ok=True)
     answers, policies, annotations, quality, confidences, ratings = {}, {}, {}, {}, {}, {}

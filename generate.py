@@ -20,14 +20,15 @@ Writes the prompt rows with
     torchrun --nproc_per_node=8 generate.py --model pi_0 --prompts prompts_1.jsonl \\
         --out responses.jsonl
 """
+import argparse
 import os
 
-from core.parallel import start_processes
-from core.sampling import generate, sampling_flags
-from core.stage import parser, run_stage
+from core.flags import sampling_flags
+from core.stage import is_done, leave_if, parser, run_stage, settings_of
 
 
-def main() -> None:
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output."""
     cli = parser(__doc__)
     cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
@@ -36,6 +37,20 @@ def main() -> None:
                      help="a prompt that leaves less room than --max-new-tokens gets what is left")
     sampling_flags(cli, n=2)
     args = cli.parse_args()
+    return args, settings_of(args, "model", "prompts")
+
+
+if __name__ == "__main__":
+    # here already: what is imported below takes seconds to load
+    args, settings = flags()
+    leave_if(is_done(args.out, settings))
+
+from core.parallel import start_processes
+from core.sampling import generate
+
+
+def main() -> None:
+    args, _ = flags()
     generate(args, *start_processes())
 
 

@@ -26,6 +26,54 @@ import argparse
 import math
 import os
 
+from core.rows import fail
+from core.stage import (
+    is_done,
+    leave_if,
+    parser,
+    positive,
+    publish,
+    ranged,
+    run_stage,
+    settings_of,
+)
+from judges.flags import check_judge, judge_flags
+
+
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output."""
+    cli = parser(__doc__)
+    source = cli.add_mutually_exclusive_group(required=True)
+    source.add_argument("--responses", help="response rows (JSONL)")
+    source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="labelled rows (JSONL)")
+    judge_flags(cli, ["implicit"], "implicit")
+    cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
+    cli.add_argument("--reference", choices=["init", "previous", "none"], default="init",
+                     help="of the judgement (SPA, Table 7)")
+    cli.add_argument("--reference-model", help="π_init, or π_{t−2} with --reference previous")
+    cli.add_argument("--length-penalty", type=ranged(float, 0), default=0.0,
+                     help="α of S13, a token (papers: 0.001 to 0.01)")
+    cli.add_argument("--beta", type=positive, default=0.1,
+                     help="scale of the implicit reward; the same as in training")
+    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                     help="of matrix products, as in training")
+    args = cli.parse_args()
+    check_judge(args)
+    implicit = args.judge == "implicit"
+    if implicit and not (args.model and (args.reference_model or args.reference == "none")):
+        fail("--judge implicit needs --model and --reference-model (or --reference none)")
+    if args.length_penalty and not implicit:
+        fail("--length-penalty is a part of the implicit reward; --judge implicit")
+    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
+    return args, settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
+
+
+if __name__ == "__main__":
+    # here already: what is imported below takes seconds to load
+    args, settings = flags()
+    leave_if(is_done(args.out, settings))
+
 from core.chat import (
     check_range,
     encode_rows,
@@ -39,9 +87,8 @@ from core.models import load_config, load_tokenizer
 from core.parallel import start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import fail, read_rows, write_rows
-from core.stage import is_done, parser, positive, publish, ranged, run_stage, settings_of
-from judges.judge import check_judge, judge_flags, rewards
+from core.rows import read_rows, write_rows
+from judges.judge import rewards
 
 
 def implicit_reward(policy: list[float], reference: list[float], beta: float, lengths: list[int],
@@ -90,33 +137,10 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
 
 
 def main() -> None:
-    cli = parser(__doc__)
-    source = cli.add_mutually_exclusive_group(required=True)
-    source.add_argument("--responses", help="response rows (JSONL)")
-    source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="labelled rows (JSONL)")
-    judge_flags(cli, ["implicit"], "implicit")
-    cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
-    cli.add_argument("--reference", choices=["init", "previous", "none"], default="init",
-                     help="of the judgement (SPA, Table 7)")
-    cli.add_argument("--reference-model", help="π_init, or π_{t−2} with --reference previous")
-    cli.add_argument("--length-penalty", type=ranged(float, 0), default=0.0,
-                     help="α of S13, a token (papers: 0.001 to 0.01)")
-    cli.add_argument("--beta", type=positive, default=0.1,
-                     help="scale of the implicit reward; the same as in training")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of matrix products, as in training")
-    args = cli.parse_args()
-    check_judge(args)
-    implicit = args.judge == "implicit"
-    if implicit and not (args.model and (args.reference_model or args.reference == "none")):
-        fail("--judge implicit needs --model and --reference-model (or --reference none)")
-    if args.length_penalty and not implicit:
-        fail("--length-penalty is a part of the implicit reward; --judge implicit")
-    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
-    settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
+    args, settings = flags()
     if is_done(args.out, settings):
         return
+    implicit = args.judge == "implicit"
     tokenizer = load_tokenizer(args.model) if args.model else None
     path = args.pairs or args.responses
     rows, special = read_candidates(args, tokenizer)

@@ -15,19 +15,37 @@ its letters.
     python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed.jsonl --out runs/demo/seed
     torchrun --nproc_per_node=8 seed_dpo.py --model MODEL --pairs seed.jsonl --out pi_0
 """
+import argparse
 import math
 import time
+
+from core.flags import training_flags
+from core.stage import is_done, leave_if, parser, run_stage, settings_of
+
+
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output."""
+    cli = parser(__doc__)
+    training_flags(cli, epochs=3)
+    cli.add_argument("--objective", choices=["dpo", "supervised"], default="dpo",
+                     help="or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
+    args = cli.parse_args()
+    return args, settings_of(args, "model", "pairs")
+
+
+if __name__ == "__main__":
+    # here already: what is imported below takes seconds to load
+    args, settings = flags()
+    leave_if(is_done(args.out, settings))
 
 import torch
 import torch.nn.functional as F
 
 from core.chat import from_text, pair_of
 from core.policy import score
-from core.stage import is_done, parser, run_stage, settings_of
 from core.training import (
     batch_at,
     begin,
-    clean,
     gather,
     keep,
     log_row,
@@ -37,7 +55,6 @@ from core.training import (
     resume,
     save_policy,
     steps,
-    training_flags,
     update,
 )
 
@@ -63,14 +80,9 @@ def lr_at(step: int, total: int, peak: float) -> float:
 
 
 def main() -> None:
-    cli = parser(__doc__)
-    training_flags(cli, epochs=3)
-    cli.add_argument("--objective", choices=["dpo", "supervised"], default="dpo",
-                     help="or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
-    args = cli.parse_args()
-    settings = settings_of(args, "model", "pairs")
+    args, settings = flags()
     if is_done(args.out, settings):
-        return clean(args.out)
+        return
 
     run = begin(args, settings, "preferences")
     supervised = args.objective == "supervised"

@@ -18,6 +18,39 @@ import math
 import sys
 import time
 
+from core.flags import training_flags
+from core.stage import (
+    is_done,
+    leave_if,
+    parser,
+    ranged,
+    run_stage,
+    settings_of,
+    share,
+)
+
+
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output."""
+    cli = parser(__doc__)
+    training_flags(cli, epochs=1)
+    cli.add_argument("--alpha", type=share, default=0.1,
+                     help="label smoothing of flagged pairs (S10; papers: 0.1; 0 for none)")
+    cli.add_argument("--lam", type=ranged(float, 0), default=0.5,
+                     help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
+    cli.add_argument("--percentile", type=ranged(float, 0, 100), default=10.0,
+                     help="K, least confident share to flag, in percent (papers: 10)")
+    cli.add_argument("--anchor", choices=["init", "previous"], default="previous",
+                     help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
+    args = cli.parse_args()
+    return args, settings_of(args, "model", "pairs")
+
+
+if __name__ == "__main__":
+    # here already: what is imported below takes seconds to load
+    args, settings = flags()
+    leave_if(is_done(args.out, settings))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,12 +60,10 @@ from core.models import load_model, load_outline
 from core.parallel import distribute
 from core.policy import ResponseLogps
 from core.rows import fail, foreign_margin, is_number
-from core.stage import is_done, parser, ranged, run_stage, settings_of, share
 from core.training import (
     Run,
     batch_at,
     begin,
-    clean,
     gather,
     keep,
     log_row,
@@ -42,7 +73,6 @@ from core.training import (
     resume,
     save_policy,
     steps,
-    training_flags,
     update,
 )
 from seed_dpo import dpo_margin, lr_at
@@ -149,20 +179,9 @@ def warn_if_far(run: Run, gain: list[float]) -> None:
 
 
 def main() -> None:
-    cli = parser(__doc__)
-    training_flags(cli, epochs=1)
-    cli.add_argument("--alpha", type=share, default=0.1,
-                     help="label smoothing of flagged pairs (S10; papers: 0.1; 0 for none)")
-    cli.add_argument("--lam", type=ranged(float, 0), default=0.5,
-                     help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
-    cli.add_argument("--percentile", type=ranged(float, 0, 100), default=10.0,
-                     help="K, least confident share to flag, in percent (papers: 10)")
-    cli.add_argument("--anchor", choices=["init", "previous"], default="previous",
-                     help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
-    args = cli.parse_args()
-    settings = settings_of(args, "model", "pairs")
+    args, settings = flags()
     if is_done(args.out, settings):
-        return clean(args.out)
+        return
 
     run = begin(args, settings, "labelled")
     device = run.device

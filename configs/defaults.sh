@@ -185,6 +185,11 @@ launch() {  # a stage on all processes of all machines
   local allocator=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   local stage=(env PYTORCH_ALLOC_CONF="$allocator" "$python")
   local torchrun=("${stage[@]}" -m torch.distributed.run --nproc_per_node "$NPROC")
+  if (( NPROC * NNODES > 1 )); then  # many processes take long to start: has the stage work?
+    local status=0
+    LOOK=yes "$python" "$@" || status=$?
+    (( status == 3 )) || return "$status"
+  fi
   if (( NNODES > 1 )); then
     if [[ -z $MASTER_ADDR ]]; then  # this host may be a login node, which the others cannot reach
       MASTER_ADDR=$($EACH_NODE hostname | sort | sed -n 1p)

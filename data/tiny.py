@@ -6,11 +6,39 @@ a few made-up pairs.
 
 OUT/model, OUT/base (other weights, no chat template) and OUT/pairs.jsonl are written.
 """
+import argparse
 import dataclasses
 import json
 import os
 import string
 from pathlib import Path
+
+from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
+
+# Families whose released models have a tokenizer like sentencepiece's; the others get bytes.
+SENTENCEPIECE = ("mistral", "phi3")
+
+
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output."""
+    cli = parser(__doc__)
+    cli.add_argument("--architecture", required=True,
+                     help="model_type of transformers: mistral, llama, phi, phi3, gemma2, …")
+    cli.add_argument("--tokenizer", choices=["bytes", "sentencepiece"],
+                     help="byte-level BPE, or one that prefixes a blank and adds BOS; not given: "
+                          f"sentencepiece for {' and '.join(SENTENCEPIECE)}, else bytes")
+    cli.add_argument("--out", type=os.path.normpath, required=True,
+                     help="folder for model/, base/ and pairs.jsonl")
+    args = cli.parse_args()
+    if args.tokenizer is None:
+        args.tokenizer = "sentencepiece" if args.architecture in SENTENCEPIECE else "bytes"
+    return args, settings_of(args)
+
+
+if __name__ == "__main__":
+    # here already: what is imported below takes seconds to load
+    args, settings = flags()
+    leave_if(is_done(args.out, settings))
 
 import torch
 import transformers
@@ -20,7 +48,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from core.rows import fail, write_rows
-from core.stage import is_done, parser, publish, run_stage, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [
@@ -42,8 +69,6 @@ SENTENCEPIECE_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# Families whose released models have the second kind; the others get the first.
-SENTENCEPIECE = ("mistral", "phi3")
 
 # What is small in a tiny model, by the names that families have for it; a family takes the names
 # that it knows.
@@ -194,18 +219,7 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> transformers.PreT
 
 
 def main() -> None:
-    cli = parser(__doc__)
-    cli.add_argument("--architecture", required=True,
-                     help="model_type of transformers: mistral, llama, phi, phi3, gemma2, …")
-    cli.add_argument("--tokenizer", choices=["bytes", "sentencepiece"],
-                     help="byte-level BPE, or one that prefixes a blank and adds BOS; not given: "
-                          f"sentencepiece for {' and '.join(SENTENCEPIECE)}, else bytes")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder for model/, base/ and pairs.jsonl")
-    args = cli.parse_args()
-    if args.tokenizer is None:
-        args.tokenizer = "sentencepiece" if args.architecture in SENTENCEPIECE else "bytes"
-    settings = settings_of(args)
+    args, settings = flags()
     if is_done(args.out, settings):
         return
     models_by_name = {"model": tiny_model(args.architecture, seed=0),

@@ -9,8 +9,21 @@ the other. seed_dpo.py learns such rows like any others:
 import os
 
 from core.rows import read_rows, write_rows
-from core.stage import is_done, parser, publish, run_stage, settings_of
-from judges.judge import option_prompt
+from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
+
+
+def option_prompt(conversation: list[dict], first: str, second: str) -> list[dict]:
+    """SPA's Listing 1: which of two responses is better, as a chat whose answer is the letter A or
+    B."""
+    turns = []
+    for message in conversation:
+        speaker = "Human" if message["role"] == "user" else message["role"].capitalize()
+        turns.append(f"{speaker}: {message['content']}")
+    said = "\n\n".join(turns)
+    return [{"role": "user", "content": (
+        f"Consider the following conversation between a human and an assistant:\n{said}\n"
+        "Please choose the response that is the most helpful, honest, and harmless.\n"
+        f"Options:\n(A) {first}\n(B) {second}\nThe answer is:")}]
 
 
 def comparisons(rows: list[dict]) -> list[dict]:
@@ -33,8 +46,7 @@ def main() -> None:
     cli.add_argument("--out", type=os.path.normpath, required=True, help="supervised rows (JSONL)")
     args = cli.parse_args()
     settings = settings_of(args, "pairs")
-    if is_done(args.out, settings):
-        return
+    leave_if(is_done(args.out, settings))
     rows = comparisons(read_rows(args.pairs, "preferences"))
     publish(args.out, settings, {"comparisons": len(rows)}, lambda tmp: write_rows(tmp, rows))
     print(f"comparisons: {len(rows)} of {len(rows) // 2} pairs → {args.out}")

@@ -11,7 +11,6 @@ stronger than its taste. A *scorer* gives each response a number of its own, and
     llm             ranker: a causal LM's probability of A against B after SPA's Listing 1
     openai          ranker: what an OpenAI-compatible endpoint answers to the same prompt
 """
-import argparse
 import hashlib
 import json
 import math
@@ -35,31 +34,13 @@ from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import fail, write_rows
 from core.sampling import respond
-from core.stage import natural
+from judges.comparisons import option_prompt
 
 Comparison = tuple[list[dict], str, str]
 # of an endpoint: seconds a request, tries beyond the first with growing pauses, requests at once
 TIMEOUT = 600.0
 RETRIES = 8
 PARALLEL = 8
-
-
-def judge_flags(cli: argparse.ArgumentParser, others: list[str], default: str) -> None:
-    """The flags of label.py and evaluate.py that name a judge; `others` are the choices that the
-    stage has besides."""
-    cli.add_argument("--judge", choices=[*others, *SCORERS, *RANKERS], default=default,
-                     help="who judges (see judges/judge.py)")
-    cli.add_argument("--judge-model", help="folder or hub id of the judging model; with openai the "
-                                           "endpoint's name for it")
-    cli.add_argument("--base-url", help="the endpoint of --judge openai; its key is read from "
-                                        "OPENAI_API_KEY, never from a flag")
-    cli.add_argument("--judge-tokens", type=natural, default=16,
-                     help="room for an answer of --judge openai; more where it reasons first")
-
-
-def check_judge(args: argparse.Namespace) -> None:
-    if args.judge in ("reward-model", "pairrm", "llm", "openai") and not args.judge_model:
-        fail(f"--judge {args.judge} needs --judge-model")
 
 
 # ------------------------------------------------------------------------------------------ scorers
@@ -105,20 +86,6 @@ def reward_model(args, rows: list[dict], rank: int, world: int,
 
 
 # ------------------------------------------------------------------------------------------ rankers
-
-
-def option_prompt(conversation: list[dict], first: str, second: str) -> list[dict]:
-    """SPA's Listing 1: which of two responses is better, as a chat whose answer is the letter A or
-    B."""
-    turns = []
-    for message in conversation:
-        speaker = "Human" if message["role"] == "user" else message["role"].capitalize()
-        turns.append(f"{speaker}: {message['content']}")
-    said = "\n\n".join(turns)
-    return [{"role": "user", "content": (
-        f"Consider the following conversation between a human and an assistant:\n{said}\n"
-        "Please choose the response that is the most helpful, honest, and harmless.\n"
-        f"Options:\n(A) {first}\n(B) {second}\nThe answer is:")}]
 
 
 def llm(args, comparisons: list[Comparison], rank: int, world: int,

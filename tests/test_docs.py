@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "judges", "data")
 STAGES = ("seed_dpo", "generate", "label", "dro", "train", "evaluate")  # in the order of a run
-LATE = {"data.prepare"}  # imports torch, which takes seconds, only where it is given a model
 TAG = re.compile(r"\b(?:S\d+|T2-\d|D\d+a?|L_i)\b")
 NAMED = re.compile(r"`([\w./-]+\.(?:py|sh|env))(?::(\w+))?`")
 METHOD = ROOT / "docs/method.md"
@@ -150,7 +149,7 @@ def test_every_file_at_the_top_is_a_stage():
 def test_who_may_import_whom(name):
     tree = modules()[name]
     assert [other for other in imports(tree) if not may_import(name, other)] == []
-    assert bool(late_imports(tree)) == (name in LATE)
+    assert late_imports(tree) == []
     assert not touches_sys_path(tree)
 
 

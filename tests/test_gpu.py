@@ -23,6 +23,7 @@ import core.parallel as parallel
 import core.sampling as sampling
 from bench import cost
 from conftest import ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from core.flags import sampling_flags
 from core.policy import ResponseLogps, pack
 from core.sampling import batches_of, draw, sample, tensor_parallel, uniforms
 
@@ -261,7 +262,7 @@ def test_one_vllm_engine_a_process(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", process)
     cli = argparse.ArgumentParser()
-    sampling.sampling_flags(cli, n=1)
+    sampling_flags(cli, n=1)
     args = cli.parse_args(["--backend", "vllm", "--max-new-tokens", "9", "-n", "3", "--seed", "7"])
     for k in range(5):
         rows = sampling.respond(

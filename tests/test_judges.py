@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
 from core import parallel
 from judges import judge as judges
+from judges.comparisons import option_prompt
 from judges.judge import (
     both_orders,
-    option_prompt,
     parse_choice,
     parse_rating,
     rewards,

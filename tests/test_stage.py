@@ -6,12 +6,15 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 
 import huggingface_hub
 import pytest
 from conftest import ROOT, warm_python
 
 from core import stage
+from judges.flags import JUDGES
+from judges.judge import RANKERS, SCORERS
 
 
 @pytest.fixture
@@ -132,3 +135,68 @@ def test_no_process_leaves_before_process_0_has_published(tmp_path):
     ]
     assert both[1].wait(60) == 0 and out.exists()
     assert both[0].wait(60) == 0
+
+
+PROGRAMS = ["seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"]
+MODULES = ["data.prepare", "data.demo", "data.tiny", "data.system_turn", "judges.comparisons"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS + MODULES)
+def test_flags_are_read_before_anything_heavy_is_loaded(program):
+    module = program.removesuffix(".py")
+    code = (
+        "import atexit, runpy, sys\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'scipy', 'matplotlib', 'huggingface_hub'}\n"
+        "atexit.register(lambda: print('LOADED', *sorted(heavy & set(sys.modules))))\n"
+        f"sys.argv = [{program!r}, '--help']\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage") and done.stdout.splitlines()[-1] == "LOADED"
+
+
+def test_the_judges_of_the_flags_are_those_there_are():
+    assert sorted(JUDGES) == sorted([*SCORERS, *RANKERS])
+
+
+def look(*command, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LOOK": "yes", **environment},
+    )
+
+
+def test_a_stage_that_only_looks_says_whether_it_has_work(tmp_path):
+    rows = '{"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": "y"'
+    rows += ', "rejected": "z", "margin": 0.5, "chosen_logp": -1.0, "rejected_logp": -2.0}\n'
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    out = tmp_path / "worst.jsonl"
+    command = ["dro.py", "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(out)]
+    seen = look(*command)
+    assert (seen.returncode, seen.stdout, seen.stderr) == (stage.WORK, "", "")
+    assert not out.exists()
+    assert look(*command, LOOK="no").returncode == 0 and out.exists()
+    seen = look(*command)
+    assert seen.returncode == 0 and "complete, skipped" in seen.stdout
+    # what an earlier stage has yet to write is no difference
+    (tmp_path / "pairs.jsonl").unlink()
+    assert look(*command).returncode == 0
+    seen = look(*command, "--epsilon", "0.1", REDO="no")
+    assert seen.returncode == 2 and "epsilon 0.01 → 0.1" in seen.stderr
+    seen = look(*command, "--epsilon", "0.1", REDO="yes")
+    assert seen.returncode == stage.WORK and "Redoing" in seen.stdout
+    assert look(*command, "--epsilon", "-1").returncode == 2
+
+
+def test_openmp_waits_without_spinning():
+    code = "import os, core.stage; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, found in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        plain = {key: text for key, text in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=plain | given
+        )
+        assert done.stdout.strip() == found

@@ -35,7 +35,7 @@ from core.models import load
 from core.probe import check_template
 from core.rows import read_rows
 from data import prepare
-from judges.judge import option_prompt
+from judges.comparisons import option_prompt
 
 ASK = [{"role": "user", "content": "Write."}]
 REAL = ROOT.parent / "shared/data/tokenizers"  # gzipped tokenizers of released models
