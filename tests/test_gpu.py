@@ -287,11 +287,15 @@ def test_one_vllm_engine_a_process(folder, tmp_path, monkeypatch):
 
 
 def launched(tmp_path, **variables) -> list[str]:
-    """Every command of run.sh with a stand-in for Python that writes its arguments down."""
+    """Every command of run.sh with a stand-in for Python that writes its arguments down; asked
+    whether a stage has work, it says yes."""
     python = tmp_path / "python"
     log = tmp_path / "commands"
     log.unlink(missing_ok=True)
-    python.write_text(f'#!/bin/sh\necho "conf=$PYTORCH_ALLOC_CONF $*" >> "{log}"\n')
+    python.write_text(
+        '#!/bin/sh\n[ "$LOOK" != yes ] || exit 3\n'
+        f'echo "conf=$PYTORCH_ALLOC_CONF $*" >> "{log}"\n'
+    )
     python.chmod(0o755)
     env = {
         "PATH": os.environ["PATH"],
