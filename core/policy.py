@@ -1,6 +1,13 @@
-"""π(y|x): which rows share a forward pass, the tensors of one, and the log-probs of responses.
+"""π(y|x): the log-probs of responses, and of the extrapolated policy.
 
     logp(y|x) = Σ_t log π(y_t | x, y_<t)        response tokens only, end-of-turn token included
+    h̃ = (1 + λ) h_θ − λ h_ref                   logits of π̃ at a token, for softmax           S12
+
+The mathematics stands first, down to `score`. Then how a model is read; last, layout: which rows
+share a pass, and its tensors.
+
+Shapes: M response tokens of R responses, in B sequences of T tokens; H hidden units, V tokens in
+the vocabulary.
 """
 import functools
 import math
@@ -15,195 +22,8 @@ from tqdm import tqdm
 
 from core.parallel import autocast, merge, model_of
 
-# Families whose attention follows a given mask and given positions and nothing else: one sequence
-# may hold all responses to a prompt. The probe verifies it for every model that is loaded.
-SHARES_PROMPT = {
-    "cohere", "gemma", "gemma3_text", "glm4", "granite", "granitemoe", "llama", "mistral",
-    "mixtral", "nemotron", "olmo", "olmo2", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
-}
 
-
-def can_share(model, encoded: list) -> bool:
-    """Whether the responses of a row may share their prompt's forward pass: in a plain-attention
-    family, where no row passes a sliding window or the context that its positions were made for."""
-    config = model.config.get_text_config()
-    longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
-    plain = config.model_type in SHARES_PROMPT and config._attn_implementation == "sdpa"
-    return plain and longest <= window_of(config)
-
-
-def shares_prompt(model, encoded: list) -> bool:
-    """As `can_share`; where not, every response is a sequence of its own, which is said once."""
-    shared = can_share(model, encoded)
-    if not shared:
-        config = model.config.get_text_config()
-        say_apart(config.model_type, window_of(config))
-    return shared
-
-
-def window_of(config) -> float:
-    """Tokens within which every layer sees all that came before."""
-    return min(getattr(config, "sliding_window", None) or math.inf, rope_switch(config)[0])
-
-
-def rope_switch(config) -> tuple[float, bool]:
-    """(length, dynamic): one position beyond `length` has *every* position of its forward pass
-    rotated otherwise; if `dynamic`, by angles that depend on how far beyond. (∞, False): none does.
-    """
-    config = config.get_text_config()
-    given = getattr(config, "rope_parameters", None) or {}
-    # There may be one for each type of layer.
-    ropes = [given, *(rope for rope in given.values() if isinstance(rope, dict))]
-    switch = math.inf, False
-    for rope in ropes:
-        if rope.get("rope_type") == "longrope":
-            switch = min(switch, (rope["original_max_position_embeddings"], False))
-        elif rope.get("rope_type") == "dynamic":
-            switch = min(switch, (config.max_position_embeddings, True))
-    return switch
-
-
-def forget_length(model) -> None:
-    """Make dynamic rope take its angles from the next pass, not from the longest one before it."""
-    for module in model.modules():
-        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-            setattr(module, name, 0)
-
-
-@functools.cache
-def say_apart(family: str, window: float) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {family}, attention window {window}: one sequence a response, prompts are "
-              "not shared", file=sys.stderr)
-
-
-def tokens_of(row: tuple, shared: bool) -> int:
-    """Tokens that `pack` lays out for an encoded row; a response's last token is predicted, never
-    read."""
-    prompt, ys = row
-    if shared:
-        return len(prompt) + sum(len(y) - 1 for y in ys)
-    return len(ys) * (len(prompt) + max(map(len, ys), default=1) - 1)
-
-
-def deal(encoded: list, rows: list[int], shared: bool, budget: int,
-         world: int) -> list[list[list[int]]]:
-    """The forward passes of each process for `rows`: dealt out by length, cut where padded tokens
-    would exceed `budget`.
-
-    Similar lengths share a pass, so little is padding. A row longer than the budget has a pass of
-    its own. Every process gets as many passes as the others, the last ones empty: with sharded
-    weights a pass is a collective.
-    """
-    order = sorted(rows, key=lambda i: (-tokens_of(encoded[i], shared), i))
-    passes: list[list[list[int]]] = [[] for _ in range(world)]
-    for rank, own in enumerate(passes):
-        # The first row of a pass is its longest.
-        for i in order[rank::world]:
-            if own and (len(own[-1]) + 1) * tokens_of(encoded[own[-1][0]], shared) <= budget:
-                own[-1].append(i)
-            else:
-                own.append([i])
-    most = max(map(len, passes))
-    return [own + [[]] * (most - len(own)) for own in passes]
-
-
-def pack(encoded: list, shared: bool, device: torch.device) -> dict:
-    """A batch of `encoded` rows: B sequences `prompt y_1 y_2 …` if `shared`, else one sequence per
-    response.
-
-    Siblings are hidden from one another by the mask and each starts at the position after the
-    prompt, so every response sees what it would see alone (Wang & Hegde 2024), and the prompt is
-    computed once. A response's last token is predicted, never read, so it is left out.
-
-    Returns input_ids, position_ids [B, T], 0 where padding stands; attention_mask bool
-    [B, 1, T, T], None where the causal mask is right already (padding stands on the right); and for
-    the M response tokens of the R responses: where [M] (flat index of the position that predicts
-    the token), target [M], and lengths (R integers that sum to M).
-    """
-    rows = encoded if shared else [(prompt, [y]) for prompt, ys in encoded for y in ys]
-    width = max(len(p) + sum(len(y) - 1 for y in ys) for p, ys in rows)
-    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-    # 0 the prompt, 1, 2, … its responses, −1 padding.
-    part = torch.full((len(rows), width), -1)
-    where, target, lengths = [], [], []
-    for b, (prompt, ys) in enumerate(rows):
-        n = end = len(prompt)
-        ids[b, :n] = torch.as_tensor(prompt)
-        part[b, :n] = 0
-        positions[b, :n] = torch.arange(n)
-        for j, y in enumerate(ys, 1):
-            start = end
-            end = start + len(y) - 1
-            ids[b, start:end] = torch.as_tensor(y[:-1], dtype=torch.long)
-            part[b, start:end] = j
-            positions[b, start:end] = torch.arange(n, n + len(y) - 1)
-            where += [b * width + n - 1, *range(b * width + start, b * width + end)]
-            target.append(torch.as_tensor(y))
-            lengths.append(len(y))
-    mask = None
-    if shared and any(len(ys) > 1 for _, ys in rows):
-        # T numbers a sequence travel, and not T² of the mask.
-        part = part.to(device)
-        query = part[:, :, None]
-        key = part[:, None, :]
-        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        mask = (((key == 0) | (key == query)) & causal)[:, None]
-    return {"input_ids": ids.to(device), "position_ids": positions.to(device),
-            "attention_mask": mask, "lengths": lengths,
-            "where": torch.tensor(where, device=device),
-            "target": torch.cat(target).long().to(device)}
-
-
-def response_hidden(model, batch: dict) -> torch.Tensor:
-    """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never
-    count.
-
-    Where a sequence passes the length that changes the rotation of a whole pass, each sequence has
-    a pass of its own.
-    """
-    ids = batch["input_ids"]
-    mask = batch["attention_mask"]
-    limit, _ = rope_switch(model.config)
-    if mask is not None:
-        hidden = read(model, ids, position_ids=batch["position_ids"], attention_mask=mask)
-    elif limit < math.inf and batch["position_ids"].max() >= limit:
-        lengths = (batch["position_ids"].max(-1).values + 1).tolist()
-        hidden = torch.cat([
-            F.pad(read(model, ids[b:b + 1, :length]), (0, 0, 0, ids.shape[1] - length))
-            for b, length in enumerate(lengths)])
-    else:
-        # Without siblings each sequence is read as by anyone: from position 0, causally.
-        hidden = read(model, ids)
-    return hidden.flatten(0, 1)[batch["where"]]
-
-
-def read(model, ids: torch.Tensor, **layout) -> torch.Tensor:
-    """Last hidden states [B, T, H] of tokens [B, T]."""
-    if rope_switch(model.config)[1]:
-        forget_length(model)
-    return model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state
-
-
-def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [..., V] from last hidden states [..., H]: the head, then the factor or the soft cap
-    that the family applies. The probe compares them with the model's own."""
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
-    # Cohere.
-    if factor := getattr(config, "logit_scale", None):
-        logits = logits * factor
-    # Falcon-H1.
-    if factor := getattr(config, "lm_head_multiplier", None):
-        logits = logits * factor
-    # Granite.
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
-    # Gemma 2.
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+# ---------------------------------------------------------------------------------------- log-probs
 
 
 def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tuple | None = None,
@@ -287,6 +107,7 @@ def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.dev
     mine = {}
     for rows in tqdm(passes, desc=title, unit="batch", disable=None if rank == 0 else True):
         with autocast(device, precision, cache=False):
+            # Row 0 where a pass is empty: with sharded weights all processes take part in each.
             logp, _ = net(pack([encoded[i] for i in rows or [0]], shared, device))
         values = iter(logp.tolist())
         mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})
@@ -295,3 +116,200 @@ def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.dev
         net.reshard()
     merged = merge(mine, world)
     return [merged[i] for i in range(len(encoded))]
+
+
+# ---------------------------------------------------------------------------------- reading a model
+
+
+def response_hidden(model, batch: dict) -> torch.Tensor:
+    """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never
+    count.
+
+    Where a sequence passes the length that changes the rotation of a whole pass, each sequence has
+    a pass of its own.
+    """
+    ids = batch["input_ids"]
+    mask = batch["attention_mask"]
+    limit, _ = rope_switch(model.config)
+    if mask is not None:
+        hidden = read(model, ids, position_ids=batch["position_ids"], attention_mask=mask)
+    elif limit < math.inf and batch["position_ids"].max() >= limit:
+        lengths = (batch["position_ids"].max(-1).values + 1).tolist()
+        hidden = torch.cat([
+            F.pad(read(model, ids[b:b + 1, :length]), (0, 0, 0, ids.shape[1] - length))
+            for b, length in enumerate(lengths)])
+    else:
+        # Without siblings each sequence is read as by anyone: from position 0, causally.
+        hidden = read(model, ids)
+    return hidden.flatten(0, 1)[batch["where"]]
+
+
+def read(model, ids: torch.Tensor, **layout) -> torch.Tensor:
+    """Last hidden states [B, T, H] of tokens [B, T]."""
+    if rope_switch(model.config)[1]:
+        forget_length(model)
+    return model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state
+
+
+def forget_length(model) -> None:
+    """Make dynamic rope take its angles from the next pass, not from the longest one before it."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, 0)
+
+
+def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] from last hidden states [..., H]: the head, then the factor or the soft cap
+    that the family applies. The probe compares them with the model's own."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    # Cohere.
+    if factor := getattr(config, "logit_scale", None):
+        logits = logits * factor
+    # Falcon-H1.
+    if factor := getattr(config, "lm_head_multiplier", None):
+        logits = logits * factor
+    # Granite.
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    # Gemma 2.
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+# ----------------------------------------------------------------------------- the layout of a pass
+
+
+def pack(encoded: list, shared: bool, device: torch.device) -> dict:
+    """A batch of `encoded` rows: B sequences `prompt y_1 y_2 …` if `shared`, else one sequence per
+    response.
+
+    Siblings are hidden from one another by the mask and each starts at the position after the
+    prompt, so every response sees what it would see alone (Wang & Hegde 2024), and the prompt is
+    computed once. A response's last token is predicted, never read, so it is left out.
+
+    Returns input_ids, position_ids [B, T], 0 where padding stands; attention_mask bool
+    [B, 1, T, T], None where the causal mask is right already (padding stands on the right); and for
+    the M response tokens of the R responses: where [M] (flat index of the position that predicts
+    the token), target [M], and lengths (R integers that sum to M).
+    """
+    rows = encoded if shared else [(prompt, [y]) for prompt, ys in encoded for y in ys]
+    width = max(len(p) + sum(len(y) - 1 for y in ys) for p, ys in rows)
+    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
+    # 0 the prompt, 1, 2, … its responses, −1 padding.
+    part = torch.full((len(rows), width), -1)
+    where, target, lengths = [], [], []
+    for b, (prompt, ys) in enumerate(rows):
+        n = end = len(prompt)
+        ids[b, :n] = torch.as_tensor(prompt)
+        part[b, :n] = 0
+        positions[b, :n] = torch.arange(n)
+        for j, y in enumerate(ys, 1):
+            start = end
+            end = start + len(y) - 1
+            ids[b, start:end] = torch.as_tensor(y[:-1], dtype=torch.long)
+            part[b, start:end] = j
+            positions[b, start:end] = torch.arange(n, n + len(y) - 1)
+            where += [b * width + n - 1, *range(b * width + start, b * width + end)]
+            target.append(torch.as_tensor(y))
+            lengths.append(len(y))
+    mask = None
+    if shared and any(len(ys) > 1 for _, ys in rows):
+        # T numbers a sequence travel, and not T² of the mask.
+        part = part.to(device)
+        query = part[:, :, None]
+        key = part[:, None, :]
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        mask = (((key == 0) | (key == query)) & causal)[:, None]
+    return {"input_ids": ids.to(device), "position_ids": positions.to(device),
+            "attention_mask": mask, "lengths": lengths,
+            "where": torch.tensor(where, device=device),
+            "target": torch.cat(target).long().to(device)}
+
+
+def tokens_of(row: tuple, shared: bool) -> int:
+    """Tokens that `pack` lays out for an encoded row; a response's last token is predicted, never
+    read."""
+    prompt, ys = row
+    if shared:
+        return len(prompt) + sum(len(y) - 1 for y in ys)
+    return len(ys) * (len(prompt) + max(map(len, ys), default=1) - 1)
+
+
+def deal(encoded: list, rows: list[int], shared: bool, budget: int,
+         world: int) -> list[list[list[int]]]:
+    """The forward passes of each process for `rows`: dealt out by length, cut where padded tokens
+    would exceed `budget`.
+
+    Similar lengths share a pass, so little is padding. A row longer than the budget has a pass of
+    its own. Every process gets as many passes as the others, the last ones empty: with sharded
+    weights a pass is a collective.
+    """
+    order = sorted(rows, key=lambda i: (-tokens_of(encoded[i], shared), i))
+    passes: list[list[list[int]]] = [[] for _ in range(world)]
+    for rank, own in enumerate(passes):
+        # The first row of a pass is its longest.
+        for i in order[rank::world]:
+            if own and (len(own[-1]) + 1) * tokens_of(encoded[own[-1][0]], shared) <= budget:
+                own[-1].append(i)
+            else:
+                own.append([i])
+    most = max(map(len, passes))
+    return [own + [[]] * (most - len(own)) for own in passes]
+
+
+# Families whose attention follows a given mask and given positions and nothing else: one sequence
+# may hold all responses to a prompt. The probe verifies it for every model that is loaded.
+SHARES_PROMPT = {
+    "cohere", "gemma", "gemma3_text", "glm4", "granite", "granitemoe", "llama", "mistral",
+    "mixtral", "nemotron", "olmo", "olmo2", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+}
+
+
+def can_share(model, encoded: list) -> bool:
+    """Whether the responses of a row may share their prompt's forward pass: in a plain-attention
+    family, where no row passes a sliding window or the context that its positions were made for."""
+    config = model.config.get_text_config()
+    longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
+    plain = config.model_type in SHARES_PROMPT and config._attn_implementation == "sdpa"
+    return plain and longest <= window_of(config)
+
+
+def shares_prompt(model, encoded: list) -> bool:
+    """As `can_share`; where not, every response is a sequence of its own, which is said once."""
+    shared = can_share(model, encoded)
+    if not shared:
+        config = model.config.get_text_config()
+        say_apart(config.model_type, window_of(config))
+    return shared
+
+
+@functools.cache
+def say_apart(family: str, window: float) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {family}, attention window {window}: one sequence a response, prompts are "
+              "not shared", file=sys.stderr)
+
+
+def window_of(config) -> float:
+    """Tokens within which every layer sees all that came before."""
+    return min(getattr(config, "sliding_window", None) or math.inf, rope_switch(config)[0])
+
+
+def rope_switch(config) -> tuple[float, bool]:
+    """(length, dynamic): one position beyond `length` has *every* position of its forward pass
+    rotated otherwise; if `dynamic`, by angles that depend on how far beyond. (∞, False): none does.
+    """
+    config = config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    # There may be one for each type of layer.
+    ropes = [given, *(rope for rope in given.values() if isinstance(rope, dict))]
+    switch = math.inf, False
+    for rope in ropes:
+        if rope.get("rope_type") == "longrope":
+            switch = min(switch, (rope["original_max_position_embeddings"], False))
+        elif rope.get("rope_type") == "dynamic":
+            switch = min(switch, (config.max_position_embeddings, True))
+    return switch
