@@ -86,6 +86,8 @@ def main() -> None:
 
     run = begin(args, settings, "preferences")
     supervised = args.objective == "supervised"
+    # Supervised, the loss is −log π(y_w) alone. There is no reference: with zeros and β = 1 the
+    # margin is log π(y_w) − log π(y_l), which is only logged; its sign is the accuracy.
     beta = 1.0 if supervised else args.beta
     logp_ref = torch.zeros(len(run.rows), 2, device=run.device)
     if not supervised:

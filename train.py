@@ -2,13 +2,14 @@
 
     h̃ = (1 + λ) h_θ − λ h_ref per token, renormalised; summed to log π̃(y)                      S12
     p̃_i = σ(β[(log π̃ − log π_ref)(y_w) − (log π̃ − log π_ref)(y_l)])
-    z_i = 1 if p̃_i < τ, τ the K-percentile of p̃ over the 50 pairs before this batch    S9, S11, D3
+    z_i = 1 if p̃_i < τ, τ the 10th percentile of p̃ over the last 50 pairs                S9, S11, D3
     L_i = (1 − α z_i) Σ_j w_ij ℓ*(ξ_θ,i − shift_ij) + α z_i (−log(1 − ξ_θ,i))
                                                                         S10, T2-3, T2-5, D4, D5
 
-π_ref = π_{t−1} is where training starts; its log-probs are in the rows. With anchor init ξ_θ is
-measured against π_init, as the follower's ξ was, by adding the stored margin (D6). No atoms and α =
-0: DPO. No atoms, anchor previous: SPA.
+π_ref = π_{t−1} is where training starts; its log-probs are in the rows. With --anchor init ξ_θ is
+measured against π_init, as the follower's ξ was, by adding the stored margin (D6): that is what
+dro.py's rows need unless its ε was 0. Without atoms and with --anchor previous, the default, it is
+SPA; with --alpha 0 as well, DPO.
 
     python train.py --model runs/demo/seed --pairs worst.jsonl --out policy --anchor init --lam 0.5
     torchrun --nproc_per_node=8 train.py --model pi_0 --pairs worst.jsonl --out pi_1 --anchor init
@@ -53,7 +54,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from core.chat import from_text, pair_of
 from core.models import load_model, load_outline
@@ -75,7 +75,7 @@ from core.training import (
     steps,
     update,
 )
-from seed_dpo import dpo_margin, lr_at
+from seed_dpo import dpo_loss, dpo_margin, lr_at
 
 WINDOW = 50  # pairs that τ looks back on (SPA, B.4)
 QUIET = 0.2  # share of the steps, the first, in which nothing is flagged (SPA, B.4)
@@ -91,8 +91,8 @@ def threshold(log: list[dict], percentile: float) -> float:
 
 
 def loss_star(xi: torch.Tensor, pieces: int) -> torch.Tensor:
-    """ℓ* (D5): −log ξ, continued below 1/K by its tangent there. Convex, once differentiable, slope
-    never beyond −K."""
+    """ℓ* (D5): −log ξ, continued below 1/K by its tangent there; K is `pieces`. Convex, once
+    differentiable, slope never beyond −K."""
     low = xi < 1 / pieces
     tangent = 1 + math.log(pieces) - pieces * xi
     return torch.where(low, tangent, -torch.log(torch.where(low, 1.0, xi)))
@@ -103,12 +103,13 @@ def leader_loss(margin: torch.Tensor, flag: torch.Tensor, weight: torch.Tensor, 
     """L_i [m] from margins [m], noise flags z [m] (0 or 1) and atoms: weight, shift [m, A], padded
     with weight 0.
 
-    An atom that the follower left in place has the exact −log ξ_θ = softplus(−M), which is S10, and
-    DPO without atoms; ℓ* is needed only where ξ_θ − shift can leave (0, 1].
+    An atom that the follower left in place has the exact −log ξ_θ, which is S10, and DPO without
+    atoms; ℓ* is needed only where ξ_θ − shift can leave (0, 1]. −log(1 − ξ_θ) is the DPO loss of
+    the opposite label.
     """
     xi = torch.sigmoid(margin)[:, None]
-    atom = torch.where(shift == 0, F.softplus(-margin[:, None]), loss_star(xi - shift, pieces))
-    return (1 - alpha * flag) * (weight * atom).sum(-1) + alpha * flag * F.softplus(margin)
+    atom = torch.where(shift == 0, dpo_loss(margin)[:, None], loss_star(xi - shift, pieces))
+    return (1 - alpha * flag) * (weight * atom).sum(-1) + alpha * flag * dpo_loss(-margin)
 
 
 def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
