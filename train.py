@@ -195,6 +195,7 @@ def main() -> None:
     weight, shift = weight.to(device), shift.to(device)
     logp_ref = torch.tensor([[row["chosen_logp"], row["rejected_logp"]] for row in run.rows],
                             device=device)
+    # M against π_init is the row's margin, π_{t−1}'s, plus M against π_{t−1}                    D6
     stored = torch.zeros(len(run.rows), device=device)
     if args.anchor == "init":
         stored = torch.tensor([r["margin"] for r in run.rows], device=device)
