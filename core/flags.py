@@ -9,7 +9,7 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     """The flags that seed_dpo.py and train.py share."""
     cli.add_argument("--model", required=True,
                      help="where training starts, and the reference: a folder or hub id")
-    cli.add_argument("--pairs", required=True, help="preference rows (JSONL)")
+    cli.add_argument("--pairs", required=True, help="rows with chosen and rejected (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True,
                      help="folder of the trained policy")
     cli.add_argument("--beta", type=positive, default=0.1,

@@ -244,7 +244,9 @@ def training_flops(model, encoded: list, shared: bool) -> float:
     channels = config.num_hidden_layers * config.hidden_size
     total = 0
     for prompt, ys in encoded:
-        n, lengths, prompts = len(prompt), [len(y) - 1 for y in ys], 1 if shared else len(ys)
+        n = len(prompt)
+        lengths = [len(y) - 1 for y in ys]
+        prompts = 1 if shared else len(ys)
         attended = prompts * n * (n + 1) / 2 + sum(m * n + m * (m + 1) / 2 for m in lengths)
         total += 6 * body * (prompts * n + sum(lengths))
         total += 6 * head * sum(map(len, ys))
@@ -273,6 +275,7 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
 
 def save_state(run: Run, log: list[dict]) -> None:
     """Everything that training goes on from, in OUT.checkpoint, by one rename.
