@@ -21,9 +21,9 @@ form, by sorting:
                   split pair's chord.
 
 Every run certifies its worst case of ℓ̃: primal against dual on all pairs, closed form against LP on
-at most 1000 of them, drawn at random. A relative gap over 1e-8 is an error. The greedy order depends
-on no ℓ, so the closed form's atoms are the worst case of the leader's loss ℓ* (D5) too. Its value is
-at most that of the chords of ℓ* through 0 and the same knots, which is only reported.
+at most 1000 of them, drawn at random. A relative gap over 1e-8 is an error. The greedy order
+depends on no ℓ, so the closed form's atoms are the worst case of the leader's loss ℓ* (D5) too. Its
+value is at most that of the chords of ℓ* through 0 and the same knots, which is only reported.
 
 Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5): the adversary puts
 `weight` of pair i at ξ_i − shift.
