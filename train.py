@@ -40,7 +40,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--lam", type=ranged(float, 0), default=0.5,
                      help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
     cli.add_argument("--percentile", type=ranged(float, 0, 100), default=10.0,
-                     help="K, least confident share to flag, in percent (papers: 10)")
+                     help="least confident share to flag, in percent (papers: K = 10)")
     cli.add_argument("--anchor", choices=["init", "previous"], default="previous",
                      help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
     args = cli.parse_args()
