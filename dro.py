@@ -49,7 +49,7 @@ from core.stage import (
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output."""
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
@@ -63,13 +63,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      help="pairs a group (thesis: 100, 200, 300); default: all pairs in one")
     cli.add_argument("--plot", help="picture of the worst case (PNG)")
     args = cli.parse_args()
-    return args, settings_of(args, "pairs")
+    settings = settings_of(args, "pairs")
+    leave_if(is_done(args.out, settings))
+    return args, settings
 
 
 if __name__ == "__main__":
-    # here already: what is imported below takes seconds to load
-    args, settings = flags()
-    leave_if(is_done(args.out, settings))
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 import numpy as np
 import scipy.sparse as sp
@@ -309,10 +309,7 @@ def read_margins(path: str, used: bool) -> tuple[np.ndarray, int]:
     return np.array(margins, np.float64), silent
 
 
-def main() -> None:
-    args, settings = flags()
-    if is_done(args.out, settings):
-        return
+def main(args: argparse.Namespace, settings: dict) -> None:
     margins, silent = read_margins(args.pairs, args.epsilon > 0)
     xi = expit(margins)                                                       # T2-2
     a, b = 0.0, 1.0
@@ -369,4 +366,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

@@ -54,8 +54,18 @@ def named(pairs: list[str], flag: str) -> dict[str, str]:
     return table
 
 
+def is_reported(args: argparse.Namespace, settings: dict) -> bool:
+    """Whether the report is complete; its tables are shown then."""
+    if not is_done(f"{args.out}/report.md", settings):
+        return False
+    if int(os.environ.get("RANK", 0)) == 0:
+        tables = Path(args.out, "report.md").read_text(encoding="utf-8").split("\n\n## ")[0]
+        print(tables.split("\n\n", 1)[1])
+    return True
+
+
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the report (where there is one to be made)."""
+    """The arguments, and what decides the report. Ends the program where that is complete."""
     cli = parser(__doc__)
     cli.add_argument("--models", nargs="+", metavar="NAME=PATH",
                      help="policies, or .json files of AlpacaEval outputs; the first: baseline")
@@ -92,21 +102,12 @@ def flags() -> tuple[argparse.Namespace, dict]:
         del settings[key]  # by the content of each, below
     settings |= {name: fingerprint(path) for name, path in models.items()}
     settings |= {f"labels of {name}": fingerprint(path) for name, path in labels.items()}
+    leave_if(is_reported(args, settings))
     return args, settings
 
 
-def is_reported(args: argparse.Namespace, settings: dict) -> bool:
-    """Whether the report is complete; its tables are shown then."""
-    if args.annotations or not is_done(f"{args.out}/report.md", settings):
-        return False
-    if int(os.environ.get("RANK", 0)) == 0:
-        tables = Path(args.out, "report.md").read_text(encoding="utf-8").split("\n\n## ")[0]
-        print(tables.split("\n\n", 1)[1])
-    return True
-
-
 if __name__ == "__main__":
-    leave_if(is_reported(*flags()))  # here already: what is imported below takes seconds to load
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 import numpy as np
 import torch.distributed as dist
@@ -419,13 +420,10 @@ def write_report(args, settings: dict, models: dict[str, str], answers: dict, po
     print(f"evaluate: {', '.join(what)}, judge {args.judge} → {report}\n\n" + "\n\n".join(tables))
 
 
-def main() -> None:
-    args, settings = flags()
+def main(args: argparse.Namespace, settings: dict) -> None:
     if args.annotations:
         scores = leaderboard(args.annotations, args.instruction_difficulty)
         print(leaderboard_table(scores, bool(args.instruction_difficulty)))
-        return
-    if is_reported(args, settings):
         return
     models = named(args.models, "--models")
     labels = named(args.labels, "--labels")
@@ -447,4 +445,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

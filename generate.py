@@ -28,7 +28,7 @@ from core.stage import is_done, leave_if, parser, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output."""
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
@@ -37,22 +37,21 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      help="a prompt that leaves less room than --max-new-tokens gets what is left")
     sampling_flags(cli, n=2)
     args = cli.parse_args()
-    return args, settings_of(args, "model", "prompts")
+    settings = settings_of(args, "model", "prompts")
+    leave_if(is_done(args.out, settings))
+    return args, settings
 
 
 if __name__ == "__main__":
-    # here already: what is imported below takes seconds to load
-    args, settings = flags()
-    leave_if(is_done(args.out, settings))
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 from core.parallel import start_processes
 from core.sampling import generate
 
 
-def main() -> None:
-    args, _ = flags()
+def main(args: argparse.Namespace, settings: dict) -> None:
     generate(args, *start_processes())
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

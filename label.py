@@ -41,7 +41,7 @@ from judges.flags import check_judge, judge_flags
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output."""
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
@@ -66,13 +66,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
     if args.length_penalty and not implicit:
         fail("--length-penalty is a part of the implicit reward; --judge implicit")
     judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
-    return args, settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
+    settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
+    leave_if(is_done(args.out, settings))
+    return args, settings
 
 
 if __name__ == "__main__":
-    # here already: what is imported below takes seconds to load
-    args, settings = flags()
-    leave_if(is_done(args.out, settings))
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 from core.chat import (
     check_range,
@@ -136,10 +136,7 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
     return rows, special
 
 
-def main() -> None:
-    args, settings = flags()
-    if is_done(args.out, settings):
-        return
+def main(args: argparse.Namespace, settings: dict) -> None:
     implicit = args.judge == "implicit"
     tokenizer = load_tokenizer(args.model) if args.model else None
     path = args.pairs or args.responses
@@ -227,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

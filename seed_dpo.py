@@ -24,19 +24,19 @@ from core.stage import is_done, leave_if, parser, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output."""
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     training_flags(cli, epochs=3)
     cli.add_argument("--objective", choices=["dpo", "supervised"], default="dpo",
                      help="or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
     args = cli.parse_args()
-    return args, settings_of(args, "model", "pairs")
+    settings = settings_of(args, "model", "pairs")
+    leave_if(is_done(args.out, settings))
+    return args, settings
 
 
 if __name__ == "__main__":
-    # here already: what is imported below takes seconds to load
-    args, settings = flags()
-    leave_if(is_done(args.out, settings))
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +79,7 @@ def lr_at(step: int, total: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def main() -> None:
-    args, settings = flags()
-    if is_done(args.out, settings):
-        return
+def main(args: argparse.Namespace, settings: dict) -> None:
 
     run = begin(args, settings, "preferences")
     supervised = args.objective == "supervised"
@@ -126,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

@@ -32,7 +32,7 @@ from core.stage import (
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output."""
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     training_flags(cli, epochs=1)
     cli.add_argument("--alpha", type=share, default=0.1,
@@ -44,13 +44,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--anchor", choices=["init", "previous"], default="previous",
                      help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
     args = cli.parse_args()
-    return args, settings_of(args, "model", "pairs")
+    settings = settings_of(args, "model", "pairs")
+    leave_if(is_done(args.out, settings))
+    return args, settings
 
 
 if __name__ == "__main__":
-    # here already: what is imported below takes seconds to load
-    args, settings = flags()
-    leave_if(is_done(args.out, settings))
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 import numpy as np
 import torch
@@ -179,10 +179,7 @@ def warn_if_far(run: Run, gain: list[float]) -> None:
               "label.py --model must name the same policy", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    args, settings = flags()
-    if is_done(args.out, settings):
-        return
+def main(args: argparse.Namespace, settings: dict) -> None:
 
     run = begin(args, settings, "labelled")
     device = run.device
@@ -258,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

@@ -162,7 +162,7 @@ def main() -> None:
                     + "\n"
                 )
         sys.argv = ["dro.py", "--pairs", str(pairs), "--out", f"{folder}/worst.jsonl"]
-        whole, _ = best_of(1, lambda: run_stage(dro.main))
+        whole, _ = best_of(1, lambda: run_stage(dro.main, *dro.flags()))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
             f"| the stage, {pairs.stat().st_size / 2**20:.0f} MiB of JSONL | {n} | {whole:.3g} "

@@ -83,7 +83,7 @@ def ours(model: str, pairs: str, precision: str, out: str, *flags: str) -> dict:
     sys.argv = ["train.py", "--model", model, "--pairs", pairs, "--out", out,
                 "--precision", precision, "--batch-size", str(BATCH), "--save-every", "0",
                 "--lr", "1e-5", *(flags or ("--alpha", "0"))]
-    train.main()
+    train.main(*train.flags())
     if int(os.environ.get("RANK", 0)):
         raise SystemExit
     log = list(map(json.loads, open(f"{out}/log.jsonl")))

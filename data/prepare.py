@@ -54,7 +54,7 @@ from core.stage import (
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output."""
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     cli.add_argument("--data", required=True, help="JSONL, JSON or CSV file (also .gz), or hub id, "
                      "folder or parquet file for `datasets`")
@@ -81,13 +81,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     if args.select == "farthest" and not args.model:
         fail("--select farthest needs --model")
-    return args, settings_of(args, "data", "model")
+    settings = settings_of(args, "data", "model")
+    leave_if(is_done(args.out, settings))
+    return args, settings
 
 
 if __name__ == "__main__":
-    # here already: what is imported below takes seconds to load
-    args, settings = flags()
-    leave_if(is_done(args.out, settings))
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 import torch
 from tqdm import tqdm
@@ -489,10 +489,7 @@ def summary(left: Counter) -> str:
     return ", ".join(f"{left[key]} {REASONS[key]}" for key in REASONS if left[key]) or "nothing"
 
 
-def main() -> None:
-    args, settings = flags()
-    if is_done(args.out, settings):
-        return
+def main(args: argparse.Namespace, settings: dict) -> None:
 
     rows, left, unused = collect(args.data)
     if args.model:
@@ -551,4 +548,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

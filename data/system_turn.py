@@ -17,18 +17,18 @@ from core.stage import is_done, leave_if, parser, publish, run_stage, settings_o
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output."""
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     cli.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the model")
     args = cli.parse_args()
-    return args, settings_of(args, "model")
+    settings = settings_of(args, "model")
+    leave_if(is_done(args.out, settings))
+    return args, settings
 
 
 if __name__ == "__main__":
-    # here already: what is imported below takes seconds to load
-    args, settings = flags()
-    leave_if(is_done(args.out, settings))
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 import huggingface_hub
 
@@ -40,10 +40,7 @@ EMPTY_TURN = ("{%- if messages[0]['role'] != 'system' %}"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def main() -> None:
-    args, settings = flags()
-    if is_done(args.out, settings):
-        return
+def main(args: argparse.Namespace, settings: dict) -> None:
     tokenizer = load_tokenizer(args.model)
     tokenizer.chat_template = EMPTY_TURN + tokenizer.get_chat_template()
     source = Path(args.model)
@@ -60,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

@@ -20,7 +20,7 @@ SENTENCEPIECE = ("mistral", "phi3")
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output."""
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     cli.add_argument("--architecture", required=True,
                      help="model_type of transformers: mistral, llama, phi, phi3, gemma2, …")
@@ -32,13 +32,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     if args.tokenizer is None:
         args.tokenizer = "sentencepiece" if args.architecture in SENTENCEPIECE else "bytes"
-    return args, settings_of(args)
+    settings = settings_of(args)
+    leave_if(is_done(args.out, settings))
+    return args, settings
 
 
 if __name__ == "__main__":
-    # here already: what is imported below takes seconds to load
-    args, settings = flags()
-    leave_if(is_done(args.out, settings))
+    args, settings = flags()  # here already: what is imported below takes seconds to load
 
 import torch
 import transformers
@@ -218,10 +218,7 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> transformers.PreT
     return model
 
 
-def main() -> None:
-    args, settings = flags()
-    if is_done(args.out, settings):
-        return
+def main(args: argparse.Namespace, settings: dict) -> None:
     models_by_name = {"model": tiny_model(args.architecture, seed=0),
                       "base": tiny_model(args.architecture, seed=1)}
     tokenizer = make_tokenizer(args.tokenizer)
@@ -243,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, args, settings)

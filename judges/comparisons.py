@@ -6,6 +6,7 @@ the other. seed_dpo.py learns such rows like any others:
     python -m judges.comparisons --pairs seed.jsonl --out judge.jsonl
     python seed_dpo.py --objective supervised --model pi_init --pairs judge.jsonl --out judge
 """
+import argparse
 import os
 
 from core.rows import read_rows, write_rows
@@ -40,17 +41,22 @@ def comparisons(rows: list[dict]) -> list[dict]:
     return asked
 
 
-def main() -> None:
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output. Ends the program where that is complete."""
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="gold preference rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="supervised rows (JSONL)")
     args = cli.parse_args()
     settings = settings_of(args, "pairs")
     leave_if(is_done(args.out, settings))
+    return args, settings
+
+
+def main(args: argparse.Namespace, settings: dict) -> None:
     rows = comparisons(read_rows(args.pairs, "preferences"))
     publish(args.out, settings, {"comparisons": len(rows)}, lambda tmp: write_rows(tmp, rows))
     print(f"comparisons: {len(rows)} of {len(rows) // 2} pairs → {args.out}")
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, *flags())

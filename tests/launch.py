@@ -42,6 +42,11 @@ def deadly_save(state, path):
 seed_dpo.lr_at, torch.save = deadly_lr_at, deadly_save
 for script, *flags in json.loads(sys.argv[1]):
     sys.argv = [script, *flags]
-    importlib.import_module(script.removesuffix(".py")).main()
+    stage = importlib.import_module(script.removesuffix(".py"))
+    try:
+        stage.main(*stage.flags())
+    except SystemExit as stop:  # its output was complete
+        if stop.code:
+            raise
 sys.stdout.flush()
 os._exit(0)
