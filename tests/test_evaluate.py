@@ -5,18 +5,25 @@ import gzip
 import json
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, ok, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.append(str(ROOT / "bench"))  # last: it has a train.py of its own
+import demo_measures
+import demo_plots
 import demo_table
 import evaluate
+from core.chat import vocabulary
+from core.models import load_tokenizer
+from core.stage import fingerprint
 from judges import judge, mt_bench, report
 from judges.judge import wins
 from judges.measures import (
@@ -899,9 +906,107 @@ def test_table_over_seeds_against_scipy(tmp_path, capsys, monkeypatch):
             }
             stats = {"policies": policies, "labels": {"round1": quality}}
             (folder / "report.md.stats.json").write_text(json.dumps(stats))
+            loss = 0.5 + gain * (1 + seed / 100)
+            measures = {
+                "tenth": {"seed": 0.1, "round1": 0.2 - gain * seed},
+                "labels": {"round1": {"all": [96.0, 72.0], "flagged": [seed, 1.0]}},
+                "radii": [0.0, 0.1],
+                "heldout": {"pairs": 120, "seed": [0.6, 0.7], "round1": [loss, 2 * loss]},
+            }
+            if seed < 10:
+                (folder / "measures.json").write_text(json.dumps(measures))
     monkeypatch.setattr("sys.argv", ["demo_table.py", str(tmp_path)])
     demo_table.main()
     printed = capsys.readouterr().out
     assert "| SPA | 1, 2, 10 | 0.300 ± 0.000 | 0.500 ± 0.000 | 9 | 0.750 ± 0.000 |" in printed
     assert "self-labels alone (DE) − SPA | 3 | +0.104 ± 0.012 | < 0.001 |" in printed
     assert "+0.101, +0.102, +0.110" in printed and "Two rounds" not in printed
+    # the worst tenth: −0.1 and −0.2, p = 0.2048 of t = −3 with one degree of freedom
+    assert "(DE) | 2 | 0.050 ± 0.635 | -0.150 ± 0.635 | 0.205 | 7 |" in printed
+    assert "| SPA | 2 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in printed
+    assert "(DE) − SPA | 2 | +0.101 ± 0.006 | +0.203 ± 0.013 |" in printed
+    # 1 of 1 and 1 of 2 flagged labels are right; Σ 2 of Σ 3 pairs, 1.5 a round
+    assert "| SPA | 2 | 0.750 ± 0.000 (96.0) | 0.667 ± 2.824 (1.5) | – |" in printed
+    assert "2 runs are not measured yet" in printed
+
+
+def test_ratio_over_seeds_by_hand():
+    """3 of 5; residuals ∓0.2 of a mean of 2.5, t = 12.706. Alike wholes: the mean of the shares."""
+    assert demo_table.ratio_interval([1.0, 2.0], [2.0, 3.0]) == "0.600 ± 1.016"
+    assert demo_table.ratio_interval([1.0, 2.0, 2.0], [4.0] * 3) == demo_table.interval(
+        [0.25, 0.5, 0.5]
+    )
+    assert demo_table.ratio_interval([1.0], [2.0]) == "0.500 ± ?"
+
+
+def test_demo_measures_by_hand():
+    """Of 20 prompts the worst two; a budget of 0.6 moves ξ = 0.5 and a sixth of ξ = 0.6."""
+    scores = np.arange(40.0).reshape(20, 2)[::-1]
+    assert demo_measures.worst_tenth(scores) == 1.5
+    assert demo_measures.worst_tenth(scores[:5]) == 30.5
+    moved = demo_measures.would_move(np.array([0.8, 0.6, 0.5]), 0.2)
+    assert moved == pytest.approx([0, 1 / 6, 1])
+    right, flagged = np.array([1.0, 0.5, 0.0, 1.0]), np.array([True, False, False, False])
+    fractions = np.array([0.25, 0.5, 1.0, 0.0])
+    counts = demo_measures.label_counts(right, flagged, fractions, {"would 0.01": 1 - fractions})
+    assert counts == {
+        "all": [4, 2.5],
+        "flagged": [1, 1],
+        "moved": [1.75, 0.5],
+        "would 0.01": [2.25, 2],
+        "others": [1.5, 1.25],
+    }
+    # ξ = ½ throughout: 0.1 moves a fifth of the mass to 0, where the loss is 1 + log 6
+    losses = demo_measures.heldout_losses(np.zeros(3))
+    assert demo_measures.RADII[0] == 0 and demo_measures.RADII[3] == 0.1
+    assert losses[0] == pytest.approx(math.log(2))
+    assert losses[3] == pytest.approx(0.8 * math.log(2) + 0.2 * (1 + math.log(6)))
+    policy, init = [[-1.0, -4.0], [-2.0, -2.0], [-3.0, -5.0]], [[-2.0, -3.0]] * 3
+    sides = [(0, 1), None, (1, 0)]
+    assert demo_measures.heldout_margins(policy, init, sides, 0.1) == pytest.approx([0.2, -0.1])
+
+
+def test_demo_measures_of_a_run(tmp_path, monkeypatch, folder, other_folder):
+    """A run of tiny models: losses from the models' own logits; nothing is scored twice."""
+    arm = tmp_path / "table/1/gold"
+    shutil.copytree(other_folder, arm / "seed")
+    (arm / "seed.stats.json").write_text(json.dumps({"settings": {"beta": 0.5}}))
+    (arm / "eval").mkdir()
+    rows = []
+    for i, texts in enumerate([("good", "bad"), ("fine", "fine"), ("awful", "great")]):
+        ids = [[5 + i, 7, 2], [9, 11 + i]]
+        prompt = [{"role": "user", "content": CORPUS[i]}]
+        rows.append({"id": str(i), "prompt": prompt, "responses": texts, "response_ids": ids})
+        rows[-1] |= {"ended": [True, False], "vocabulary": vocabulary(load_tokenizer(folder))}
+    for name in ("init", "seed"):
+        dump(arm / f"eval/{name}.jsonl", rows)
+    paths = {"init": folder, "seed": str(arm / "seed")}
+    report = {
+        "policies": {"init": {}, "seed": {}},
+        "settings": {name: fingerprint(path) for name, path in paths.items()},
+    }
+    (arm / "report.md.stats.json").write_text(json.dumps(report))
+    command = ["demo_measures.py", str(tmp_path / "table"), "--model", folder]
+    monkeypatch.setattr("sys.argv", [*command, "--precision", "fp32"])
+    demo_measures.main()
+
+    tokenizer = load_tokenizer(folder)
+    change = []
+    for row, (w, l) in ((rows[0], (0, 1)), (rows[2], (1, 0))):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        prompt = prompt["input_ids"] if not isinstance(prompt, list) else prompt
+        sums = []
+        for path in (paths["seed"], paths["init"]):
+            model = transformers.AutoModelForCausalLM.from_pretrained(path)
+            for y in (row["response_ids"][w], row["response_ids"][l]):
+                logits = model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1:-1]
+                sums.append(logits.log_softmax(-1)[range(len(y)), y].sum().item())
+        change.append(0.5 * (sums[0] - sums[1] - sums[2] + sums[3]))
+    found = json.loads((arm / "measures.json").read_text())
+    assert found["heldout"]["pairs"] == 2 and found["labels"] == {}
+    assert found["heldout"]["seed"] == pytest.approx(demo_measures.heldout_losses(change), 1e-4)
+    assert set(found["tenth"]) == {"init", "seed"}
+    (arm / "measures.json").unlink()
+    (arm / "seed/model.safetensors").unlink()
+    demo_measures.main()
+    assert json.loads((arm / "measures.json").read_text()) == found
