@@ -4,10 +4,10 @@
     labels         of each round: pairs, and those whose label the gold judge agrees with (a tie ½),
                    among all, flagged by SPA, moved by the run's adversary, that an adversary of
                    radius 0.01 or 0.05 would move, and neither flagged nor moved
-    held out       worst-case loss by radius (T2-3) on gold pairs of the evaluation prompts:
-                   π_init's answers to each, best against worst by the gold judge, and the
-                   confidences ξ = σ(β[(log π − log π_init)(y_w) − (…)(y_l)]) of π_0 and of the
-                   run's last policy
+    held out       worst-case loss by radius (T2-3), and the share with ξ > ½, on gold pairs of the
+                   evaluation prompts: π_init's answers to each, best against worst by the gold
+                   judge, and the confidences ξ = σ(β[(log π − log π_init)(y_w) − (…)(y_l)]) of π_0
+                   and of the run's last policy
 
 The gold judge is the demo's, VADER. A pair that is moved in part counts in part. Log-probs need one
 pass of each policy over π_init's answers; they are kept in ROOT/SEED/logps under the policy's
@@ -128,7 +128,7 @@ def logps_of(path: str, digest: str, answers: Path, cache: Path,
     if not os.path.isdir(path):
         fail(f"{path}: no such model folder, and its log-probs are not in {cache}")
     if fingerprint(path) != digest:
-        fail(f"{path}: not the policy of the run's report; run its evaluation again")
+        fail(f"{path}: without its weights, or not the policy of the run's report")
     rows = read_rows(str(answers), "responses")
     tokenizer = load_tokenizer(path)
     encoded = encode_rows(load_config(path), tokenizer, rows, str(answers), lambda row: list(
@@ -140,7 +140,7 @@ def logps_of(path: str, digest: str, answers: Path, cache: Path,
 
 
 def heldout_of(run: Path, report: dict, init: str, precision: str) -> dict:
-    """Gold pairs and worst-case losses of π_0 and of the last policy."""
+    """How many gold pairs; worst-case losses and right pairs of π_0 and of the last policy."""
     digests, answers = report["settings"], run / "eval/init.jsonl"
     cache = run.parent / "logps"
     rows = read_rows(str(answers), "responses")
@@ -152,7 +152,8 @@ def heldout_of(run: Path, report: dict, init: str, precision: str) -> dict:
         path = folder_of(run, name)
         beta = trained(path)[1]["beta"]
         policy = logps_of(path, digests[name], answers, cache, precision)
-        found[name] = heldout_losses(heldout_margins(policy, reference, sides, beta))
+        margins = heldout_margins(policy, reference, sides, beta)
+        found[name] = {"loss": heldout_losses(margins), "right": float((margins > 0).mean())}
     return found
 
 

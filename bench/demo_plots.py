@@ -24,14 +24,13 @@ from scipy.stats import t as student  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import dro  # noqa: E402
 from core.rows import beside, fail, read_json_lines, read_rows  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
+from demo_measures import WOULD, would_move  # noqa: E402
 from demo_table import read_runs  # noqa: E402
-from lab import follower_loss  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart
-BLUE, VERMILION, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#BBBBBB"
+BLUE, VERMILION, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#AAAAAA"
 STAGES = {"init": "SFT", "seed": "DPO on the\ngold seed", "round1": "round 1", "round2": "round 2"}
 # (arm of bench/demo.sh, stages that are shown, name, colour, line, marker)
 METHODS = [
@@ -43,7 +42,6 @@ METHODS = [
 ]
 DIFFERENCES = [("worst", "spa", "clean seed labels", "o"),
                ("flip_worst", "flip_spa", "25 % flipped", "^")]
-RADII = (0.01, 0.05)
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:
@@ -80,7 +78,7 @@ def plot_stages(runs: dict, path: Path) -> None:
     differences = [(d, gains) for d in DIFFERENCES
                    if (gains := [paired(runs, *d[:2], t) for t in ("round1", "round2")])[0]]
     width = 10.5 if differences else 7
-    figure, axes = plt.subplots(1, 2 if differences else 1, figsize=(width, 4.6), squeeze=False,
+    figure, axes = plt.subplots(1, 2 if differences else 1, figsize=(width, 5.2), squeeze=False,
                                 width_ratios=[2.2, 1] if differences else None,
                                 constrained_layout=True)
     left = axes[0][0]
@@ -95,7 +93,7 @@ def plot_stages(runs: dict, path: Path) -> None:
     left.set_xticks(range(len(STAGES)), STAGES.values())
     left.set(ylabel="gold score (VADER, at most 1)", title="gold score by stage")
     left.grid(axis="y", color="0.9")
-    left.legend(loc="upper left", frameon=False, fontsize=9)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)
     if differences:
         right = axes[0][1]
         right.axhline(0, color="black", lw=0.8)
@@ -113,17 +111,17 @@ def plot_stages(runs: dict, path: Path) -> None:
         right.set(xlim=(-0.5, 1.5), title="worst case − SPA, paired",
                   ylabel="difference in gold score (grey: each seed)")
         right.grid(axis="y", color="0.9")
-        right.legend(frameon=False, fontsize=9)
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     save(figure, path)
 
 
 def defences_of(run: Path, t: int) -> dict:
-    """Of a round's pairs: ξ, which training flagged, its p̃, and what the worst case at each of
-    RADII moves; of each step with a threshold, its τ and the numbers of its pairs."""
+    """Of a round's pairs: ξ, p̃, which training could flag and which it did, and which the worst
+    case at each radius of WOULD moves; and the thresholds τ."""
     rows = read_rows(str(run / f"round{t}/worst.jsonl"), "labelled")
     number = {row["id"]: i for i, row in enumerate(rows)}
     xi = expit(np.array([row["margin"] for row in rows]))
-    flagged = np.zeros(len(rows), bool)
+    could, flagged = np.zeros((2, len(rows)), bool)
     tilde = np.full(len(rows), math.nan)
     taus = []
     for _, step in read_json_lines(str(run / f"round{t}/policy/log.jsonl")):
@@ -134,17 +132,17 @@ def defences_of(run: Path, t: int) -> dict:
         tilde[batch] = step["extrapolated"]
         flagged[[number[i] for i in step["flagged"]]] = True
         if step["tau"] is not None:
-            taus.append((step["tau"], batch))
-    moved = []
-    for epsilon in RADII:
-        solution = dro.solve_exact(xi, follower_loss(6), epsilon, 0.0)
-        moved.append(np.isin(np.arange(len(xi)), solution.owner[solution.shift != 0]))
-    return {"xi": xi, "flagged": flagged, "tilde": tilde, "moved": moved, "taus": taus}
+            could[batch] = True
+            taus.append(step["tau"])
+    moved = [would_move(xi, epsilon) > 0 for epsilon in WOULD]
+    return {"xi": xi, "tilde": tilde, "could": could, "flagged": flagged, "moved": moved,
+            "taus": taus}
 
 
 def plot_defences(run: Path, t: int, path: Path) -> None:
     found = defences_of(run, t)
-    xi, flagged, tilde = found["xi"], found["flagged"], found["tilde"]
+    xi, tilde = found["xi"], found["tilde"]
+    could, flagged = found["could"], found["flagged"]
     small, large = found["moved"]
     figure = plt.figure(figsize=(10.5, 5.4), constrained_layout=True)
     grid = figure.add_gridspec(2, 2, height_ratios=[1, 1.7], width_ratios=[1.25, 1])
@@ -154,15 +152,15 @@ def plot_defences(run: Path, t: int, path: Path) -> None:
 
     # one colour a pair; a pair may be both moved and flagged
     kinds = [("neither", ~flagged & ~large, GREY, None),
-             (f"moved at ε = {RADII[0]}", small & ~flagged, VERMILION, None),
-             (f"moved too at ε = {RADII[1]}", large & ~small & ~flagged, ORANGE, None),
+             (f"moved at ε = {WOULD[0]}", small & ~flagged, VERMILION, None),
+             (f"moved too at ε = {WOULD[1]}", large & ~small & ~flagged, ORANGE, None),
              ("flagged by SPA", flagged & ~large, BLUE, None),
-             ("flagged and moved", flagged & large, BLUE, "////")]
+             ("both flagged and moved", flagged & large, BLUE, "////")]
     kinds = [kind for kind in kinds if kind[1].any()]
     end = max(xi.max() + 0.01, 0.6)
     bins = np.linspace(0.5, end, 31)
     # what is coloured stands below, on the axis
-    order = kinds[1:] + kinds[:1] if kinds[0][0] == "neither" else kinds
+    order = sorted(kinds, key=lambda kind: kind[0] == "neither")
     bottom.hist([xi[own] for _, own, _, _ in order], bins, stacked=True, edgecolor="white", lw=0.4,
                 color=[color for *_, color, _ in order], hatch=[h for *_, h in order],
                 label=[f"{name} ({own.sum()})" for name, own, _, _ in order])
@@ -180,24 +178,21 @@ def plot_defences(run: Path, t: int, path: Path) -> None:
     top.tick_params(labelbottom=False)
 
     # the statistic that SPA looks at
-    for name, own, color, hatch in kinds:
-        right.plot(xi[own], tilde[own], "s" if hatch else "o", color=color, ms=6 if hatch else 5,
-                   label=name)
-    for k, (tau, batch) in enumerate(found["taus"]):
-        right.plot([0.5, end], [tau, tau], color=BLUE, lw=0.7, ls="--",
-                   label="SPA's thresholds τ, step by step" if k == 0 else None)
-    edge = xi[small].max() if small.any() else 0.5
-    wide = xi[large].max() if large.any() else 0.5
-    right.axvspan(0.5, wide, color=ORANGE, alpha=0.15, lw=0)
-    right.axvspan(0.5, edge, color=VERMILION, alpha=0.2, lw=0)
-    right.set(xlabel="ξ: what the adversary sorts by", xlim=(0.5, end),
-              ylabel="p̃ against π$_{t-1}$, extrapolated: what SPA's flags look at",
+    for _, own, color, hatch in kinds:
+        marker = "s" if hatch else "o"
+        right.plot(xi[own & could], tilde[own & could], marker, color=color, ms=5)
+        right.plot(xi[own & ~could], tilde[own & ~could], marker, color=color, ms=5, mfc="white")
+    right.plot([], [], "o", color=GREY, mfc="white", label="seen before SPA flags anything")
+    for k, tau in enumerate(found["taus"]):
+        right.axhline(tau, color=BLUE, lw=0.7, ls="--",
+                      label="SPA's thresholds τ, step by step" if k == 0 else None)
+    right.axvspan(0.5, xi[large].max(initial=0.5), color=ORANGE, alpha=0.15, lw=0)
+    right.axvspan(0.5, xi[small].max(initial=0.5), color=VERMILION, alpha=0.2, lw=0)
+    right.set(xlabel="ξ, by which the adversary sorts (shaded: moved)", xlim=(0.5, end),
+              ylim=(tilde.min() - 0.03, tilde.max() + 0.1),
+              ylabel="p̃ against π$_{t-1}$, extrapolated, by which SPA sorts",
               title="they look at different numbers")
-    handles, labels = right.get_legend_handles_labels()
-    if "SPA's thresholds τ, step by step" in labels:
-        where = labels.index("SPA's thresholds τ, step by step")
-        right.legend([handles[where]], [labels[where]], frameon=False, fontsize=9,
-                     loc="upper left")
+    right.legend(frameon=False, fontsize=9, loc="upper right")
     save(figure, path)
 
 

@@ -162,10 +162,12 @@ def scores_of(row: tuple[str, str, str], runs: dict[str, dict]) -> dict[str, flo
             if policy in report["policies"]}
 
 
-def by_chance(p_values: list[float]) -> str:
+def print_by_chance(p_values: list[float]) -> None:
+    """How many differences count as found, and how many would if there were none."""
     tested = [p for p in p_values if not math.isnan(p)]
-    return (f"{sum(p < 0.05 for p in tested)} of {len(tested)} differ at 95 %; "
-            f"{0.05 * len(tested):.1f} would by chance.")
+    if tested:
+        print(f"\n{sum(p < 0.05 for p in tested)} of {len(tested)} differ at 95 %; "
+              f"{0.05 * len(tested):.1f} would by chance.")
 
 
 def print_table(title: str, rows: list, pairs: list, runs: dict[str, dict]) -> None:
@@ -198,7 +200,7 @@ def print_table(title: str, rows: list, pairs: list, runs: dict[str, dict]) -> N
     print()
     show(["difference in gold score", "seeds", "mean", "p", "seeds to decide it", "by seed"],
          differences)
-    print(f"\n{by_chance(p_values)}")
+    print_by_chance(p_values)
 
 
 def compared(own: dict[str, float], base: dict[str, float]) -> tuple[list[str], float]:
@@ -225,12 +227,12 @@ def print_tenth(title: str, rows: list, base: int, measures: dict[str, dict]) ->
     if lines:
         print(f"\n**{title}: the worst tenth of the prompts**\n")
         show(["method", "seeds", "gold score", "− SPA", "p", "seeds to decide it"], lines)
-        print(f"\n{by_chance(p_values)}")
+        print_by_chance(p_values)
 
 
 def print_heldout(title: str, rows: list, base: int, measures: dict[str, dict]) -> None:
     """Worst-case loss on gold pairs of the evaluation prompts by radius: SPA's, and the others'
-    difference to it."""
+    difference to it; and how many of these pairs a policy has right."""
     found = []
     for arm, policy, _ in rows:
         found.append({seed: own["heldout"][policy] for seed, own in measures.get(arm, {}).items()
@@ -238,22 +240,25 @@ def print_heldout(title: str, rows: list, base: int, measures: dict[str, dict]) 
     radii = next((own["radii"] for seeds in measures.values() for own in seeds.values()), [])
     lines, p_values = [], []
     for k, (own, (_, _, name)) in enumerate(zip(found, rows)):
+        common = [seed for seed in own if seed in found[base]]
+        if not common:
+            continue
         cells = []
         for r in range(len(radii)):
-            loss = {seed: values[r] for seed, values in own.items()}
-            if k == base and loss:
+            loss = {seed: own[seed]["loss"][r] for seed in common}
+            if k == base:
                 cells.append(interval(list(loss.values())))
-            elif set(loss) & set(found[base]):
-                against, p = compared(loss, {s: values[r] for s, values in found[base].items()})
-                cells.append(against[0])
-                p_values.append(p)
-        if cells:
-            shown = name if k == base else f"{name} − SPA"
-            lines.append([shown, str(len(set(own) & set(found[base]))), *cells])
+                continue
+            against, p = compared(loss, {seed: found[base][seed]["loss"][r] for seed in common})
+            cells.append(against[0])
+            p_values.append(p)
+        lines.append([name if k == base else f"{name} − SPA", str(len(common)), *cells,
+                      interval([own[seed]["right"] for seed in common])])
     if lines:
         print(f"\n**{title}: worst-case loss on held-out gold pairs** (lower is better)\n")
-        show(["method", "seeds", *(f"radius {radius}" for radius in radii)], lines)
-        print(f"\n{by_chance(p_values)}")
+        show(["method", "seeds", *(f"radius {radius}" for radius in radii),
+              "share with ξ > ½"], lines)
+        print_by_chance(p_values)
 
 
 def print_labels(title: str, rows: list, measures: dict[str, dict]) -> None:

@@ -911,7 +911,7 @@ def test_table_over_seeds_against_scipy(tmp_path, capsys, monkeypatch):
                 "tenth": {"seed": 0.1, "round1": 0.2 - gain * seed},
                 "labels": {"round1": {"all": [96.0, 72.0], "flagged": [seed, 1.0]}},
                 "radii": [0.0, 0.1],
-                "heldout": {"pairs": 120, "seed": [0.6, 0.7], "round1": [loss, 2 * loss]},
+                "heldout": {"round1": {"loss": [loss, 2 * loss], "right": 0.75}},
             }
             if seed < 10:
                 (folder / "measures.json").write_text(json.dumps(measures))
@@ -922,9 +922,9 @@ def test_table_over_seeds_against_scipy(tmp_path, capsys, monkeypatch):
     assert "self-labels alone (DE) − SPA | 3 | +0.104 ± 0.012 | < 0.001 |" in printed
     assert "+0.101, +0.102, +0.110" in printed and "Two rounds" not in printed
     # the worst tenth: −0.1 and −0.2, p = 0.2048 of t = −3 with one degree of freedom
-    assert "(DE) | 2 | 0.050 ± 0.635 | -0.150 ± 0.635 | 0.205 | 7 |" in printed
-    assert "| SPA | 2 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in printed
-    assert "(DE) − SPA | 2 | +0.101 ± 0.006 | +0.203 ± 0.013 |" in printed
+    assert "(DE) | 2 | 0.050 ± 0.635 | -0.150 ± 0.635 | 0.205 | 4 |" in printed
+    assert "| SPA | 2 | 0.500 ± 0.000 | 1.000 ± 0.000 | 0.750 ± 0.000 |" in printed
+    assert "(DE) − SPA | 2 | +0.101 ± 0.006 | +0.203 ± 0.013 | 0.750" in printed
     # 1 of 1 and 1 of 2 flagged labels are right; Σ 2 of Σ 3 pairs, 1.5 a round
     assert "| SPA | 2 | 0.750 ± 0.000 (96.0) | 0.667 ± 2.824 (1.5) | – |" in printed
     assert "2 runs are not measured yet" in printed
@@ -1004,7 +1004,9 @@ def test_demo_measures_of_a_run(tmp_path, monkeypatch, folder, other_folder):
         change.append(0.5 * (sums[0] - sums[1] - sums[2] + sums[3]))
     found = json.loads((arm / "measures.json").read_text())
     assert found["heldout"]["pairs"] == 2 and found["labels"] == {}
-    assert found["heldout"]["seed"] == pytest.approx(demo_measures.heldout_losses(change), 1e-4)
+    losses = demo_measures.heldout_losses(np.array(change))
+    assert found["heldout"]["seed"]["loss"] == pytest.approx(losses, rel=1e-4)
+    assert found["heldout"]["seed"]["right"] == np.mean(np.array(change) > 0)
     assert set(found["tenth"]) == {"init", "seed"}
     (arm / "measures.json").unlink()
     (arm / "seed/model.safetensors").unlink()
