@@ -28,7 +28,7 @@ import torch
 from scipy.special import expit
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(ROOT))
 import dro  # noqa: E402
 from core.chat import encode_rows  # noqa: E402
 from core.models import load_config, load_tokenizer  # noqa: E402

@@ -23,7 +23,7 @@ from scipy.special import expit  # noqa: E402
 from scipy.stats import t as student  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(ROOT))
 from core.rows import beside, fail, read_json_lines, read_rows  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
 from demo_measures import WOULD, would_move  # noqa: E402
@@ -74,7 +74,7 @@ def save(figure, path: Path) -> None:
 
 
 def plot_stages(runs: dict, path: Path) -> None:
-    shown = [method for method in METHODS if scores_at(runs, method[0], method[1][-1])]
+    shown = [method for method in METHODS if runs.get(method[0])]
     differences = [(d, gains) for d in DIFFERENCES
                    if (gains := [paired(runs, *d[:2], t) for t in ("round1", "round2")])[0]]
     width = 10.5 if differences else 7

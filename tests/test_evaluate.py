@@ -1012,3 +1012,51 @@ def test_demo_measures_of_a_run(tmp_path, monkeypatch, folder, other_folder):
     (arm / "seed/model.safetensors").unlink()
     demo_measures.main()
     assert json.loads((arm / "measures.json").read_text()) == found
+
+
+def test_pictures_of_the_demo(tmp_path, monkeypatch):
+    """A pair's p̃ and flag are found by its id; ε = 0.05 of four pairs moves ξ = 0.5 in part, and so
+    does 0.01; methods and panels without a run are left out."""
+    assert demo_plots.mean_and_half([1.0, 2.0]) == pytest.approx((1.5, 12.7062 * 0.5))
+    assert demo_plots.mean_and_half([1.0]) == (1.0, 0.0)
+    run = tmp_path / "1/worst"
+    (run / "round1/policy").mkdir(parents=True)
+    text = {"prompt": [{"role": "user", "content": "?"}], "chosen": "a", "rejected": "b"}
+    rows = [
+        {"id": i, "margin": margin, "chosen_logp": -1.0, "rejected_logp": -2.0, **text}
+        for i, margin in zip("abcd", (2.0, 0.0, 1.0, 0.5))
+    ]
+    dump(run / "round1/worst.jsonl", rows)
+    steps = [
+        {"batch": ["c", "a"], "extrapolated": [0.3, 0.7], "flagged": [], "tau": None},
+        {"batch": ["b", "d"], "extrapolated": [0.6, 0.4], "flagged": ["d"], "tau": 0.5},
+    ]
+    dump(run / "round1/policy/log.jsonl", steps)
+    found = demo_plots.defences_of(run, 1)
+    assert found["tilde"].tolist() == [0.7, 0.6, 0.3, 0.4]
+    assert found["could"].tolist() == [False, True, False, True]
+    assert found["flagged"].tolist() == [False, False, False, True]
+    assert [own.tolist() for own in found["moved"]] == [[False, True, False, False]] * 2
+    assert found["taus"] == [0.5]
+    runs = {
+        arm: {
+            seed: {"policies": {"seed": {"score": 0.5}, "round1": {"score": 0.6 + gain * seed}}}
+            for seed in seeds
+        }
+        for arm, gain, seeds in (("spa", 0.0, (1, 2, 3)), ("worst", -0.1, (3, 1)))
+    }
+    assert demo_plots.paired(runs, "worst", "spa", "round1") == pytest.approx([-0.3, -0.1])
+    assert demo_plots.paired(runs, "worst", "spa", "round2") == []
+    demo_plots.plot_defences(run, 1, tmp_path / "defences.png")
+    assert (tmp_path / "defences.png").stat().st_size > 10_000
+    figures = []
+    monkeypatch.setattr(demo_plots, "save", lambda figure, path: figures.append(figure))
+    demo_plots.plot_stages(runs, tmp_path)
+    demo_plots.plot_stages({"spa": runs["spa"]}, tmp_path)
+    both, alone = figures
+    assert [len(figure.axes) for figure in figures] == [2, 1]
+    names = [text.get_text() for text in both.axes[0].get_legend().get_texts()]
+    assert names == ["SPA (3 seeds)", "worst case, ε = 0.01 (2 seeds)"]
+    (paired,) = both.axes[1].get_legend().get_texts()
+    assert paired.get_text() == "clean seed labels (2 seeds)"
+    assert len(alone.axes[0].containers) == 1
