@@ -168,8 +168,9 @@ def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("root", type=Path, help="the runs of bench/demo.sh: ROOT/SEED/ARM")
     cli.add_argument("--model", default="models/smollm2", help="π_init of these runs")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of matrix products, as in label.py")
+    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="fp32",
+                     help="of matrix products; bf16 moved a policy's held-out loss by 0.013, "
+                          "which is as much as methods differ by")
     args = cli.parse_args()
     reports = sorted(args.root.glob("*/*/report.md.stats.json"))
     if not reports:

@@ -150,38 +150,41 @@ def plot_defences(run: Path, t: int, path: Path) -> None:
     top = figure.add_subplot(grid[0, 0], sharex=bottom)
     right = figure.add_subplot(grid[:, 1])
 
-    # one colour a pair; a pair may be both moved and flagged
-    kinds = [("neither", ~flagged & ~large, GREY, None),
-             (f"moved at ε = {WOULD[0]}", small & ~flagged, VERMILION, None),
-             (f"moved too at ε = {WOULD[1]}", large & ~small & ~flagged, ORANGE, None),
-             ("flagged by SPA", flagged & ~large, BLUE, None),
-             ("both flagged and moved", flagged & large, BLUE, "////")]
+    # (name, which pairs, colour, colour of the edge); what is coloured stands on the axis
+    more = large & ~small
+    kinds = [(f"moved at ε = {WOULD[0]}", small & ~flagged, VERMILION, "white"),
+             (f"moved at ε = {WOULD[0]} and flagged", small & flagged, VERMILION, BLUE),
+             (f"moved at ε = {WOULD[1]}", more & ~flagged, ORANGE, "white"),
+             (f"moved at ε = {WOULD[1]} and flagged", more & flagged, ORANGE, BLUE),
+             ("flagged by SPA alone", flagged & ~large, BLUE, "white"),
+             ("neither", ~flagged & ~large, GREY, "white")]
     kinds = [kind for kind in kinds if kind[1].any()]
     end = max(xi.max() + 0.01, 0.6)
-    bins = np.linspace(0.5, end, 31)
-    # what is coloured stands below, on the axis
-    order = sorted(kinds, key=lambda kind: kind[0] == "neither")
-    bottom.hist([xi[own] for _, own, _, _ in order], bins, stacked=True, edgecolor="white", lw=0.4,
-                color=[color for *_, color, _ in order], hatch=[h for *_, h in order],
-                label=[f"{name} ({own.sum()})" for name, own, _, _ in order])
+    counts, *_ = bottom.hist(
+        [xi[own] for _, own, _, _ in kinds], np.linspace(0.5, end, 31), stacked=True, lw=0.4,
+        color=[color for *_, color, _ in kinds], edgecolor=[edge for *_, edge in kinds],
+        hatch=["//////" if edge == BLUE else None for *_, edge in kinds],
+        label=[f"{name} ({own.sum()})" for name, own, _, _ in kinds])
+    # room for the legend
     bottom.set(xlabel=f"confidence ξ = σ(margin) against π_init, {len(xi)} pairs", ylabel="pairs",
-               xlim=(0.5, end))
+               xlim=(0.5, end), ylim=(0, 1.5 * np.max(counts)))
     bottom.yaxis.set_major_locator(MaxNLocator(integer=True))
-    bottom.legend(frameon=False, fontsize=9)
+    bottom.legend(frameon=False, fontsize=9, ncol=2, loc="upper right")
 
     x = np.linspace(0.5, end, 200)
     top.plot(x, -np.log(x), color="black", lw=1.4)
-    for _, own, color, _ in kinds:
+    for _, own, color, edge in kinds:
         if color != GREY:
-            top.plot(xi[own], -np.log(xi[own]), "o", color=color, ms=5)
+            top.plot(xi[own], -np.log(xi[own]), "o", color=color, ms=6, mec=edge,
+                     mew=1.6 if edge == BLUE else 0.4)
     top.set(ylabel="loss −log ξ", title=f"seed {run.parent.name}, round {t}: both defences on ξ")
     top.tick_params(labelbottom=False)
 
     # the statistic that SPA looks at
-    for _, own, color, hatch in kinds:
-        marker = "s" if hatch else "o"
-        right.plot(xi[own & could], tilde[own & could], marker, color=color, ms=5)
-        right.plot(xi[own & ~could], tilde[own & ~could], marker, color=color, ms=5, mfc="white")
+    for _, own, color, edge in kinds:
+        right.plot(xi[own & could], tilde[own & could], "o", color=color, ms=6, mec=edge,
+                   mew=1.6 if edge == BLUE else 0.4)
+        right.plot(xi[own & ~could], tilde[own & ~could], "o", color=color, ms=5, mfc="white")
     right.plot([], [], "o", color=GREY, mfc="white", label="seen before SPA flags anything")
     for k, tau in enumerate(found["taus"]):
         right.axhline(tau, color=BLUE, lw=0.7, ls="--",
