@@ -1,10 +1,12 @@
 """The language-model tables of RESULTS.md, from the reports that bench/demo.sh left.
 
+    python bench/demo_measures.py runs/table      what lies beside the reports, if it is wanted
     python bench/demo_table.py runs/table
 
 Means over seeds, and paired differences: ± is half the width of a 95 % t-interval over seeds, p the
 paired t-test's. Beside them the number of seeds by which a difference of the same mean and spread
-would be found at 95 % in four of five attempts.
+would be found at 95 % in four of five attempts. A share of pairs is taken over all rounds and seeds
+together, a seed with more pairs counting more.
 """
 import json
 import math
@@ -24,11 +26,14 @@ CENTRAL = [
     ("gold", "seed", "DPO on the gold labels of all 232 prompts"),
     ("spa", "round2", "SPA (ε = 0)"),
     ("worst", "round2", "worst case (ε = 0.01)"),
-    ("flip_worst", "seed", "25 % flipped: DPO on the gold seed"),
-    ("flip_spa", "round2", "25 % flipped: SPA"),
-    ("flip_worst", "round2", "25 % flipped: worst case"),
 ]
-CENTRAL_PAIRS = [(4, 1), (3, 1), (4, 3), (2, 3), (7, 5), (6, 5), (7, 6)]
+CENTRAL_PAIRS = [(4, 1), (3, 1), (4, 3), (2, 3)]
+FLIPPED = [
+    ("flip_worst", "seed", "DPO on the gold seed (π_0)"),
+    ("flip_spa", "round2", "SPA (ε = 0)"),
+    ("flip_worst", "round2", "worst case (ε = 0.01)"),
+]
+FLIPPED_PAIRS = [(2, 0), (1, 0), (2, 1)]
 
 
 def causes(flip: str) -> list[tuple[str, str, str]]:
@@ -56,12 +61,23 @@ PAPERS = [
     ("one_seed20", "round1", "SPA, 20 gold pairs"),
 ]
 PAPERS_PAIRS = [(1, 0), *((k, 1) for k in range(2, len(PAPERS)))]
+# (title, rows, pairs of rows to be compared, the row of SPA)
 TABLES = [
-    ("Two rounds", CENTRAL, CENTRAL_PAIRS),
-    ("Causes, one round from shared labels, clean", causes("0"), CAUSES_PAIRS),
-    ("Causes, one round from shared labels, 40 % flipped", causes("0.4"), CAUSES_PAIRS),
-    ("The papers' rows, one round", PAPERS, PAPERS_PAIRS),
+    ("Two rounds", CENTRAL, CENTRAL_PAIRS, 3),
+    ("Two rounds, 25 % of the seed labels flipped", FLIPPED, FLIPPED_PAIRS, 1),
+    ("Causes, one round from shared labels, clean", causes("0"), CAUSES_PAIRS, 1),
+    ("Causes, one round from shared labels, 40 % flipped", causes("0.4"), CAUSES_PAIRS, 1),
+    ("The papers' rows, one round", PAPERS, PAPERS_PAIRS, 1),
 ]
+# of bench/demo_measures.py, and their heads
+GROUPS = {
+    "all": "all",
+    "flagged": "flagged",
+    "moved": "moved",
+    "would 0.01": "ε = 0.01 would move",
+    "would 0.05": "ε = 0.05 would move",
+    "others": "neither flagged nor moved",
+}
 
 
 def interval(values: list[float], sign: str = "") -> str:
@@ -72,6 +88,18 @@ def interval(values: list[float], sign: str = "") -> str:
         return f"{mean} ± ?"
     half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     return f"{mean} ± {half:.3f}"
+
+
+def ratio_interval(parts: list[float], wholes: list[float]) -> str:
+    """Σ parts / Σ wholes over seeds ± half its 95 % t-interval, a seed being the unit that is drawn
+    (the ratio made linear at its value); where all wholes are alike, `interval` of the shares."""
+    n = len(parts)
+    ratio = np.sum(parts) / np.sum(wholes)
+    if n < 2:
+        return f"{ratio:.3f} ± ?"
+    rest = (np.array(parts) - ratio * np.array(wholes)) / np.mean(wholes)
+    half = student.ppf(0.975, n - 1) * np.std(rest, ddof=1) / math.sqrt(n)
+    return f"{ratio:.3f} ± {half:.3f}"
 
 
 def paired_t(gains: list[float]) -> float:
@@ -134,6 +162,14 @@ def scores_of(row: tuple[str, str, str], runs: dict[str, dict]) -> dict[str, flo
             if policy in report["policies"]}
 
 
+def print_by_chance(p_values: list[float]) -> None:
+    """How many differences count as found, and how many would if there were none."""
+    tested = [p for p in p_values if not math.isnan(p)]
+    if tested:
+        print(f"\n{sum(p < 0.05 for p in tested)} of {len(tested)} differ at 95 %; "
+              f"{0.05 * len(tested):.1f} would by chance.")
+
+
 def print_table(title: str, rows: list, pairs: list, runs: dict[str, dict]) -> None:
     lines = []
     for arm, policy, name in rows:
@@ -164,23 +200,114 @@ def print_table(title: str, rows: list, pairs: list, runs: dict[str, dict]) -> N
     print()
     show(["difference in gold score", "seeds", "mean", "p", "seeds to decide it", "by seed"],
          differences)
-    tested = [p for p in p_values if not math.isnan(p)]
-    print(f"\n{sum(p < 0.05 for p in tested)} of {len(tested)} differ at 95 %; "
-          f"{0.05 * len(tested):.1f} would by chance.")
+    print_by_chance(p_values)
+
+
+def compared(own: dict[str, float], base: dict[str, float]) -> tuple[list[str], float]:
+    """(mean, p and seeds to decide it of the difference of two rows over their common seeds; p)."""
+    gains = [own[seed] - base[seed] for seed in own if seed in base]
+    if not gains:
+        return ["–"] * 3, math.nan
+    p = paired_t(gains)
+    return [interval(gains, "+"), shown_p(p), str(seeds_to_decide(gains) or "–")], p
+
+
+def print_tenth(title: str, rows: list, base: int, measures: dict[str, dict]) -> None:
+    """The worst tenth of the evaluation prompts by gold score."""
+    found = []
+    for arm, policy, _ in rows:
+        found.append({seed: own["tenth"][policy] for seed, own in measures.get(arm, {}).items()
+                      if policy in own["tenth"]})
+    lines, p_values = [], []
+    for k, (own, (_, _, name)) in enumerate(zip(found, rows)):
+        if own:
+            against, p = compared(own, found[base]) if k != base else (["–"] * 3, math.nan)
+            lines.append([name, str(len(own)), interval(list(own.values())), *against])
+            p_values.append(p)
+    if lines:
+        print(f"\n**{title}: the worst tenth of the prompts**\n")
+        show(["method", "seeds", "gold score", "− SPA", "p", "seeds to decide it"], lines)
+        print_by_chance(p_values)
+
+
+def print_heldout(title: str, rows: list, base: int, measures: dict[str, dict]) -> None:
+    """Worst-case loss on gold pairs of the evaluation prompts by radius: SPA's, and the others'
+    difference to it; and how many of these pairs a policy has right."""
+    found = []
+    for arm, policy, _ in rows:
+        found.append({seed: own["heldout"][policy] for seed, own in measures.get(arm, {}).items()
+                      if policy in own["heldout"]})
+    radii = next((own["radii"] for seeds in measures.values() for own in seeds.values()), [])
+    lines, p_values = [], []
+    for k, (own, (_, _, name)) in enumerate(zip(found, rows)):
+        common = [seed for seed in own if seed in found[base]]
+        if not common:
+            continue
+        cells = []
+        for r in range(len(radii)):
+            loss = {seed: own[seed]["loss"][r] for seed in common}
+            if k == base:
+                cells.append(interval(list(loss.values())))
+                continue
+            against, p = compared(loss, {seed: found[base][seed]["loss"][r] for seed in common})
+            cells.append(against[0])
+            p_values.append(p)
+        lines.append([name if k == base else f"{name} − SPA", str(len(common)), *cells,
+                      interval([own[seed]["right"] for seed in common])])
+    if lines:
+        print(f"\n**{title}: worst-case loss on held-out gold pairs** (lower is better)\n")
+        show(["method", "seeds", *(f"radius {radius}" for radius in radii),
+              "share with ξ > ½"], lines)
+        print_by_chance(p_values)
+
+
+def print_labels(title: str, rows: list, measures: dict[str, dict]) -> None:
+    """Shares of right labels by what was done to the pairs, all rounds of all seeds together."""
+    lines = []
+    for arm, policy, name in rows:
+        seeds = [own for own in measures.get(arm, {}).values() if policy in own["labels"]]
+        if not seeds:
+            continue
+        line = [name, str(len(seeds))]
+        for group in GROUPS:
+            counts = np.array([np.sum([own.get(group, [0.0, 0.0])
+                                       for own in seed["labels"].values()], axis=0)
+                               for seed in seeds])
+            rounds = sum(len(seed["labels"]) for seed in seeds)
+            pairs, right = counts.T
+            line.append(f"{ratio_interval(list(right), list(pairs))} "
+                        f"({pairs.sum() / rounds:.1f})" if pairs.sum() > 0 else "–")
+        lines.append(line)
+    if lines:
+        print(f"\n**{title}: labels that are right** (pairs a round)\n")
+        show(["method", "seeds", *GROUPS.values()], lines)
+
+
+def read_runs(root: Path, name: str) -> dict[str, dict[str, dict]]:
+    """arm → seed → content of a JSON file of the run, seeds in their order."""
+    runs: dict[str, dict[str, dict]] = {}
+    found = list(root.glob(f"*/*/{name}"))
+    for path in sorted(found, key=lambda path: (len(path.parts[-3]), path.parts[-3])):
+        seed, arm = path.parts[-3:-1]
+        runs.setdefault(arm, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+    return runs
 
 
 def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/table")
-    runs: dict[str, dict[str, dict]] = {}
-    found = list(root.glob("*/*/report.md.stats.json"))
-    for path in sorted(found, key=lambda path: (len(path.parts[-3]), path.parts[-3])):
-        seed, arm = path.parts[-3:-1]
-        runs.setdefault(arm, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+    runs = read_runs(root, "report.md.stats.json")
     if not runs:
         print(f"error: {root}: no reports of bench/demo.sh", file=sys.stderr)
         raise SystemExit(2)
-    for title, rows, pairs in TABLES:
+    measures = read_runs(root, "measures.json")
+    for title, rows, pairs, base in TABLES:
         print_table(title, rows, pairs, runs)
+        print_tenth(title, rows, base, measures)
+        print_heldout(title, rows, base, measures)
+        print_labels(title, rows, measures)
+    missing = sum(map(len, runs.values())) - sum(map(len, measures.values()))
+    if missing:
+        print(f"\n{missing} runs are not measured yet: python bench/demo_measures.py {root}")
 
 
 if __name__ == "__main__":
