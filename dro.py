@@ -101,7 +101,7 @@ class WorstCase(NamedTuple):
 
 def minus_log(pieces: int) -> Loss:
     """−log ξ, continued below 1/K by its tangent there: the loss ℓ* that the leader trains on (D5),
-    finite on [0, 1]."""
+    finite on [0, 1] (train.loss_star in numpy, with its slope)."""
     knot = 1 / pieces
 
     def value(x: np.ndarray) -> np.ndarray:

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # The language-model tables of RESULTS.md: methods in the demo's world, seed after seed.
 #
-#   bash bench/demo.sh central 1 2 3      two rounds: SFT, DPO on the seed and on all gold labels, SPA, worst case
-#   bash bench/demo.sh flipped 1 2 3      two rounds from a seed with 25 % of its labels wrong
-#   bash bench/demo.sh causes 1 2 3       one round from shared labels: anchor, radius, random pairs; clean and 40 % flipped
-#   bash bench/demo.sh papers 1 2 3       the papers' other rows, one round
-#   python bench/demo_measures.py runs/table  held-out worst case, worst prompts, right labels: for the tables
+#   bash bench/demo.sh central 1 2 3         two rounds: DPO on the seed, on all gold labels, SPA, worst case
+#   bash bench/demo.sh flipped 1 2 3         two rounds from a seed with 25 % of its labels wrong
+#   bash bench/demo.sh causes 1 2 3          one round from shared labels: anchor, radius, random pairs;
+#                                            clean and 40 % flipped
+#   bash bench/demo.sh papers 1 2 3          the papers' other rows, one round
+#   python bench/demo_measures.py runs/table  held-out worst case, worst prompts, right labels
 #   python bench/demo_table.py runs/table     mean over seeds, paired differences
 #   python bench/demo_plots.py runs/table     gold score by stage; both defences on one axis
 #
-# On two quiet cores an arm of one round takes about two minutes, a whole two-round run seven. Resumable: what is complete
-# is skipped. Arms share what they have in common (gold pairs, π_0, candidates, labels) by hard links (GNU cp).
+# On two quiet cores an arm of one round takes about two minutes, a whole two-round run seven.
+# Resumable: what is complete is skipped. Arms share what they have in common (gold pairs, π_0,
+# candidates, labels) by hard links (GNU cp).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 table=${1:?central, flipped, causes or papers}
@@ -61,11 +63,12 @@ for SEED in "$@"; do
           share "$first" "$arm" "${seed[@]}" "${eval[@]}" "${labels[@]}"
           EPSILON=$EPSILON RUN=$arm bash run.sh
         done
-        # the same moved fractions on random pairs: the follower's file is exchanged, the rest is the run's own
+        # the same moved fractions on random pairs: the follower's file alone is exchanged
         random=$base/one_random_0.05_$FLIP
         share "$arm" "$random" "${seed[@]}" "${eval[@]}" "${labels[@]}" round1/worst.jsonl
         python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo "${PYTHON:-python3}")
-        "$python" bench/random_pairs.py --pairs "$arm/round1/worst.jsonl" --out "$random/round1/worst.jsonl" --seed "$SEED"
+        "$python" bench/random_pairs.py --seed "$SEED" \
+          --pairs "$arm/round1/worst.jsonl" --out "$random/round1/worst.jsonl"
         EPSILON=0.05 RUN=$random bash run.sh
       done
       ;;
