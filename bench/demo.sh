@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The language-model tables of RESULTS.md: methods in the demo's world, seed after seed.
 #
-#   bash bench/demo.sh central 1 2 3         two rounds: DPO on the seed, on all gold labels, SPA, worst case
-#   bash bench/demo.sh flipped 1 2 3         two rounds from a seed with 25 % of its labels wrong
-#   bash bench/demo.sh causes 1 2 3          one round from shared labels: anchor, radius, random pairs;
-#                                            clean and 40 % flipped
-#   bash bench/demo.sh papers 1 2 3          the papers' other rows, one round
-#   python bench/demo_measures.py runs/table  held-out worst case, worst prompts, right labels
-#   python bench/demo_table.py runs/table     mean over seeds, paired differences
-#   python bench/demo_plots.py runs/table     gold score by stage; both defences on one axis
+#   bash bench/demo.sh central 1 2 3    two rounds: DPO on seed, on all gold labels, SPA, worst case
+#   bash bench/demo.sh flipped 1 2 3    two rounds from a seed with 25 % of its labels wrong
+#   bash bench/demo.sh causes 1 2 3     one round from shared labels: anchor, radius, random pairs;
+#                                       clean and 40 % flipped
+#   bash bench/demo.sh papers 1 2 3     the papers' other rows, one round
+#   python bench/demo_measures.py runs/table    held-out worst case, worst prompts, right labels
+#   python bench/demo_table.py runs/table       mean over seeds, paired differences
+#   python bench/demo_plots.py runs/table       gold score by stage; both defences on one axis
 #
 # On two quiet cores an arm of one round takes about two minutes, a whole two-round run seven.
 # Resumable: what is complete is skipped. Arms share what they have in common (gold pairs, π_0,
