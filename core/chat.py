@@ -281,16 +281,20 @@ def check_range(config, ids: np.ndarray, path: str, row: dict) -> None:
 
 
 def encode_rows(config, tokenizer, rows: list[dict], path: str,
-                answers_of: Callable[[dict], list[Answer]]) -> list:
+                answers_of: Callable[[dict], list[Answer]], most: int | None = None) -> list:
     """[(prompt ids, [response ids, …]), …] of rows; one that the model cannot read fails.
 
-    A response's ids are those in the row if they are of this vocabulary, else its text's.
+    A response's ids are those in the row if they are of this vocabulary, else its text's. A prompt
+    of more than `most` tokens loses its first ones after BOS; its row's `prompt_cut` counts them.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     encoded = []
     alone = 0
     for row in rows:
         own = own_ids(tokenizer, row)
+        if "prompt_cut" in row:  # scored after the whole, its answer would be another (D9)
+            fail(f"{path}: id {row['id']!r} was answered after a prompt cut to the context "
+                 "(generate.py --fit), which is for MT-Bench alone")
         try:
             prompt = encode_prompt(tokenizer, row["prompt"])
             answers = []
@@ -306,6 +310,10 @@ def encode_rows(config, tokenizer, rows: list[dict], path: str,
         except Exception as error:
             # Templates raise whatever they like, e.g. for a system turn.
             fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
+        if most is not None and len(prompt) > most:
+            row["prompt_cut"] = len(prompt) - most
+            bos = prompt[:starts_with_bos(tokenizer)]
+            prompt = bos + prompt[row["prompt_cut"] + len(bos):]
         longest = len(prompt) + max(map(len, answers), default=0)
         if limit and longest > limit:
             fail(f"{path}: id {row['id']!r} has {longest} tokens; the model's context is {limit}. "

@@ -276,11 +276,13 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
     config = load_config(args.model)
     tokenizer = load_tokenizer(args.model)
-    pairs = encode_rows(config, tokenizer, rows, args.prompts, lambda row: [])
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    # What --fit keeps of a prompt leaves an answer all its tokens, or half the context.
+    most = limit - min(args.max_new_tokens, limit // 2) if args.fit and limit < math.inf else None
+    pairs = encode_rows(config, tokenizer, rows, args.prompts, lambda row: [], most)
     encoded = [prompt.tolist() for prompt, _ in pairs]
     longest = max(map(len, encoded))
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if longest + args.max_new_tokens > limit and (not args.fit or longest >= limit):
+    if longest + args.max_new_tokens > limit and not args.fit:
         fail(f"{args.prompts}: the longest prompt ({longest} tokens) and --max-new-tokens "
              f"{args.max_new_tokens} exceed the model's context of {limit}")
     rooms = [min(args.max_new_tokens, limit - len(prompt)) for prompt in encoded]
@@ -344,7 +346,7 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
                        "special_inside": [is_foreign(tokenizer, *own) for own in answers],
                        "vocabulary": vocabulary(tokenizer)}
                 if rooms[i] < args.max_new_tokens:
-                    row["cut"] = True  # what the context left was less than --max-new-tokens
+                    row["answer_cut"] = True  # the context left less than --max-new-tokens
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     if world > 1:

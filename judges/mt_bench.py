@@ -14,6 +14,8 @@ from judges.measures import mt_bench_scores
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0,
                "math": 0.0, "coding": 0.0, "reasoning": 0.0}
 RATING_TOKENS = 2048
+# What the context did to second turns: name in the report → key in the answer's row.
+CUTS = {"prompts cut": "prompt_cut", "answers cut": "answer_cut"}
 
 
 def two_texts(value) -> bool:
@@ -84,11 +86,11 @@ def conversation(question: dict, answers: list[str]) -> list[dict]:
 
 
 def two_turns(args, name: str, path: str, questions: list[dict], rank: int, world: int,
-              device) -> tuple[list[list[str]], int]:
-    """(two answers a question, how many were cut to the room that the context left), sampled turn
-    by turn. A turn's draws are its own: its number stands in the id that decides them."""
+              device) -> tuple[list[list[str]], dict[str, int]]:
+    """(two answers a question, how many second turns the context cut), sampled turn by turn. A
+    turn's draws are its own: its number stands in the id that decides them."""
     answers: list[list[str]] = [[] for _ in questions]
-    cut = 0
+    cuts = dict.fromkeys(CUTS, 0)
     for t in (1, 2):
         prompts = f"{args.out}/mt_bench/{name}.turn{t}.prompts.jsonl"
         if rank == 0:
@@ -100,12 +102,14 @@ def two_turns(args, name: str, path: str, questions: list[dict], rank: int, worl
             write_rows(prompts, rows)
         if world > 1:
             dist.barrier()
+        # A first turn is as long as its question; a second's length is known to nobody before.
         rows = respond(path, prompts, prompts.replace(".prompts", ""), args, rank, world, device,
-                       n=1, fit=True)
+                       n=1, fit=t == 2)
         for own, row in zip(answers, rows):
             own.append(row["responses"][0])
-            cut += row.get("cut", False)
-    return answers, cut
+            for label, key in CUTS.items():
+                cuts[label] += key in row
+    return answers, cuts
 
 
 def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dict[str, dict]:
@@ -114,7 +118,7 @@ def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dic
     questions, templates, solved, templates_path = read_folder(Path(args.mt_bench))
     results = {}
     for name, path in models.items():
-        answers, cut = two_turns(args, name, path, questions, rank, world, device)
+        answers, cuts = two_turns(args, name, path, questions, rank, world, device)
         cases = []  # (question, turn, name of the judge's prompt, chat with the judge)
         for question, own in zip(questions, answers):
             known = solved.get(question["question_id"], [])
@@ -136,7 +140,7 @@ def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dic
         verdicts = chat(args, [messages for *_, messages in cases], room, rank, world, device)
         ratings = [{"category": question["category"], "turn": t, "score": parse_rating(text)}
                    for (question, t, _, _), text in zip(cases, verdicts)]
-        results[name] = {**mt_bench_scores(ratings), "cut to the context": cut}
+        results[name] = {**mt_bench_scores(ratings), **cuts}
         if rank == 0:
             write_answers(args, name, questions, answers)
             write_judgements(args, name, cases, verdicts, ratings)

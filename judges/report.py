@@ -212,7 +212,8 @@ def plot_confidences(axis, confidences: dict) -> None:
 
 
 def plot_ratings(axis, ratings: dict) -> None:
-    other = ("turn 1", "turn 2", "average", "rated", "unrated", "cut to the context")
+    other = ("turn 1", "turn 2", "average", "rated", "unrated", "prompts cut",
+             "answers cut")
     for k, (name, means) in enumerate(ratings.items()):
         keys = [key for key in means if key not in other]
         places = np.arange(len(keys)) + 0.8 * k / len(ratings)

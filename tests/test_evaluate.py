@@ -693,21 +693,12 @@ def test_no_verdict_is_null_in_annotations_and_counted(monkeypatch):
     assert policies["mine"]["win_rate"] == pytest.approx((1 + 0.5 + 0.75) / 3)
 
 
-def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
-    """Two turns with the first answer in the second's prompt, references for math, ratings parsed,
-    failures counted."""
-    folder = wide
-    bench = tmp_path / "bench"
-    bench.mkdir()
+def mt_bench_folder(path, questions: list[dict]):
+    """MT-Bench's files, with a reference answer to question 1."""
+    path.mkdir()
+    dump(path / "question.jsonl", questions)
     dump(
-        bench / "question.jsonl",
-        [
-            {"question_id": 1, "category": "math", "turns": ["1+1?", "Twice that?"]},
-            {"question_id": 2, "category": "writing", "turns": ["Write.", "Again {now}."]},
-        ],
-    )
-    dump(
-        bench / "reference_gpt-4.jsonl",
+        path / "reference_gpt-4.jsonl",
         [{"question_id": 1, "choices": [{"index": 0, "turns": ["two", "four"]}]}],
     )
     single, multi = (
@@ -715,11 +706,25 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
         "Q {question_1} A {answer_1} Q {question_2} A {answer_2}",
     )
     dump(
-        bench / "judge_prompts.jsonl",
+        path / "judge_prompts.jsonl",
         [
             {"name": f"single{m}-v1{s}", "system_prompt": "Judge.", "prompt_template": t + r}
             for m, r1 in (("", ""), ("-math", " R {ref_answer_1}"))
             for s, t, r in (("", single, r1), ("-multi-turn", multi, r1 and r1 + " {ref_answer_2}"))
+        ],
+    )
+    return path
+
+
+def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
+    """Two turns with the first answer in the second's prompt, references for math, ratings parsed,
+    failures counted."""
+    folder = wide
+    bench = mt_bench_folder(
+        tmp_path / "bench",
+        [
+            {"question_id": 1, "category": "math", "turns": ["1+1?", "Twice that?"]},
+            {"question_id": 2, "category": "writing", "turns": ["Write.", "Again {now}."]},
         ],
     )
     asked = []
@@ -756,7 +761,8 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
         "average": pytest.approx(20.5 / 3),
         "rated": 3,
         "unrated": 1,
-        "cut to the context": 0,
+        "prompts cut": 0,
+        "answers cut": 0,
     }
     first, second = jsonl(tmp_path / "run/mt_bench/model_answer/mine.jsonl")
     one, two = first["choices"][0]["turns"]
@@ -777,6 +783,34 @@ def test_mt_bench_in_two_turns(folder, wide, tmp_path, monkeypatch):
         j["judge"][1] for j in judgments
     ] == ["single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
     assert "| unrated | 1 |" in printed
+
+
+def test_mt_bench_cuts_second_turns_alone(folder, tmp_path, monkeypatch):
+    """A second turn whose prompt exceeds the context of 256 tokens is answered and counted; a first
+    question that does not fit is an error."""
+    monkeypatch.setattr(mt_bench, "chat", lambda args, chats, *rest: ["[[4]]"] * len(chats))
+    long = "abcdefgh " * 40
+    turns = [["1+1?", "Twice that?"], ["Write.", long], ["Say.", long]]
+    asked = [
+        {"question_id": k, "category": "math", "turns": both} for k, both in enumerate(turns, 1)
+    ]
+    bench = mt_bench_folder(tmp_path / "bench", asked)
+    command = ["evaluate.py", "--models", f"mine={folder}", "--mt-bench", bench, "--judge", "llm"]
+    command += ["--judge-model", folder, "--precision", "fp32", "--out", tmp_path / "run"]
+    found = {}
+    for new in (20, 150):
+        printed = ok(run(*command, "--max-new-tokens", new)).stdout
+        scores = json.load(open(tmp_path / "run/report.md.stats.json"))["mt_bench"]["mine"]
+        found[new] = scores["prompts cut"], scores["answers cut"]
+        rows = jsonl(tmp_path / "run/mt_bench/mine.turn2.jsonl")
+        assert ["prompt_cut" in row for row in rows[1:]] == [True, True]
+        assert all(0 < len(row["response_ids"][0]) <= min(new, 128) for row in rows[1:])
+        assert f"| prompts cut | {found[new][0]} |" in printed
+    # Of 150 new tokens the context has room for 128, and the first answer may be as long.
+    assert found[20] == (2, 0) and found[150][1] >= 2
+    dump(bench / "question.jsonl", [*asked, {**asked[1], "question_id": 4, "turns": [long, "So?"]}])
+    done = run(*command, "--max-new-tokens", "20")
+    assert done.returncode == 2 and "id '4 turn 1'" in done.stderr
 
 
 # ------------------------------------------------------------------------------------- the report

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import core.sampling as stage
 from conftest import dump, jsonl, make_model, ok, run
-from core.chat import encode_response, end_of_turn
+from core.chat import encode_prompt, encode_response, end_of_turn
 from core.models import load
 from core.policy import ResponseLogps, score
 from core.sampling import draw, sample, stop_tokens, uniforms
@@ -378,23 +378,44 @@ def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
     assert row["chosen"] == (bad, good)[int(np.argmax(logits))]
 
 
-def test_what_the_context_leaves(folder, tmp_path):
-    """With --fit a long prompt's answer ends at the context, marked; others are as without."""
-    texts = {"long": "abcdefgh" * 30, "short": "Write."}
-    rows = [{"id": k, "prompt": [{"role": "user", "content": v}]} for k, v in texts.items()]
+@pytest.mark.parametrize("new, most, room", [(60, 196, 60), (200, 128, 128)])
+def test_what_the_context_leaves(any_folder, tmp_path, new, most, room):
+    """With --fit a prompt that leaves too little of a context of 256 tokens loses its first ones
+    but BOS, and an answer what is beyond the context, both marked: against transformers' own greedy
+    search. Without --fit, and in the stages that learn, it is an error."""
+    model, tokenizer = load(any_folder, torch.device("cpu"))
+    rows = []
+    for tokens in (1, 200, 300):  # at least; 60 new ones fit beside the first alone
+        text = "Say "
+        while len(encode_prompt(tokenizer, [{"role": "user", "content": text}])) < tokens:
+            text += "abc"
+        rows.append({"id": f"{tokens}", "prompt": [{"role": "user", "content": text}]})
     prompts = dump(tmp_path / "p.jsonl", rows)
-    command = ["generate.py", "--model", folder, "--prompts", prompts, "--precision", "fp32"]
-    command += ["--max-new-tokens", "60", "--out", tmp_path / "o.jsonl"]
+    out = tmp_path / "o.jsonl"
+    command = ["generate.py", "--model", any_folder, "--prompts", prompts, "--precision", "fp32"]
+    command += ["--max-new-tokens", new, "--out", out, "-n", "1", "--temperature", "0"]
     done = run(*command)
-    assert done.returncode == 2 and "exceed the model's context" in done.stderr
+    assert done.returncode == 2 and "the model's context is 256" in done.stderr
     ok(run(*command, "--fit"))
-    long, short = jsonl(tmp_path / "o.jsonl")
-    assert long["cut"] and "cut" not in short
-    limit = AutoModelForCausalLM.from_pretrained(folder).config.max_position_embeddings
-    used = limit - max(map(len, long["response_ids"]))
-    assert 0 < used < limit and max(map(len, short["response_ids"])) <= 60
-    ok(run(*command[:4], dump(tmp_path / "s.jsonl", rows[1:]), *command[5:]))
-    assert jsonl(tmp_path / "o.jsonl")[0]["response_ids"] == short["response_ids"]
+    stops = stop_tokens(any_folder, model.config, tokenizer)
+    for row in jsonl(out):
+        ids = encode_prompt(tokenizer, row["prompt"])
+        cut = max(0, len(ids) - most)
+        if cut:
+            bos = [i for i in tokenizer("a").input_ids[:1] if i == tokenizer.bos_token_id]
+            ids = bos + ids[-most:][len(bos) :]
+        length = room if cut else min(new, 256 - len(ids))
+        expected = model.generate(
+            torch.tensor([ids]), max_new_tokens=length, do_sample=False, eos_token_id=stops
+        )
+        assert row["response_ids"] == [expected[0, len(ids) :].tolist()]
+        assert row.get("prompt_cut", 0) == cut and row.get("answer_cut", False) == (length < new)
+    assert ["prompt_cut" in row for row in jsonl(out)] == [False, True, True]
+    label = ["label.py", "--model", any_folder, "--reference-model", any_folder]
+    done = run(*label, "--responses", out, "--out", tmp_path / "l.jsonl")
+    assert done.returncode == 2 and "a prompt cut to the context" in done.stderr
+    ok(run(*command[:4], dump(tmp_path / "s.jsonl", rows[:1]), *command[5:]))
+    assert "prompt_cut" not in jsonl(out)[0] and "answer_cut" not in jsonl(out)[0]
 
 
 def test_nan_while_sampling_is_one_line(folder, tmp_path, monkeypatch):
