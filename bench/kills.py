@@ -12,6 +12,7 @@ measure (times, speeds, memory). Exit status 1 if any differs.
 import argparse
 import bisect
 import collections
+import contextlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,61 +59,73 @@ def prepare(folder: Path) -> dict[str, str]:
             "MODEL": str(folder / "tiny/model"), "DATA": str(folder / "pairs.jsonl")}
 
 
-def start(folder: Path, env: dict[str, str]) -> subprocess.Popen:
-    """run.sh in a process group of its own, with its output in folder/log."""
+@contextlib.contextmanager
+def running(folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """run.sh in a process group of its own, with its output in folder/log; what is left of it at
+    the end is killed."""
     with open(folder / "log", "w") as log:
-        return subprocess.Popen(["bash", "run.sh"], cwd=ROOT, env=env, stdout=log,
-                                stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(["bash", "run.sh"], cwd=ROOT, env=env, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        # Stages are no children of this process: they cannot be waited for.
+        for _ in range(100):
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.02)
 
 
 def written(folder: Path) -> set[str]:
     """Complete outputs."""
-    found = (folder / "run").rglob("*.stats.json")
-    return {str(path.relative_to(folder / "run"))[:-len(".stats.json")] for path in found}
+    found = set()
+    for place, _, names in os.walk(folder / "run"):
+        found |= {os.path.relpath(f"{place}/{name}", folder / "run")[:-len(".stats.json")]
+                  for name in names if name.endswith(".stats.json")}
+    return found
+
+
+def finish(process: subprocess.Popen, folder: Path) -> None:
+    if process.wait():
+        sys.exit((folder / "log").read_text())
 
 
 def undisturbed(folder: Path, env: dict[str, str]) -> list[tuple[str, float]]:
-    """(output, seconds since its stage's start when it was complete) of every stage, in order."""
+    """(output, seconds that it took) of every stage, in order."""
     stages: list[tuple[str, float]] = []
     began = time.perf_counter()
-    process = start(folder, env)
-    over = False
-    while not over:
-        over = process.poll() is not None
-        for name in written(folder) - {name for name, _ in stages}:
-            stages.append((name, time.perf_counter() - began))
-            began = time.perf_counter()
-        time.sleep(0.02)
-    check(process, folder)
+    with running(folder, env) as process:
+        over = False
+        while not over:
+            over = process.poll() is not None
+            for name in written(folder) - {name for name, _ in stages}:
+                stages.append((name, time.perf_counter() - began))
+                began = time.perf_counter()
+            time.sleep(0.02)
+        finish(process, folder)
     return stages
-
-
-def check(process: subprocess.Popen, folder: Path) -> None:
-    if process.wait():
-        sys.exit((folder / "log").read_text())
 
 
 def killed(folder: Path, env: dict[str, str], stage: int, wait: float) -> bool:
     """Go on with the run and kill it `wait` seconds after it has passed `stage` outputs; False if
     it came to its end before."""
     before = len(written(folder))
-    process = start(folder, env)
     due = math.inf
-    while process.poll() is None:
-        skipped = (folder / "log").read_text(errors="replace").count(": complete, skipped")
-        if due == math.inf and skipped + len(written(folder)) - before >= stage:
-            due = time.perf_counter() + wait
-        if time.perf_counter() >= due:
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.02)
-    else:
-        check(process, folder)
-        return False
-    process.wait()
-    while subprocess.run(["pgrep", "-g", str(process.pid)], stdout=subprocess.DEVNULL).returncode == 0:
-        time.sleep(0.02)
-    return True
+    with running(folder, env) as process:
+        while process.poll() is None and time.perf_counter() < due:
+            skipped = (folder / "log").read_text(errors="replace").count(": complete, skipped")
+            if due == math.inf and skipped + len(written(folder)) - before >= stage:
+                due = time.perf_counter() + wait
+            time.sleep(0.02)
+        if process.poll() is None:
+            return True
+        finish(process, folder)
+    return False
 
 
 def moments(stages: list[tuple[str, float]], count: int, dice: random.Random) -> list:
@@ -168,7 +182,8 @@ def main() -> None:
             shutil.rmtree(folder / "run", ignore_errors=True)
             for stage, wait in moments(stages, args.kills - hits.total(), dice):
                 hits[stages[stage][0]] += killed(folder, env, stage, wait)
-            check(start(folder, env), folder)
+            with running(folder, env) as process:
+                finish(process, folder)
             count, differ = compare(whole, folder / "run")
             if differ:
                 break
