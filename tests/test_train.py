@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from conftest import dump, jsonl, launch, make_model, ok, run
 from core.stage import fingerprint
 from core.policy import ResponseLogps, pack, response_hidden, token_logps
+from core.training import log_row
 from seed_dpo import dpo_margin
 from train import atoms_of, leader_loss, loss_star, threshold
 
@@ -185,6 +187,22 @@ def test_threshold_looks_back_on_fifty():
     assert threshold(
         [{"extrapolated": [0.0] * 50}] + [{"extrapolated": [i / 49]} for i in range(50)], 10
     ) == pytest.approx(0.1)
+
+
+def test_logged_accuracy_is_what_training_did():
+    """Pairs that π_θ prefers otherwise than π_ref count, whatever the margin against π_init: ½ at
+    the start."""
+    run = SimpleNamespace(
+        device=torch.device("cpu"),
+        encoded=[([5, 6], [[7, 2], [8, 2]])] * 4,
+        shared=True,
+        policy=ResponseLogps(make_model()),
+        peak=1.0,
+    )
+    for gain, accuracy in (([0.0] * 4, 0.5), ([0.0, 0.2, 0.1, -0.1], 0.625)):
+        pairs = {"loss": [0.1] * 4, "margin": [3.0] * 4, "gain": gain}
+        row = log_row(run, 0, [0, 1, 2, 3], pairs, 1.0, 0.1, time.perf_counter())
+        assert row["accuracy"] == accuracy and row["margin"] == 3.0
 
 
 def test_atoms_are_checked(capsys):
