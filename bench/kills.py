@@ -7,7 +7,8 @@ folder of the same name: SIGKILL ends every process of the run at random moments
 one, and each time the same command goes on. Moments count from a stage's start, so that a stage
 begun anew is hit where it would have been. Trainers keep a checkpoint after every step. Every file
 is compared: rows, weights, tables and plots by their bytes, logs and stats but for what they
-measure (times, speeds, memory). Exit status 1 if any differs.
+measure (times, speeds, memory). Exit status 1 if any differs. Stats name the commit: make none
+meanwhile.
 """
 import argparse
 import bisect
@@ -172,27 +173,29 @@ def main() -> None:
     cli.add_argument("--seed", type=int, default=0, help="decides the moments")
     args = cli.parse_args()
     dice = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        env = prepare(folder)
-        stages = undisturbed(folder, env)
-        whole = (folder / "run").rename(folder / "whole")
-        hits: collections.Counter = collections.Counter()
-        while hits.total() < args.kills:  # a moment may come after the end; then once more
-            shutil.rmtree(folder / "run", ignore_errors=True)
-            for stage, wait in moments(stages, args.kills - hits.total(), dice):
-                hits[stages[stage][0]] += killed(folder, env, stage, wait)
-            with running(folder, env) as process:
-                finish(process, folder)
-            count, differ = compare(whole, folder / "run")
-            if differ:
-                break
+    folder = Path(tempfile.mkdtemp(prefix="kills-"))
+    env = prepare(folder)
+    stages = undisturbed(folder, env)
+    whole = (folder / "run").rename(folder / "whole")
+    hits: collections.Counter = collections.Counter()
+    differ: list[str] = []
+    # A moment may come after the end: what was begun anew goes on where it was. Then once more.
+    while hits.total() < args.kills and not differ:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        for stage, wait in moments(stages, args.kills - hits.total(), dice):
+            hits[stages[stage][0]] += killed(folder, env, stage, wait)
+        with running(folder, env) as process:
+            finish(process, folder)
+        count, differ = compare(whole, folder / "run")
     for output, seconds in stages:
         print(f"{output}: {seconds:.1f} s, {hits[output]} kills")
-    print(*(f"differs: {name}" for name in differ), sep="\n")
+    for name in differ:
+        print(f"differs: {folder}/whole/{name} {folder}/run/{name}")
     print("| kills | stages hit | files compared | differing files |\n| --- | --- | --- | --- |")
     print(f"| {hits.total()} | {len(+hits)} of {len(stages)} | {count} | {len(differ)} |")
-    sys.exit(bool(differ))
+    if differ:
+        sys.exit(1)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python bench/memory.py          a minute or two on two cores, 180 MB of a temporary file
 
-60 000 pairs of UltraFeedback's lengths, a prompt of 150 tokens and responses of 300 on average, are
-read and encoded by core's own functions, and again with their ids left in lists. Each kind is held
-by a process of its own; what a third weighs that keeps no ids is taken off.
+60 000 pairs of the lengths that bench/cost.py counts with, a prompt of 200 tokens and responses of
+256 on average, are read and encoded by core's own functions, and again with their ids left in
+lists. Each kind is held by a process of its own; what a third weighs without ids is taken off.
 """
 import json
 import multiprocessing
@@ -20,18 +20,17 @@ from core.chat import encode_prompt, encode_rows, pair_of, vocabulary  # noqa: E
 from core.rows import iterate_rows, read_rows  # noqa: E402
 from data.tiny import make_tokenizer, tiny_config  # noqa: E402
 
-N, PROMPT, RESPONSE, VOCABULARY = 60_000, 150, 300, 32_000
+N, PROMPT, RESPONSE, VOCABULARY = 60_000, 200, 256, 32_000
 
 
 def write_pairs(path: str) -> None:
     """Labelled rows whose ids are random and whose texts are short, but for the prompt's."""
     dice = np.random.default_rng(0)
     tokenizer = make_tokenizer("bytes")
-    text = ""
-    while len(encode_prompt(tokenizer, [{"role": "user", "content": text}])) < PROMPT:
-        text += "z"
-    row = {"prompt": [{"role": "user", "content": text}], "chosen": "a", "rejected": "b",
-           "vocabulary": vocabulary(tokenizer)}
+    prompt = [{"role": "user", "content": ""}]
+    while len(encode_prompt(tokenizer, prompt)) < PROMPT:
+        prompt[0]["content"] += "z"
+    row = {"prompt": prompt, "chosen": "a", "rejected": "b", "vocabulary": vocabulary(tokenizer)}
     with open(path, "w", encoding="utf-8") as file:
         for i in range(N):
             row["id"] = str(i)
@@ -56,7 +55,7 @@ def weigh(kind: str, path: str, results) -> None:
         for row in iterate_rows(path, "preferences"):
             ids = [row.pop("chosen_ids").tolist(), row.pop("rejected_ids").tolist()]
             prompt = dice.integers(257, VOCABULARY, PROMPT).tolist()
-            held.append((row, (prompt, ids)) if kind == "lists" else (row,))
+            held.append((row, prompt, ids) if kind == "lists" else (row,))
     results.put(resident() - before)
 
 
@@ -79,7 +78,7 @@ def main() -> None:
             weights[kind] = results.get()
     lists, arrays = (weights[kind] - weights["none"] for kind in ("lists", "arrays"))
     print(f"memory: {N} pairs of {PROMPT} + 2 × {RESPONSE} tokens on average: {lists:.2f} GB as "
-          f"lists, {arrays:.2f} GB as arrays, 1/{lists / arrays:.1f}")
+          f"lists, {arrays:.2f} GB as arrays, {lists / arrays:.1f} times less")
 
 
 if __name__ == "__main__":
