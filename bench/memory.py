@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,8 @@ def write_pairs(path: str) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def weigh(kind: str, path: str, results) -> None:
-    """Put the GB of this process that came with the rows, which it holds, into `results`."""
+def weigh(kind: str, path: str) -> float:
+    """GB of this process that came with the rows, which it holds."""
     tokenizer = make_tokenizer("bytes")
     config = tiny_config("llama", vocab_size=VOCABULARY)
     before = resident()
@@ -56,27 +57,22 @@ def weigh(kind: str, path: str, results) -> None:
             ids = [row.pop("chosen_ids").tolist(), row.pop("rejected_ids").tolist()]
             prompt = dice.integers(257, VOCABULARY, PROMPT).tolist()
             held.append((row, prompt, ids) if kind == "lists" else (row,))
-    results.put(resident() - before)
+    return resident() - before
 
 
 def resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def main() -> None:
-    start = multiprocessing.get_context("spawn")
-    results = start.SimpleQueue()
-    weights = {}
-    with tempfile.TemporaryDirectory() as folder:
+    spawn = multiprocessing.get_context("spawn")
+    with (tempfile.TemporaryDirectory() as folder,
+          ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool):
         path = f"{folder}/pairs.jsonl"
         write_pairs(path)
-        for kind in ("none", "lists", "arrays"):
-            process = start.Process(target=weigh, args=(kind, path, results))
-            process.start()
-            process.join()
-            weights[kind] = results.get()
-    lists, arrays = (weights[kind] - weights["none"] for kind in ("lists", "arrays"))
+        none, lists, arrays = pool.map(weigh, ("none", "lists", "arrays"), [path] * 3)
+    lists -= none
+    arrays -= none
     print(f"memory: {N} pairs of {PROMPT} + 2 × {RESPONSE} tokens on average: {lists:.2f} GB as "
           f"lists, {arrays:.2f} GB as arrays, {lists / arrays:.1f} times less")
 
