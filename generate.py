@@ -34,7 +34,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="response rows (JSONL)")
     cli.add_argument("--fit", action="store_true",
-                     help="a prompt that leaves less room than --max-new-tokens gets what is left")
+                     help="a prompt too long for its answer loses its first tokens, and the answer "
+                     "gets what the context leaves (MT-Bench's second turns, as in FastChat)")
     sampling_flags(cli, n=2)
     args = cli.parse_args()
     settings = settings_of(args, "model", "prompts")
