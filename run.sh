@@ -6,6 +6,7 @@
 #   bash run.sh configs/NAME.env --tiny  the same on a tiny random model of its architecture: would the launch work?
 #   MODEL=… DATA=… bash run.sh           any causal LM and any preference data, with the papers' values
 #   METHOD=spa bash run.sh               SPA;  METHOD=spa ALPHA=0 bash run.sh  iterative DPO on self-labels
+#   bash run.sh configs/NAME.env --check can it run, and what would it do? Any of the above takes --check
 #   bash run.sh test                     the tests
 #   bash run.sh --help                   every variable, its default and its meaning
 #
@@ -14,9 +15,9 @@
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")"
-source configs/defaults.sh  # settings, checks, installation; `launch` starts a stage on all processes
+source configs/defaults.sh  # settings, checks, installation; `single` starts a stage, `launch` on all processes
 
-judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
+judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"} --judge-tokens "$JUDGE_TOKENS")
 [[ $GOLD != openai ]] || judge+=(${BASE_URL:+--base-url "$BASE_URL"})
 endpoint=()
 [[ $JUDGE != openai ]] || endpoint=(${BASE_URL:+--base-url "$BASE_URL"})
@@ -29,16 +30,16 @@ train=(--beta "$BETA" --batch-size "$BATCH_SIZE" --seed "$SEED" --micro-tokens "
 size=(--seed-size "$SEED_SIZE")
 [[ -z $SEED_FRACTION ]] || size=(--seed-fraction "$SEED_FRACTION")
 [[ -z $SEED_POLICY ]] || size=(--seed-size 0)
-"$python" -m data.prepare --data "$DATA" --out "$RUN/data" "${size[@]}" --select "$SELECT" --rounds $ROUNDS \
+single -m data.prepare --data "$DATA" --out "$RUN/data" "${size[@]}" --select "$SELECT" --rounds $ROUNDS \
   --eval-size "$EVAL_SIZE" --model "${SEED_POLICY:-$MODEL}" --max-new-tokens "$MAX_NEW_TOKENS" --flip "$FLIP" --seed "$SEED"
 gold=$RUN/data/seed.jsonl
 
 # Prompts without preferences: the model answers, the gold judge labels, once.
-if [[ -f $RUN/data/seed_prompts.jsonl ]]; then
+if prompts_alone; then
   sampling generate.py --model "$MODEL" --prompts "$RUN/data/seed_prompts.jsonl" --out "$RUN/gold/responses.jsonl" \
     -n "$GOLD_N" --temperature "$TEMPERATURE" "${sample[@]}"
   launch label.py "${judge[@]}" --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl"
-  "$python" -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" --seed "$SEED" \
+  single -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" --seed "$SEED" \
     --seed-fraction 1 --rounds
   gold=$RUN/gold/seed/seed.jsonl
 fi
@@ -55,7 +56,7 @@ fi
 
 # An LLM judge, where one is asked for and none is given: a policy learns the letters of the gold pairs, in both orders.
 train_judge() {  # FROM OUT
-  "$python" -m judges.comparisons --pairs "$gold" --out "$2.pairs.jsonl"
+  single -m judges.comparisons --pairs "$gold" --out "$2.pairs.jsonl"
   launch seed_dpo.py --objective supervised --model "$1" --pairs "$2.pairs.jsonl" --out "$2" --lr "$JUDGE_LR" "${train[@]}"
 }
 judge_model=$JUDGE_MODEL
@@ -80,10 +81,10 @@ for _ in $ROUNDS; do
   reference=$MODEL
   [[ $REFERENCE != previous ]] || reference=$before
   launch label.py --model "$policy" --responses "$round/responses.jsonl" --out "$round/labelled.jsonl" --beta "$BETA" \
-    --judge "$JUDGE" ${judge_model:+--judge-model "$judge_model"} "${endpoint[@]}" \
+    --judge "$JUDGE" ${judge_model:+--judge-model "$judge_model"} "${endpoint[@]}" --judge-tokens "$JUDGE_TOKENS" \
     --reference "$REFERENCE" --reference-model "$reference" --length-penalty "$LENGTH_PENALTY"
   # the worst distribution of the confidences within W₁ ≤ ε                                            T2-2 … T2-5
-  "$python" dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" --epsilon "$EPSILON" --pieces "$PIECES" \
+  single dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" --epsilon "$EPSILON" --pieces "$PIECES" \
     ${GROUP:+--group "$GROUP"}
   # π_t: noise-refined labels under that worst case                                                       S9 … S12
   launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" --lr "$LR" "${train[@]}" \

@@ -56,6 +56,7 @@ define_settings() {
   setting JUDGE implicit "who labels the rounds: implicit (SPA), vader, reward-model, pairrm, llm, openai"
   setting JUDGE_MODEL "" "that judge's model; llm without one is trained on the gold seed"
   setting BASE_URL "" "endpoint of JUDGE=openai and GOLD=openai; empty: OpenAI's own"
+  setting JUDGE_TOKENS 16 "room for an answer of that endpoint; more where it reasons first"
   setting JUDGE_LR 2e-5 "learning rate of that training"
   setting JUDGE_START init "which is done once, from π_init, or in each round anew, from π_{t−1} (previous)"
   setting REFERENCE init "of the implicit reward: init, previous, none (SPA, Table 7)"
@@ -103,6 +104,10 @@ one_of() {  # NAME CHOICES…
   stop "$name=${!name}: must be one of: $*"
 }
 
+whole_number() {  # NAME: must be one, at least 1
+  [[ ${!1} == +([0-9]) && ${!1} != +(0) ]] || stop "$1=${!1}: must be a whole number, at least 1"
+}
+
 near_names() {  # stops at a variable that is one slip of the finger away from a setting
   local name setting i head tail
   for name in $(compgen -e); do
@@ -136,7 +141,22 @@ check_settings() {
   one_of JUDGE implicit vader reward-model pairrm llm openai
   one_of JUDGE_START init previous
   one_of GOLD none vader reward-model pairrm llm openai
-  [[ $NPROC$NNODES == +([0-9]) ]] || stop "NPROC=$NPROC NNODES=$NNODES: must be whole numbers"
+  whole_number NPROC
+  whole_number NNODES
+  whole_number MASTER_PORT
+  # what run.sh alone knows; every other number is checked by the stage that reads it (core/preflight.py)
+  local name model
+  for name in N GOLD_N; do
+    [[ ${!name} != 1 ]] || stop "$name=1: a pair takes two responses to a prompt"
+  done
+  [[ $SEED_SIZE != +(0) || -n $SEED_FRACTION$SEED_POLICY ]] ||
+    stop "SEED_SIZE=$SEED_SIZE: without gold pairs SEED_POLICY must name an aligned model"
+  [[ $LAMS == *[![:space:]]* ]] || stop "LAMS names no number"
+  for name in JUDGE GOLD; do
+    model=${name}_MODEL
+    [[ ${!name} != @(reward-model|pairrm|openai) && $name-${!name} != GOLD-llm || -n ${!model} ]] ||
+      stop "$name=${!name} needs $model"
+  done
   if (( NNODES > 1 )) && ! command -v ${EACH_NODE%% *} >/dev/null; then
     stop "${EACH_NODE%% *}: no such command; EACH_NODE must run a command once on each of NNODES=$NNODES machines"
   fi
@@ -156,19 +176,16 @@ check_settings() {
 # -------------------------------------------------------------------------------------------------------- interpreter
 
 satisfied() {  # PYTHON FILE: whether an interpreter has what a requirements file asks for
-  "$1" - "$2" <<'END_PYTHON' 2>/dev/null
-import sys
-from importlib.metadata import version
-
-from packaging.requirements import Requirement
-
-lines = (line.split("#")[0].strip() for line in open(sys.argv[1]))
-wanted = [Requirement(line) for line in lines if line and not line.startswith("-r")]
-sys.exit(any(version(one.name) not in one.specifier for one in wanted))
-END_PYTHON
+  "$1" -m core.packages "$2" >/dev/null 2>&1
 }
 install() {  # FILE: make $python an interpreter that has what it asks for
-  [[ ${INSTALL-} != no ]] || return 0
+  command -v "$python" >/dev/null || stop "PYTHON=$python: no such command"
+  if [[ ${INSTALL-} == no ]]; then
+    local lacking
+    lacking=$("$python" -m core.packages "$1" --absent) ||
+      stop "PYTHON=$python lacks ${lacking//$'\n'/, } ($1); without INSTALL=no a .venv is made that has them"
+    return
+  fi
   ! satisfied "$python" "$1" || return 0
   [[ -x .venv/bin/python ]] || "$python" -m venv .venv
   python=.venv/bin/python
@@ -179,7 +196,18 @@ install() {  # FILE: make $python an interpreter that has what it asks for
 
 # ------------------------------------------------------------------------------------------------- how a stage starts
 
+single() {  # a stage on one process; while run.sh is only listed, its command line is printed
+  if [[ -n ${listing-} ]]; then
+    echo "${*@Q}"
+  else
+    "$python" "$@"
+  fi
+}
 launch() {  # a stage on all processes of all machines
+  if [[ -n ${listing-} ]]; then
+    single "$@"
+    return
+  fi
   # Lengths differ from pass to pass: GPU memory in blocks of fixed size would be full of holes.
   # In the command itself: torch reads it when loaded, and not every launcher forwards variables.
   local allocator=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
@@ -205,15 +233,42 @@ launch() {  # a stage on all processes of all machines
 }
 sampling() {  # a stage that samples; vLLM has processes of its own
   if [[ $BACKEND == vllm ]]; then
-    "$python" "$@" --backend vllm
+    single "$@" --backend vllm
   else
     launch "$@"
   fi
 }
 
+ready_model() {  # MODEL as the stages take it: the demo's is fetched, and one may need a template of its own
+  [[ -z $fetch ]] || single -m data.demo --out "$MODEL"
+  if [[ $SYSTEM_TURN == empty ]]; then  # from here on it is in the model's template, and its policies inherit it
+    single -m data.system_turn --model "$MODEL" --out "$RUN/init"
+    MODEL=$RUN/init
+  fi
+}
+
+# ---------------------------------------------------------------------------------------------------------- preflight
+
+prompts_alone() {  # whether DATA holds prompts without preferences, as data.prepare has found
+  if [[ -n ${listing-} && ! -e $RUN/data ]]; then
+    return 0  # not known yet: the stages of both cases are listed
+  fi
+  [[ -f $RUN/data/seed_prompts.jsonl ]] || return 1
+  [[ $GOLD != none || -n ${listing-} ]] || stop "DATA=$DATA holds prompts alone: GOLD must name who labels the seed"
+}
+preflight() (  # every stage call of run.sh is listed, and looked at, before the first is started for real
+  export "${settings[@]}" python fetch
+  calls=$(listing=yes bash run.sh)
+  "$python" -m core.preflight $check <<<"$calls"
+)
+
 # ------------------------------------------------------------------------------------------------------- all together
 
 shopt -s extglob
+if [[ -n ${listing-} ]]; then  # settings are what preflight has exported
+  ready_model
+  return
+fi
 python=${PYTHON:-python3}
 case ${1-} in
   -h | --help)
@@ -227,6 +282,11 @@ case ${1-} in
     exec "$python" -m pytest -q "${@:2}" tests
     ;;
 esac
+check=
+if [[ ${*: -1} == --check ]]; then
+  check=--check
+  set -- "${@:1:$# - 1}"
+fi
 for name in MODEL DATA RUN SEED_POLICY JUDGE_MODEL GOLD_MODEL; do  # what the caller names lies where the caller is
   path=${!name-}
   if [[ $caller != "$PWD" && -n $path && $path != /* && ( $name == RUN || -e $caller/$path ) ]]; then
@@ -249,7 +309,7 @@ if [[ -n ${1-} || -z ${DATA-} ]]; then
   source "$config"
   set +a
 fi
-[[ ${*:2} == @(|--tiny) ]] || stop "${*:2}: the one thing that may follow a config is --tiny"
+[[ ${*:2} == @(|--tiny) ]] || stop "${*:2}: what may follow a config is --tiny, and --check at the end"
 define_settings
 name=${config:+$(basename "$config" .env)}$own
 name=${name#-}
@@ -266,12 +326,11 @@ if [[ ${2-} == --tiny ]]; then  # the same stages on a tiny model of the same ar
   SEED_SIZE=8 ROUNDS=${ROUNDS//+([0-9])/6} MAX_NEW_TOKENS=8 BATCH_SIZE=4
   [[ -z $SEED_POLICY ]] || SEED_POLICY=$MODEL MODEL=$RUN/tiny/base
 fi
+fetch=
 if [[ -z $MODEL ]]; then
-  MODEL=models/smollm2
-  "$python" -m data.demo --out "$MODEL"
-fi
-if [[ $SYSTEM_TURN == empty ]]; then  # from here on it is in the model's own template, and its policies inherit it
-  "$python" -m data.system_turn --model "$MODEL" --out "$RUN/init"
-  MODEL=$RUN/init
+  MODEL=models/smollm2 fetch=yes
 fi
 echo "run: $METHOD on $MODEL, data $DATA, ε $EPSILON, α $ALPHA, lr $LR, n $N, seed $SEED → $RUN"
+preflight
+[[ -z $check ]] || exit 0
+ready_model

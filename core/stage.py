@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # LOOK=yes: a stage only looks whether it has work. Its exit status says so: 0 none, WORK some.
 LOOK = "LOOK"
 WORK = 3
+OTHER_SETTINGS = "complete, of other settings"
 ABSENT = "absent"  # the fingerprint, while only looking, of what an earlier stage has yet to write
 
 # Memory, not mathematics: what is written is the same whatever they are (D11).
@@ -84,19 +85,31 @@ def kept_at(folder: str) -> list[Path]:
             Path(cache, "preference-digests", f"{key}.json")]
 
 
-def commit_of(name: str) -> str:
-    """The commit that a hub id stands for here; "" where it is none that can be reached."""
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        return ""
+def is_hub_id(name: str) -> bool:
+    """Whether a model or data set that is no path here may be one of the hub."""
+    return name.count("/") == 1 and not name.startswith((".", "/"))
+
+
+def snapshot_of(name: str) -> Path | None:
+    """The hub's cache of a hub id; None where it is none that can be reached. While only looking
+    nothing is fetched."""
+    if not is_hub_id(name):
+        return None
     import huggingface_hub  # slow to import, and needed for hub ids alone
-    config = huggingface_hub.try_to_load_from_cache(name, "config.json")
     try:
+        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
         if not isinstance(config, str) and os.environ.get(LOOK) != "yes":
             config = huggingface_hub.hf_hub_download(name, "config.json")
     except Exception:
         # Whoever loads the model says what is wrong.
-        return ""
-    return Path(config).parent.name if isinstance(config, str) else ""
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def commit_of(name: str) -> str:
+    """The commit that a hub id stands for here; "" where it is none that can be reached."""
+    snapshot = snapshot_of(name)
+    return snapshot.name if snapshot else ""
 
 
 def digest_of(files: list, names: list[str]) -> str:
@@ -140,7 +153,7 @@ def is_done(out: str, settings: dict) -> bool:
             print(f"{out}: complete, skipped")
         return True
     if os.environ.get("REDO") != "yes":
-        fail(f"{out}: complete, of other settings: {'; '.join(changed)}. REDO=yes replaces it and "
+        fail(f"{out}: {OTHER_SETTINGS}: {'; '.join(changed)}. REDO=yes replaces it and "
              "all that follows from it; another --out (RUN) keeps both")
     if first:
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")

@@ -5,8 +5,13 @@ import os
 import re
 import socket
 import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
+import transformers
+from core import preflight
 
 from conftest import ROOT, dump, gold_rows, jsonl, warm_python
 
@@ -49,7 +54,15 @@ def run_sh(*arguments, **variables) -> str:
         ({"LENGTH_PENALTY": "0.01", "EPSILON": "0"}, "LENGTH_PENALTY=0.01"),
         ({"ANCHOR": "previous"}, "D6"),
         ({"METHOD": "spa", "JUDGE": "llm", "LENGTH_PENALTY": "0.1"}, "implicit reward"),
-        ({"NPROC": "two"}, "whole"),
+        ({"NPROC": "two"}, "NPROC=two: must be a whole number"),
+        ({"NNODES": "0"}, "NNODES=0: must be a whole number"),
+        ({"N": "1"}, "N=1: a pair takes two"),
+        ({"SEED_SIZE": "0"}, "SEED_POLICY"),
+        ({"LAMS": " "}, "LAMS names no number"),
+        ({"GOLD": "reward-model"}, "GOLD=reward-model needs GOLD_MODEL"),
+        ({"GOLD": "llm"}, "GOLD=llm needs GOLD_MODEL"),
+        ({"METHOD": "spa", "JUDGE": "openai"}, "JUDGE=openai needs JUDGE_MODEL"),
+        ({"PYTHON": "nosuchpython"}, "PYTHON=nosuchpython: no such command"),
         ({"NNODES": "2", "EACH_NODE": "nosuchcommand"}, "nosuchcommand"),
     ],
 )
@@ -58,6 +71,66 @@ def test_an_impossible_setting_is_one_line_before_the_first_stage(tmp_path, vari
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, (
         done.stderr
     )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interpreter_without_packages_is_one_line(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    done = start_sh(DATA="data.jsonl", RUN=tmp_path / "run", PYTHON=bare)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"PYTHON={bare} lacks torch" in done.stderr
+
+
+BAD = [
+    {"EPSILON": "abc", "ALPHA": "2", "EVAL_N": "0", "FLIP": "2", "TEMPERATURE": "-1"},
+    {"PIECES": "0", "LAMS": "0.5 b", "N": "0", "ROUNDS": "4 x", "JUDGE_TOKENS": "0"},
+    {"GROUP": "0", "PERCENTILE": "101", "MAX_NEW_TOKENS": "many", "LENGTH_PENALTY": "-1",
+     "JUDGE": "implicit", "METHOD": "spa"},
+    {"BETA": "0", "EVAL_SIZE": "0"},
+    {"SEED": "-1", "SEED_EPOCHS": "0", "SEED_FRACTION": "2"},
+    {"METHOD": "spa", "JUDGE": "llm", "JUDGE_LR": "-1", "LR": "fast", "SAMPLE_TOKENS": "0",
+     "GOLD_N": "-2"},
+]
+
+
+@pytest.mark.parametrize("variables", BAD, ids=lambda table: " ".join(table))
+def test_every_number_is_checked_by_its_stage_before_the_first(folder, tmp_path, variables):
+    data = dump(tmp_path / "data.jsonl", [{"prompt": "x"}])
+    sound = {"MODEL": folder, "DATA": data, "GOLD": "vader", "RUN": tmp_path / "run"}
+    done = start_sh(**sound, **variables)
+    fine = {"METHOD": "spa", "JUDGE": "llm"}.items() | {"JUDGE": "implicit"}.items()
+    bad = dict(variables.items() - fine)
+    assert done.returncode == 2 and done.stdout.startswith("run: ")
+    assert sorted(line.split(": ")[1] for line in done.stderr.splitlines()) == sorted(
+        f"{name}={value}" for name, value in bad.items()
+    ), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_needs_is_looked_for_before_the_first_stage(folder, tmp_path):
+    prompts = dump(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
+    pairs = dump(tmp_path / "pairs.jsonl", gold_rows(5))
+    table = [
+        ({"DATA": prompts}, ["holds prompts alone: GOLD", "1 rows; "]),
+        ({"DATA": pairs, "ROUNDS": 4},
+         ["5 rows; the seed, ROUNDS and one for the evaluation need 2005"]),
+        ({"DATA": "no.csv", "MODEL": tmp_path, "BACKEND": "vllm", "GOLD": "llm",
+          "GOLD_MODEL": folder + "/no"}, ["no.csv: no such", "config.json", "BACKEND=vllm",
+                                          f"GOLD=llm: {folder}/no: no such"]),
+    ]
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    (huge / "config.json").write_text("{}")
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [10**6, 10**6]}}).encode()
+    (huge / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    fits = {"DATA": pairs, "MODEL": huge, "SEED_SIZE": 2, "ROUNDS": "1 1"}
+    table.append((fits, ["needs 36000.0 GB (3 models, and checkpoints"]))  # (3 + 2·3) × 4 TB
+    for variables, words in table:
+        done = start_sh("--check", **{"MODEL": folder, "RUN": tmp_path / "run", **variables})
+        assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
+        assert len(done.stderr.splitlines()) == len(words)
     assert not (tmp_path / "run").exists()
 
 
@@ -101,6 +174,19 @@ def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     } == {"seed_prompts": 6, "prompts_1": 6, "prompts_2": 5, "eval": 7}
     assert json.load(open(tmp_path / "run/round1/policy.stats.json"))["settings"]["lam"] == 0.5
     assert json.load(open(tmp_path / "run/round2/policy.stats.json"))["settings"]["lam"] == 0.25
+
+    again = run_sh(config, **variables, REDO="no")
+    assert again.count("complete, skipped") == 14 and "| round2 |" in again
+    # what would be redone is named, and nothing is, before REDO=yes asks for it
+    refused = start_sh(config, "--check", **variables, EPSILON=0, REDO="no")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert "round1/worst.jsonl: complete, of other settings: epsilon 0.01 → 0.0" in refused.stderr
+    after = "round1/policy, round2/responses.jsonl, round2/labelled.jsonl, round2/worst.jsonl, "
+    assert f"after it: {after}round2/policy, report.md" in refused.stderr
+    states = [line.split()[0] for line in refused.stdout.splitlines()[1:-1]]
+    assert states == ["done"] * 7 + ["changed", "follows"] + ["follows"] * 2 + [
+        "changed"] + ["follows"] * 2
+    assert start_sh(config, **variables, EPSILON=0, REDO="no").stderr == refused.stderr
 
     changed = run_sh(config, **variables, EPSILON=0)
     assert "worst.jsonl: changed since it was written: epsilon 0.01 → 0.0. Redoing." in changed
@@ -199,6 +285,65 @@ def test_spa_variant_on_two_machines(tmp_path):
         json.load(open(tmp_path / "run-tiny/round1/worst.jsonl.stats.json"))["settings"]["epsilon"]
         == 0
     )
+
+
+def test_judges_are_looked_for(folder, ranker, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert "OPENAI_API_KEY" in preflight.missing_for("openai", "m")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # refuses every request
+        monkeypatch.setenv("BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+        Thread(target=server.handle_request).start()
+        assert preflight.missing_for("openai", "m") is None
+    assert "does not answer" in preflight.missing_for("openai", "m")
+    monkeypatch.setenv("BASE_URL", "host/v1")
+    assert "does not answer" in preflight.missing_for("openai", "m")
+
+    assert preflight.missing_for("reward-model", ranker) is None
+    assert "LlamaForCausalLM" in preflight.missing_for("reward-model", folder)
+    assert preflight.missing_for("llm", folder) is None
+    config = transformers.AutoConfig.from_pretrained(ranker, num_labels=2)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
+    assert "found 2" in preflight.missing_for("reward-model", str(tmp_path / "two"))
+    assert "no such model" in preflight.missing_for("llm", str(tmp_path / "none"))
+    assert preflight.missing_for("llm", "some/judge") is None  # may yet be fetched
+
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    for judge, package in (("vader", "vaderSentiment"), ("pairrm", "llm-blender"),
+                           ("openai", "openai")):
+        assert f"package {package}" in preflight.missing_for(judge, "m")
+
+
+def test_the_disk_that_a_run_needs(folder, tmp_path, monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    count = sum(p.numel() for p in model.parameters())  # tied weights once
+    assert preflight.parameters(folder) == count
+    run = tmp_path / "run"
+    (run / "old").mkdir(parents=True)
+    (run / "seed.checkpoint").write_bytes(bytes(1000))
+    monkeypatch.setenv("RUN", str(run / "not/yet/there"))
+    looks = [preflight.Look([program, "--out", f"{run}/{out}"], state, "")
+             for program, out, state in (("seed_dpo.py", "old", preflight.DONE),
+                                         ("seed_dpo.py", "seed", preflight.TO_DO),
+                                         ("label.py", "rows", preflight.TO_DO),
+                                         ("train.py", "policy", preflight.TO_DO))]
+    # two models of 4 bytes a weight; weights and two moments of 4 bytes, an old and a new
+    # checkpoint, of which 1 000 bytes are there
+    models, needed, free = preflight.disk(looks, count)
+    assert (models, needed) == (2, 2 * 4 * count + 2 * 12 * count - 1000) and free > 0
+    assert preflight.disk(looks[:1], count)[1] == 0
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("a.jsonl", '{"prompt": "x", "chosen": "y"}\n{', {"prompt", "chosen"}),
+    ("a.json", '\n[ {"prompt": "x"}, 1]', {"prompt"}),
+    ("a.csv", "prompt,chosen\nx,y\n", {"prompt", "chosen"}),
+    ("a.jsonl", "", None),
+    ("a.parquet", "{}", None),
+])
+def test_the_columns_of_data(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    assert preflight.columns(str(tmp_path / name)) == expected
 
 
 def test_endpoint_judges_take_their_address(tmp_path):
