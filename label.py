@@ -87,7 +87,7 @@ from core.models import load_config, load_tokenizer
 from core.parallel import start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import read_rows, write_rows
+from core.rows import answer_turn, read_rows, write_rows
 from judges.judge import rewards
 
 
@@ -194,7 +194,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
             continue
         w, l = pair
         for side, (text, ended, ids) in (("chosen", answers[w]), ("rejected", answers[l])):
-            row |= {side: text, f"{side}_ended": ended}
+            row |= {side: answer_turn(text), f"{side}_ended": ended}
             if ids is not None:
                 row[f"{side}_ids"] = ids
         row |= {"margin": own[w] - own[l], "margin_of": margin_of}

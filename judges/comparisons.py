@@ -9,7 +9,7 @@ the other. seed_dpo.py learns such rows like any others:
 import argparse
 import os
 
-from core.rows import read_rows, write_rows
+from core.rows import answer_turn, read_rows, write_rows
 from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
 
 
@@ -36,7 +36,7 @@ def comparisons(rows: list[dict]) -> list[dict]:
         for right, wrong, first, second in (("A", "B", good, bad), ("B", "A", bad, good)):
             asked.append({"id": f"{row['id']} {right}",
                           "prompt": option_prompt(row["prompt"], first, second),
-                          "chosen": right, "rejected": wrong,
+                          "chosen": answer_turn(right), "rejected": answer_turn(wrong),
                           "chosen_ended": False, "rejected_ended": False})
     return asked
 
