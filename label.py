@@ -28,6 +28,7 @@ import os
 
 from core.rows import fail
 from core.stage import (
+    inputs_of,
     is_done,
     leave_if,
     parser,
@@ -217,7 +218,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         if args.pairs:
             stats["gold_agreement"] = sum(agreement) / len(agreement)
             notes += f", agreement with gold {stats['gold_agreement']:.3f}"
-        publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled))
+        publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled),
+                inputs_of(args, settings))
         print(f"label: {len(labelled)} pairs by {args.judge}, {stats['ties']} ties dropped, "
               f"{special} responses with special tokens inside left out{how_read}, median margin "
               f"{stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")

@@ -50,6 +50,7 @@ from core.rows import (
     wrong,
 )
 from core.stage import (
+    inputs_of,
     is_done,
     leave_if,
     natural,
@@ -548,7 +549,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     counts = {name: len(part) for name, part in parts.items()}
     stats = {**counts, "flipped": len(flipped), **{key: left[key] for key in REASONS},
              "unused_columns": unused}
-    publish(args.out, settings, stats, write)
+    publish(args.out, settings, stats, write, inputs_of(args, settings))
     line = ", ".join(f"{name} {count}" for name, count in counts.items())
     if flipped:
         line += f" ({len(flipped)} labels of the seed flipped)"
