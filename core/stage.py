@@ -177,9 +177,12 @@ def about(inputs: dict[str, str]) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
+    torch = sys.modules.get("torch")  # a stage that computes has loaded it
+    gpu = torch is not None and torch.cuda.is_initialized()
+    card = f", {torch.cuda.get_device_name()}" if gpu else ""
     return {"command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
             "commit": commit or None,
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{card}",
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "seconds": round(time.time() - STARTED, 1),
             "inputs": inputs}
