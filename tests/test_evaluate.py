@@ -844,7 +844,7 @@ def test_a_run_by_name(tmp_path):
         "policy": ("train.py", {"pairs": "pairs"}, {"anchor": "previous", "alpha": 0.0}, {}),
     }
     for k, (out, (program, inputs, own, counts)) in enumerate(made.items()):
-        inputs = {key: name if "." in name else f"{tmp_path}/{name}" for key, name in inputs.items()}
+        inputs = {key: x if "." in x else f"{tmp_path}/{x}" for key, x in inputs.items()}
         about = {"command": f"{program} --out {out}", "inputs": inputs, "seconds": 10.0 * 2**k}
         about |= {"processes": 1, "commit": "abc", "machine": "m"}
         stats = {**counts, "settings": dict.fromkeys(inputs, "hash") | own, "about": about}

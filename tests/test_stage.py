@@ -214,7 +214,8 @@ def test_openmp_waits_without_spinning():
     code = "import os, core.stage; print(os.environ['OMP_WAIT_POLICY'])"
     for given, found in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         plain = {key: text for key, text in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        env = plain | given
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=plain | given
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env
         )
         assert done.stdout.strip() == found
