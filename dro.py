@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from core.stage import (
+    inputs_of,
     is_done,
     leave_if,
     natural,
@@ -357,7 +358,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
              "lp_gap": lp_gap, "margins_taken_as_against_init": silent}
     if args.plot:
         plot(args.plot, xi, solution, loss, lines)
-    publish(args.out, settings, stats, write)
+    publish(args.out, settings, stats, write, inputs_of(args, settings))
     taken = f", {silent} margins taken as against π_init" if silent else ""
     print(f"dro: {moved} of {len(xi)} pairs moved within ε = {args.epsilon}; mean loss "
           f"{stats['empirical_loss']:.4f} → worst case {solution.value:.4f} (ℓ* of the leader: at "

@@ -34,7 +34,9 @@ from pathlib import Path
 from core.flags import sampling_flags
 from core.rows import fail
 from core.stage import (
+    about,
     fingerprint,
+    inputs_of,
     is_done,
     leave_if,
     parser,
@@ -42,7 +44,6 @@ from core.stage import (
     run_stage,
     settings_of,
 )
-from core.stage import about as about_run
 from judges.flags import check_judge, judge_flags
 
 
@@ -126,6 +127,7 @@ from core.rows import (
     write_rows,
 )
 from core.sampling import respond
+from judges.history import history, settings_by_name, stage_table
 from judges.judge import SCORERS, compare, settled, wins
 from judges.measures import (
     bootstrap_interval,
@@ -140,6 +142,7 @@ from judges.report import (
     SIDE_BY_SIDE,
     label_table,
     leaderboard_table,
+    markdown,
     mt_bench_table,
     openings,
     plot,
@@ -319,9 +322,9 @@ def write_alpaca_eval(args, answers: dict, annotations: dict) -> None:
 
 def explanations(args, policies: dict, quality: dict, ratings: dict, count: int) -> list[str]:
     """Paragraphs that say what the columns mean, for those who have not read the code."""
-    about = []
+    notes = []
     if policies:
-        about.append(
+        notes.append(
             f"{count} held-out prompts × {args.n} samples at T = {args.temperature}, judge: "
             f"{args.judge_model or args.judge}. Win rate against `{next(iter(policies))}`, ties ½, "
             "with a 95 % bootstrap interval over prompts; p: the paired test of the same win rate "
@@ -332,40 +335,34 @@ def explanations(args, policies: dict, quality: dict, ratings: dict, count: int)
             "distinct first three words, as a share of the answers.")
     for name, p in policies.items():
         if "order_disagreement" in p:
-            about.append(
+            notes.append(
                 f"`{name}`: the judge's two orders named different winners in "
                 f"{p['order_disagreement']:.1%} of the comparisons; {p['no_verdict']} of "
                 f"{2 * count * args.n} answers had no verdict and count ½.")
         if p["special_inside"]:
-            about.append(f"`{name}`: special tokens stand inside {p['special_inside']} answers; "
+            notes.append(f"`{name}`: special tokens stand inside {p['special_inside']} answers; "
                          "what is judged is their text without these.")
     if any(quality.values()):
-        about.append(
+        notes.append(
             f"Self-labels: on up to {LABELS} of the pairs that the policy was trained on, the "
             "share that the judge agrees with, and the share that it calls wrong among those "
             "flagged as noise and among all that could be flagged.")
     for name, q in quality.items():
         if "no_verdict" in q:
-            about.append(f"Self-labels of `{name}`: {q['no_verdict']} of {2 * q['pairs']} answers "
+            notes.append(f"Self-labels of `{name}`: {q['no_verdict']} of {2 * q['pairs']} answers "
                          "had no verdict and count ½.")
     if ratings:
-        about.append("MT-Bench: means of the judge's ratings from 1 to 10 by category, by turn and "
+        notes.append("MT-Bench: means of the judge's ratings from 1 to 10 by category, by turn and "
                      "of all; unrated: answers of the judge without a rating.")
-    return about
+    return notes
 
 
-def how_it_came_about(args) -> str:
-    """Every policy by its folder, with what it was trained on and how."""
-    lines = [f"- judge {args.judge}{f' ({args.judge_model})' if args.judge_model else ''}, "
-             f"prompts {args.prompts or args.mt_bench}"]
-    for name, path in named(args.models, "--models").items():
-        stats = Path(f"{path}.stats.json")
-        about = json.loads(stats.read_text()).get("about", {}) if stats.is_file() else {}
-        made = f": `{about['command']}`, {about['seconds']:.0f} s" if about else ""
-        lines.append(f"- `{name}` is {path}{made}")
-    run = about_run()
-    lines.append(f"- this report: `{run['command']}` at commit {run['commit']}, {run['machine']}")
-    return "\n".join(lines)
+def what_it_is(args, stages: list[dict], models: dict[str, str]) -> dict[str, str]:
+    """The run and its evaluation by name."""
+    policies = ", ".join(f"{name} = {path}" for name, path in models.items())
+    judge = f"{args.judge}{f' ({args.judge_model})' if args.judge_model else ''}"
+    return {**settings_by_name(stages), "policies": policies, "judge of this report": judge,
+            "prompts of this report": args.prompts or args.mt_bench}
 
 
 def answer(args, models: dict[str, str], rank: int, world: int, device) -> dict[str, list[dict]]:
@@ -396,11 +393,18 @@ def write_report(args, settings: dict, models: dict[str, str], answers: dict, po
         plot(tmp, policies, quality, confidences, logs, ratings)
         os.replace(tmp, f"{args.out}/report.png")
     count = len(next(iter(answers.values()), []))
+    report = f"{args.out}/report.md"
+    labels = {f"labels of {name}": path for name, path in named(args.labels, "--labels").items()}
+    inputs = inputs_of(args, settings) | models | labels
+    stages = history([*models.values(), *labels.values()])
+    this = {"stage": "evaluate", "out": report, "about": about(inputs)}
+    run = what_it_is(args, stages, models)
     parts = [f"# Run `{os.path.basename(os.path.normpath(args.out))}`", *tables,
+             "## What this run is", markdown(["setting", "value"], list(run.items())),
              "## What the columns mean",
              *explanations(args, policies, quality, ratings, count),
              "![win rates, lengths, training loss, labels, confidences, MT-Bench](report.png)",
-             "## How it came about", how_it_came_about(args)]
+             "## How it came about", stage_table([*stages, this])]
     if answers:
         first = list(range(min(SIDE_BY_SIDE, count)))
         parts += ["## Responses side by side", side_by_side(answers, first)]
@@ -409,9 +413,9 @@ def write_report(args, settings: dict, models: dict[str, str], answers: dict, po
             parts += [f"## The prompts where `{list(policies)[-1]}` does worst by the judge",
                       side_by_side(answers, worst)]
     text = "\n\n".join(parts) + "\n"
-    report = f"{args.out}/report.md"
-    publish(report, settings, {"policies": policies, "labels": quality, "mt_bench": ratings},
-            lambda tmp: Path(tmp).write_text(text, encoding="utf-8") and None)
+    found = {"policies": policies, "labels": quality, "mt_bench": ratings, "run": run}
+    publish(report, settings, found,
+            lambda tmp: Path(tmp).write_text(text, encoding="utf-8") and None, inputs)
     what = [f"{count} prompts × {args.n} samples"] if policies else []
     what += ["MT-Bench"] if ratings else []
     asked = [found for found in (*policies.values(), *quality.values()) if "no_verdict" in found]

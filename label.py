@@ -28,6 +28,7 @@ import os
 
 from core.rows import fail
 from core.stage import (
+    inputs_of,
     is_done,
     leave_if,
     parser,
@@ -87,7 +88,7 @@ from core.models import load_config, load_tokenizer
 from core.parallel import start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import read_rows, write_rows
+from core.rows import answer_turn, read_rows, write_rows
 from judges.judge import rewards
 
 
@@ -194,7 +195,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
             continue
         w, l = pair
         for side, (text, ended, ids) in (("chosen", answers[w]), ("rejected", answers[l])):
-            row |= {side: text, f"{side}_ended": ended}
+            row |= {side: answer_turn(text), f"{side}_ended": ended}
             if ids is not None:
                 row[f"{side}_ids"] = ids
         row |= {"margin": own[w] - own[l], "margin_of": margin_of}
@@ -217,7 +218,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         if args.pairs:
             stats["gold_agreement"] = sum(agreement) / len(agreement)
             notes += f", agreement with gold {stats['gold_agreement']:.3f}"
-        publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled))
+        publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled),
+                inputs_of(args, settings))
         print(f"label: {len(labelled)} pairs by {args.judge}, {stats['ties']} ties dropped, "
               f"{special} responses with special tokens inside left out{how_read}, median margin "
               f"{stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")

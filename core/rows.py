@@ -2,7 +2,9 @@
 Needs no torch.
 
 Each kind of file holds an `id` and the keys of `ROWS`; extra keys pass through every stage
-unchanged. Files are written beside their place and renamed, so a file that exists is whole.
+unchanged. `chosen` and `rejected` lie in files as TRL's conversations do, a list of one message of
+the assistant's, and may be given as a text; in memory they are the text. Files are written beside
+their place and renamed, so a file that exists is whole.
 """
 import contextlib
 import gzip
@@ -32,11 +34,15 @@ ROWS = {
     "labelled": ["prompt", "chosen", "rejected", "margin", "chosen_logp", "rejected_logp"],
 }
 
+# The responses of a pair.
+SIDES = ["chosen", "rejected"]
 # Checked where a row has them.
 OPTIONAL = [
     "temperature", "ended", "response_ids", "special_inside", "vocabulary", "chosen_ended",
     "rejected_ended", "chosen_ids", "rejected_ids", "pieces", "margin_of",
 ]
+# What makes rows of any other program's file.
+PREPARE = "run python -m data.prepare on raw data first"
 # These hold a value for each response.
 A_RESPONSE = ["ended", "response_ids", "special_inside"]
 # What a row's margin is (D10); `policy`: the fingerprint of the model whose log-probs the row has.
@@ -63,10 +69,27 @@ def is_message(value: object) -> bool:
             and isinstance(value.get("content"), str))
 
 
+def answer_turn(text: str) -> list[dict]:
+    """A response as a conversation's last turn: how `chosen` and `rejected` lie in files."""
+    return [{"role": "assistant", "content": text}]
+
+
+def text_of(answer: object) -> object:
+    """The text of `chosen` or `rejected`: of one message of the assistant's; all else as it is."""
+    if isinstance(answer, list) and len(answer) == 1 and is_message(answer[0]):
+        if answer[0]["role"] == "assistant":
+            return answer[0]["content"]
+    return answer
+
+
 def wrong(key: str, value: object) -> str | None:
     """What `value` should have been under `key`, or None if it is right."""
-    if key in ("id", "chosen", "rejected"):
+    if key == "id":
         return None if isinstance(value, str) and value.strip() else "a non-empty string"
+    if key in SIDES:
+        text = text_of(value)
+        sound = isinstance(text, str) and text.strip()
+        return None if sound else "a non-empty text or one message of the assistant's"
     if key == "prompt":
         turns = isinstance(value, list) and value and all(map(is_message, value))
         return None if turns else 'a non-empty list of {"role": …, "content": …}'
@@ -153,13 +176,14 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
     for number, row in read_json_lines(path):
         for key in ["id", *ROWS[kind]]:
             if key not in row:
-                raw = "; python -m data.prepare makes both" if key in ("id", "prompt") else ""
+                raw = f"; {PREPARE}" if key in ("id", "prompt") else ""
                 fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need id, "
                      f"{', '.join(ROWS[kind])}{raw}")
         for key in ["id", *ROWS[kind], *OPTIONAL]:
             if key in row and (expected := wrong(key, row[key])) is not None:
+                raw = f"; {PREPARE}" if key in ("prompt", *SIDES) else ""
                 fail(f"{path}:{number}: '{key}' must be {expected}, "
-                     f"found {json.dumps(row[key])[:60]}")
+                     f"found {json.dumps(row[key])[:60]}{raw}")
         for key in A_RESPONSE:
             if key in row and "responses" in row and len(row[key]) != len(row["responses"]):
                 fail(f"{path}:{number}: id {row['id']!r}: '{key}' must hold a value for each of "
@@ -168,6 +192,9 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
             fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; "
                  "ids must differ")
         seen[row["id"]] = number
+        for side in SIDES:
+            if side in ROWS[kind]:
+                row[side] = text_of(row[side])
         # A list takes 36 bytes a token, an array 4.
         for key in ("chosen_ids", "rejected_ids"):
             if key in row:

@@ -35,7 +35,7 @@ from core.probe import (
     reached,
 )
 from core.rows import fail, read_rows, write_rows
-from core.stage import is_done, publish, settings_of
+from core.stage import inputs_of, is_done, publish, settings_of
 
 # It needs the torch of requirements.txt; 0.33 would replace it.
 VLLM = "vllm>=0.30,<0.33"
@@ -359,7 +359,8 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
                   "ended": sum(sum(row["ended"]) for row in done.values()) / len(lengths),
                   "special_inside": sum(sum(row["special_inside"]) for row in done.values())}
         publish(args.out, settings, stats,
-                lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)))
+                lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)),
+                inputs_of(args, settings))
         for path in glob.glob(f"{glob.escape(args.out)}.part*"):
             os.remove(path)
         print(f"generate: {len(rows)} prompts × {args.n} responses, "

@@ -135,6 +135,13 @@ def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
     return settings
 
 
+def inputs_of(args: argparse.Namespace, settings: dict) -> dict[str, str]:
+    """What `settings` has by its fingerprint, as the command line named it: flag → path or hub
+    id."""
+    return {key: value for key, value in vars(args).items()
+            if key in settings and settings[key] != value}
+
+
 def is_done(out: str, settings: dict) -> bool:
     """True if `out` is complete from these very settings. A complete output of other settings is
     never replaced unasked: what differs is named, and the program ends, unless REDO=yes is set."""
@@ -174,25 +181,31 @@ def clean(out: str) -> None:
         remove(f"{out}.{suffix}")
 
 
-def about() -> dict:
-    """How an output came about: for readers, and no reason to do anything again."""
+def about(inputs: dict[str, str]) -> dict:
+    """How an output came about: for readers, and no reason to do anything again. Paths stand here
+    by name; their fingerprints are in the settings."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
+    torch = sys.modules.get("torch")  # a stage that computes has loaded it
+    gpu = torch is not None and torch.cuda.is_initialized()
+    card = f", {torch.cuda.get_device_name()}" if gpu else ""
     return {"command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
             "commit": commit or None,
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{card}",
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
-            "seconds": round(time.time() - STARTED, 1)}
+            "seconds": round(time.time() - STARTED, 1),
+            "inputs": inputs}
 
 
-def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None]) -> None:
+def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None],
+            inputs: dict[str, str] | None = None) -> None:
     """`write(tmp)`, rename to `out`, then write `out`.stats.json: at no moment do stats describe
     another output."""
-    whole = {**stats, "about": about(), "settings": settings}
+    whole = {**stats, "about": about(inputs or {}), "settings": settings}
     text = json.dumps(whole, indent=1, ensure_ascii=False)
     with beside(out) as tmp, beside(f"{out}.stats.json") as tmp_stats:
         write(tmp)

@@ -36,7 +36,7 @@ from core.parallel import autocast, distribute, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, rope_switch, shares_prompt, tokens_of
 from core.probe import load_scorer
 from core.rows import fail, read_rows, remove, write_rows
-from core.stage import clean, publish
+from core.stage import clean, inputs_of, publish
 
 
 class Run(NamedTuple):
@@ -385,6 +385,6 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
     means = {key: sum(row[key] for row in last) / len(last) for key in ("loss", "accuracy")}
     stats |= {"pairs": len(run.rows), "steps": len(log), **means}
     if run.rank == 0:
-        publish(args.out, run.settings, stats, write)
+        publish(args.out, run.settings, stats, write, inputs_of(args, run.settings))
         clean(args.out)
     return stats

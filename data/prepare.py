@@ -20,9 +20,10 @@ the prompts that differ most: each next one the farthest, by cosine of the model
 at the end of the prompt, from those chosen before (SSAPO's seed selection).
 
 Writes OUT/seed.jsonl (id, prompt, chosen, rejected), OUT/prompts_1.jsonl … and, from the rest,
-OUT/eval.jsonl. Prompts that differ in case or white space alone are one prompt. Prompts with the
-same opening user turn are in one part only: those that would fall into a second one are left out.
-Papers: 2 000 gold pairs of 60 000 (3.3 %).
+OUT/eval.jsonl; all but the id are messages, so that TRL's DPOTrainer takes the pairs as they are.
+Prompts that differ in case or white space alone are one prompt. Prompts with the same opening user
+turn are in one part only: those that would fall into a second one are left out. Papers: 2 000 gold
+pairs of 60 000 (3.3 %).
 
     python -m data.prepare --data argilla/ultrafeedback-binarized-preferences-cleaned --out data/uf
     python -m data.prepare --data data/prompts.jsonl --out runs/demo/data --seed-size 40 \\
@@ -39,8 +40,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
-from core.rows import fail, read_json_lines, read_json_list, write_rows, wrong
+from core.rows import (
+    SIDES,
+    answer_turn,
+    fail,
+    read_json_lines,
+    read_json_list,
+    write_rows,
+    wrong,
+)
 from core.stage import (
+    inputs_of,
     is_done,
     leave_if,
     natural,
@@ -529,6 +539,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     flipped = dice.sample(pairs, round(args.flip * len(pairs)))
     for row in flipped:
         flip(row)
+    for row in (row for part in parts.values() for row in part):
+        row |= {side: answer_turn(row[side]) for side in SIDES if side in row}
 
     def write(tmp: str) -> None:
         for name, part in parts.items():
@@ -537,7 +549,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     counts = {name: len(part) for name, part in parts.items()}
     stats = {**counts, "flipped": len(flipped), **{key: left[key] for key in REASONS},
              "unused_columns": unused}
-    publish(args.out, settings, stats, write)
+    publish(args.out, settings, stats, write, inputs_of(args, settings))
     line = ", ".join(f"{name} {count}" for name, count in counts.items())
     if flipped:
         line += f" ({len(flipped)} labels of the seed flipped)"

@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
+from core.stage import inputs_of, is_done, leave_if, parser, publish, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         for file in source.iterdir():
             if file.is_file() and not os.path.exists(f"{tmp}/{file.name}"):
                 os.symlink(file.resolve(), f"{tmp}/{file.name}")
-    publish(args.out, settings, {}, write)
+    publish(args.out, settings, {}, write, inputs_of(args, settings))
     print(f"system_turn: {args.model} with an empty system turn → {args.out}")
 
 

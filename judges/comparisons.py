@@ -9,8 +9,8 @@ the other. seed_dpo.py learns such rows like any others:
 import argparse
 import os
 
-from core.rows import read_rows, write_rows
-from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
+from core.rows import answer_turn, read_rows, write_rows
+from core.stage import inputs_of, is_done, leave_if, parser, publish, run_stage, settings_of
 
 
 def option_prompt(conversation: list[dict], first: str, second: str) -> list[dict]:
@@ -36,7 +36,7 @@ def comparisons(rows: list[dict]) -> list[dict]:
         for right, wrong, first, second in (("A", "B", good, bad), ("B", "A", bad, good)):
             asked.append({"id": f"{row['id']} {right}",
                           "prompt": option_prompt(row["prompt"], first, second),
-                          "chosen": right, "rejected": wrong,
+                          "chosen": answer_turn(right), "rejected": answer_turn(wrong),
                           "chosen_ended": False, "rejected_ended": False})
     return asked
 
@@ -54,7 +54,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
 
 def main(args: argparse.Namespace, settings: dict) -> None:
     rows = comparisons(read_rows(args.pairs, "preferences"))
-    publish(args.out, settings, {"comparisons": len(rows)}, lambda tmp: write_rows(tmp, rows))
+    publish(args.out, settings, {"comparisons": len(rows)}, lambda tmp: write_rows(tmp, rows),
+            inputs_of(args, settings))
     print(f"comparisons: {len(rows)} of {len(rows) // 2} pairs → {args.out}")
 
 

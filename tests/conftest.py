@@ -207,6 +207,18 @@ def jsonl(path) -> list[dict]:
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
+def pair_rows(path) -> list[dict]:
+    """Preference rows of a file, each response as its text; there it is a message of the
+    assistant's."""
+    rows = jsonl(path)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            (turn,) = row[side]
+            assert turn.keys() == {"role", "content"} and turn["role"] == "assistant"
+            row[side] = turn["content"]
+    return rows
+
+
 def dump(path, rows: list) -> str:
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)

@@ -25,6 +25,7 @@ from core.chat import vocabulary
 from core.models import load_tokenizer
 from core.stage import fingerprint
 from judges import judge, mt_bench, report
+from judges.history import history, settings_by_name, stage_table
 from judges.judge import wins
 from judges.measures import (
     RIDGE,
@@ -856,6 +857,48 @@ def test_worst_prompts_stand_beside_the_first(tmp_path):
         first, *worst = text.split("## Responses side by side")[1].split("does worst by the judge")
         shown[judge] = [re.findall(r"[*][*]say (\d)[*][*]", part) for part in (first, *worst)]
     assert shown == {"vader": [["0", "1", "2"], ["2", "4", "1"]], "none": [["0", "1", "2"]]}
+
+
+def test_a_run_by_name(tmp_path):
+    """From handmade stats: what labels the gold seed or trains a judge is not a round's; files of
+    other programs are passed over."""
+    made = {
+        "data": ("prepare.py", {"data": "d.csv"}, {}, {"flipped": 0}),
+        "answers": ("generate.py", {"prompts": "data/a"}, {"n": 4}, {"prompts": 9}),
+        "gold": ("label.py", {"responses": "answers"}, {"judge": "vader", "model": None}, {}),
+        "seed": ("seed_dpo.py", {"pairs": "gold"}, {"objective": "dpo", "lr": 1e-5}, {"pairs": 8}),
+        "judge": ("seed_dpo.py", {"pairs": "gold"}, {"objective": "supervised", "lr": 0.1}, {}),
+        "drawn": ("generate.py", {"model": "seed"}, {"n": 2}, {"prompts": 5}),
+        "pairs": (
+            "label.py",
+            {"responses": "drawn", "judge_model": "judge", "model": "seed"},
+            {"judge": "llm"},
+            {},
+        ),
+        "policy": ("train.py", {"pairs": "pairs"}, {"anchor": "previous", "alpha": 0.0}, {}),
+    }
+    for k, (out, (program, inputs, own, counts)) in enumerate(made.items()):
+        inputs = {key: x if "." in x else f"{tmp_path}/{x}" for key, x in inputs.items()}
+        about = {"command": f"{program} --out {out}", "inputs": inputs, "seconds": 10.0 * 2**k}
+        about |= {"processes": 1, "commit": "abc", "machine": "m"}
+        stats = {**counts, "settings": dict.fromkeys(inputs, "hash") | own, "about": about}
+        (tmp_path / f"{out}.stats.json").write_text(json.dumps(stats))
+    (tmp_path / "other.stats.json").write_text("[1]")
+    stages = history([f"{tmp_path}/other", f"{tmp_path}/policy", f"{tmp_path}/seed"])
+    order = [one["out"].rpartition("/")[2] for one in stages]
+    assert sorted(order) == sorted(made)
+    for out, (_, inputs, *_) in made.items():
+        read = [name.partition("/")[0] for name in inputs.values() if "." not in name]
+        assert all(order.index(name) < order.index(out) for name in read)
+    run = settings_by_name(stages)
+    assert run["method"] == "spa" and run["data"] == "d.csv (hash)"
+    assert (run["gold labels by"], run["labels by"]) == ("vader", "llm")
+    assert (run["gold pairs"], run["seed stage: learning rate"]) == ("8", "1e-05")
+    assert (run["prompts of each round"], run["n, answers a prompt"]) == ("5", "2")
+    assert run["α, smoothing of flagged labels"] == "0"
+    assert "gold labels turned wrong on purpose" not in run
+    table = stage_table(stages)
+    assert "| all | – | 2550 |" in table and f"| train | {tmp_path}/policy | 1280 | 1 |" in table
 
 
 def panels(monkeypatch, tmp_path, *content):

@@ -4,6 +4,7 @@ against worst)."""
 import copy
 import dataclasses
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import core.sampling as stage
-from conftest import dump, jsonl, make_model, ok, run
+from conftest import dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from core.chat import encode_prompt, encode_response, end_of_turn
 from core.models import load
 from core.policy import ResponseLogps, score
@@ -277,7 +278,7 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
                 processes=processes,
             )
         )
-        (row,) = jsonl(out)
+        (row,) = pair_rows(out)
         logps = []
         for path in (other_folder, folder):
             model, tokenizer = load(path, torch.device("cpu"))
@@ -336,12 +337,56 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
         ),
     ):
         ok(run(*plain, *flags, "--out", tmp_path / name))
-        (row,) = jsonl(tmp_path / name)
+        (row,) = pair_rows(tmp_path / name)
         assert row["margin"] == pytest.approx(reward.max() - reward.min(), abs=1e-4)
         assert row["chosen"] == ["one", "two lines", "three"][reward.argmax()]
     assert (
         run(*plain, "--out", tmp_path / "x").returncode == 2
     )  # a reference forgotten is not `none`
+
+
+def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path):
+    """Gold, labelled and worst-case rows: DPOTrainer reads them from the file, its tokens of a gold
+    pair are ours, and its first loss is ln 2."""
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    gold, drawn = tmp_path / "data/seed.jsonl", tmp_path / "drawn.jsonl"
+    labelled, worst = tmp_path / "labelled.jsonl", tmp_path / "worst.jsonl"
+    raw = dump(tmp_path / "raw.jsonl", gold_rows(9))
+    parts = ["--out", gold.parent, "--seed-size", "4", "--rounds", "4"]
+    ok(run("data/prepare.py", "--data", raw, *parts))
+    prompts = ["--prompts", gold.parent / "prompts_1.jsonl", "-n", "4", "--max-new-tokens", "8"]
+    ok(run("generate.py", "--model", folder, *prompts, "--out", drawn))
+    judge = ["--model", folder, "--reference-model", other_folder]
+    ok(run("label.py", *judge, "--responses", drawn, "--out", labelled))
+    ok(run("dro.py", "--pairs", labelled, "--epsilon", "0.1", "--out", worst))
+    assert any(len(row["atoms"]) == 2 for row in jsonl(worst))
+    for path in (gold, labelled, worst):
+        cache = str(tmp_path / "cache")
+        rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
+        config = trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            max_steps=1,
+            per_device_train_batch_size=4,
+            max_length=None,
+            use_cpu=True,
+            bf16=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        trainer = trl.DPOTrainer(
+            model, args=config, train_dataset=rows, processing_class=tokenizer
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        for row, theirs in zip(pair_rows(path), trainer.train_dataset):
+            assert theirs["prompt_ids"] == encode_prompt(tokenizer, row["prompt"])
+            if path == gold:
+                own = encode_response(tokenizer, row["prompt"], row["chosen"])
+                assert theirs["chosen_ids"][: len(own)] == own
 
 
 def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
@@ -351,7 +396,7 @@ def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
     ask = [{"role": "user", "content": "Write."}]
     responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ask, "responses": [bad, good]}])
     ok(run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "v.jsonl"))
-    assert jsonl(tmp_path / "v.jsonl")[0]["chosen"] == good
+    assert pair_rows(tmp_path / "v.jsonl")[0]["chosen"] == good
     ok(
         run(
             "label.py",
@@ -373,7 +418,7 @@ def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
             [*ask, {"role": "assistant", "content": text}], return_dict=False
         )
         logits.append(model(torch.tensor([ids])).logits.item())
-    row = jsonl(tmp_path / "m.jsonl")[0]
+    row = pair_rows(tmp_path / "m.jsonl")[0]
     assert row["margin"] == pytest.approx(abs(logits[0] - logits[1]), abs=1e-4)
     assert row["chosen"] == (bad, good)[int(np.argmax(logits))]
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from core import parallel
 from judges import judge as judges
 from judges.comparisons import option_prompt
@@ -236,7 +236,7 @@ def test_llm_judge_against_a_plain_computation(wide, tokenizer, tmp_path):
         stats["gold_agreement"] == np.mean([m > 0 for m in margins])
         and stats["order_disagreement"] == disagree / 5
     )
-    for row, label, m in zip(rows, jsonl(tmp_path / "l.jsonl"), margins):
+    for row, label, m in zip(rows, pair_rows(tmp_path / "l.jsonl"), margins):
         assert label["margin"] == pytest.approx(abs(m), abs=1e-4) and label["chosen"] == (
             row["chosen"] if m > 0 else row["rejected"]
         )
@@ -320,7 +320,7 @@ def test_pairrm_by_its_interface(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "llm_blender", types.SimpleNamespace(Blender=Blender))
     ok(run(*command))
-    (row,) = jsonl(tmp_path / "l.jsonl")
+    (row,) = pair_rows(tmp_path / "l.jsonl")
     assert (row["chosen"], row["rejected"]) == ("cccc", "a")
     assert json.load(open(tmp_path / "l.jsonl.stats.json"))["order_disagreement"] == 1
 

@@ -15,7 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from core.chat import encode_prompt
 from data.prepare import REASONS, collect, embed, farthest, flip, grouped, normalise, split
 
@@ -290,7 +290,7 @@ def test_flips_and_unused_columns_are_said(tmp_path):
             "0.5",
         )
     )
-    seed = jsonl(tmp_path / "out/seed.jsonl")
+    seed = pair_rows(tmp_path / "out/seed.jsonl")
     assert sorted(row["chosen"][:4] for row in seed) == ["bad ", "bad ", "good", "good"]
     assert all(row["chosen_ended"] == row["chosen"].startswith("good") for row in seed)
     assert all(set(row) == {"id", "prompt"} for row in jsonl(tmp_path / "out/prompts_1.jsonl"))
@@ -358,7 +358,7 @@ def test_texts_stay_texts(name, mark, tmp_path):
             "--rounds",
         )
     )
-    seed = jsonl(tmp_path / "out/seed.jsonl")
+    seed = pair_rows(tmp_path / "out/seed.jsonl")
     assert sorted(row["chosen"] for row in seed) == sorted(ODD_TEXTS)
     assert all(row["prompt"] == [{"role": "user", "content": row["chosen"]}] for row in seed)
 
@@ -558,7 +558,7 @@ def test_hub_layouts(tmp_path):
                 "4",
             )
         )
-        seed = jsonl(tmp_path / f"out-{folder}/seed.jsonl")
+        seed = pair_rows(tmp_path / f"out-{folder}/seed.jsonl")
         assert all(
             len(r["prompt"]) == messages
             and r["chosen"].startswith("good")
@@ -726,7 +726,7 @@ BAD_LINES = {
     ),
     "empty response": (
         GOOD.replace('"chosen": "Good', '"chosen": "", "x": "'),
-        "'chosen' must be a non-empty string",
+        "'chosen' must be a non-empty text",
     ),
     "number for text": (
         '{"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": 3, "rejected": "y"}',
@@ -735,6 +735,15 @@ BAD_LINES = {
     "prompt a string": (
         '{"id": "a", "prompt": "x", "chosen": "x", "rejected": "y"}',
         "'prompt' must be a non-empty list",
+    ),
+    "whole conversation": (
+        '{"id": "a", "prompt": [{"role": "user", "content": "x"}], "rejected": "y", "chosen": '
+        '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+        "run python -m data.prepare on raw data first",
+    ),
+    "another's message": (
+        GOOD.replace('"chosen": ', '"chosen": [{"role": "user", "content": "x"}], "x": '),
+        "one message of the assistant's",
     ),
     "same id": (GOOD, "stands on line 1 too"),
 }
@@ -758,6 +767,19 @@ def test_bad_rows_are_named(name, tmp_path, capsys):
         and message in error
         and len(error.splitlines()) == 1
     )
+
+
+def test_a_response_is_a_text_or_a_message(tmp_path):
+    """Files of either form are the same rows."""
+    from core.rows import read_rows
+
+    texts = gold_rows(3)
+    messages = [
+        {**row, **{k: [{"role": "assistant", "content": row[k]}] for k in ("chosen", "rejected")}}
+        for row in texts
+    ]
+    for rows in (texts, messages):
+        assert read_rows(dump(tmp_path / "rows.jsonl", rows), "preferences") == texts
 
 
 def one_line(done, *words):

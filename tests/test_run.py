@@ -160,7 +160,12 @@ def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     # the babble of a random model means nothing to VADER, so a random reward model stands in for
     # gold
     variables = dict(
-        MODEL=folder, DATA=data, RUN=tmp_path / "run", GOLD="reward-model", GOLD_MODEL=ranker
+        MODEL=folder,
+        DATA=data,
+        RUN=tmp_path / "run",
+        GOLD="reward-model",
+        GOLD_MODEL=ranker,
+        FLIP=0.5,
     )
     first = run_sh(config, **variables)
     assert "| round2 |" in first and "dro: " in first
@@ -174,6 +179,23 @@ def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     } == {"seed_prompts": 6, "prompts_1": 6, "prompts_2": 5, "eval": 7}
     assert json.load(open(tmp_path / "run/round1/policy.stats.json"))["settings"]["lam"] == 0.5
     assert json.load(open(tmp_path / "run/round2/policy.stats.json"))["settings"]["lam"] == 0.25
+
+    run = json.load(open(tmp_path / "run/report.md.stats.json"))["run"]
+    seed = json.load(open(tmp_path / "run/seed.stats.json"))
+    gold = json.load(open(tmp_path / "run/gold/seed.stats.json"))
+    assert run["method"] == "worst-case" and run["ε, the follower's radius"] == "0.01"
+    assert run["model"] == f"{folder} ({seed['settings']['model']})"
+    assert run["data"].startswith(f"{data} (") and run["gold labels by"] == "reward-model"
+    assert run["prompts of each round"] == "6, 5" and run["λ, extrapolation"] == "0.5, 0.25"
+    assert int(run["gold labels turned wrong on purpose"]) == gold["flipped"] > 1
+    inputs = {"model": folder, "pairs": str(tmp_path / "run/gold/seed/seed.jsonl")}
+    assert seed["about"]["inputs"] == inputs
+    text = (tmp_path / "run/report.md").read_text()
+    table = text.split("## How it came about")[1].split("```")[0]
+    of_a_round = ["generate", "label", "dro", "train"]
+    ran = ["prepare", "generate", "label", "prepare", "seed_dpo", *2 * of_a_round, "evaluate"]
+    assert re.findall(r"^[|] (\w+) [|] .*run/", table, re.MULTILINE) == ran
+    assert f"| method | {run['method']} |" in text
 
     again = run_sh(config, **variables, REDO="no")
     assert again.count("complete, skipped") == 14 and "| round2 |" in again

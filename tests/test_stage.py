@@ -107,6 +107,24 @@ def test_a_complete_stage_is_never_replaced_unasked(tmp_path, monkeypatch, capsy
     assert not stage.is_done(str(out), {"lr": 2.0}) and out.read_text() == "x"
 
 
+def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):
+    """In `about`, with the card where there is one; settings, which decide, have the digest
+    alone."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("{}")
+    out = tmp_path / "out"
+    args = argparse.Namespace(lr=1.0, pairs=str(pairs), model=None, out=str(out))
+    settings = stage.settings_of(args, "pairs", "model")
+    assert settings == {"lr": 1.0, "pairs": stage.fingerprint(str(pairs)), "model": None}
+    cuda = argparse.Namespace(is_initialized=lambda: True, get_device_name=lambda: "a card")
+    monkeypatch.setitem(sys.modules, "torch", argparse.Namespace(cuda=cuda))
+    inputs = stage.inputs_of(args, settings)
+    stage.publish(str(out), settings, {}, lambda tmp: os.mkdir(tmp), inputs)
+    stats = json.loads((tmp_path / "out.stats.json").read_text())
+    assert stats["about"]["inputs"] == {"pairs": str(pairs)} and stats["settings"] == settings
+    assert stats["about"]["machine"].endswith(" cores, a card")
+
+
 def test_no_process_leaves_before_process_0_has_published(tmp_path):
     """Else their machine ends, and some minutes later process 0 with it."""
     program = tmp_path / "slow.py"
@@ -196,8 +214,8 @@ def test_openmp_waits_without_spinning():
     code = "import os, core.stage; print(os.environ['OMP_WAIT_POLICY'])"
     for given, found in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         plain = {key: text for key, text in os.environ.items() if key != "OMP_WAIT_POLICY"}
-        command = [sys.executable, "-c", code]
+        env = plain | given
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env=plain | given
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env
         )
         assert done.stdout.strip() == found

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import core.sampling
-from conftest import ROOT, dump, jsonl, make_model, ok, run
+from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
 from core.chat import (
     answered,
     control_tokens,
@@ -365,7 +365,7 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
         )
     ).stdout
     assert "all read as sampled" in said
-    labelled = jsonl(tmp_path / "l.jsonl")
+    labelled = pair_rows(tmp_path / "l.jsonl")
     by_id = {row["id"]: row for row in rows}
     for row in labelled:
         prompt = encode_prompt(tokenizer, row["prompt"])
@@ -377,7 +377,7 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
             own = sum(logps[len(prompt) + j - 1, t].item() for j, t in enumerate(ids))
             assert row[f"{side}_logp"] == pytest.approx(own, abs=1e-3)
     ok(run("dro.py", "--pairs", tmp_path / "l.jsonl", "--out", tmp_path / "w.jsonl"))
-    worst = jsonl(tmp_path / "w.jsonl")
+    worst = pair_rows(tmp_path / "w.jsonl")
     encoded = encode_rows(model.config, tokenizer, worst, "w", pair_of)
     assert [[y.tolist() for y in ys] for _, ys in encoded] == [
         [r["chosen_ids"], r["rejected_ids"]] for r in labelled
@@ -407,7 +407,7 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
         )
     ).stdout
     assert "3 read from text" in again
-    for row in jsonl(tmp_path / "again.jsonl"):
+    for row in pair_rows(tmp_path / "again.jsonl"):
         text = encode_response(tokenizer, row["prompt"], row["chosen"], row["chosen_ended"])
         assert row["chosen_ids"] == text and row["vocabulary"] == vocabulary(tokenizer)
 
@@ -448,7 +448,7 @@ def test_answers_with_special_tokens_inside_are_not_learnt(
         responses = dump(tmp_path / "changed.jsonl", [row])
         done = ok(run("label.py", *flags, "--responses", responses, "--out", tmp_path / name))
         assert "1 responses with special tokens inside left out" in done.stdout
-        (labelled,) = jsonl(tmp_path / name)
+        (labelled,) = pair_rows(tmp_path / name)
         assert {labelled["chosen"], labelled["rejected"]} <= {"Good.", "Well.", "Terrible!"}
         for side in ("chosen", "rejected"):
             assert labelled[f"{side}_ids"] == answers[row["responses"].index(labelled[side])]
