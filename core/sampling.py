@@ -69,7 +69,7 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> to
     point = torch.minimum(u.double()[:, None] * total, below)
     drawn = torch.searchsorted(cumulative, point, right=True)[:, 0]
     greedy = temperature <= 0
-    # As long as all else here together.
+    # It takes twice the time of all else here.
     if greedy.any():
         drawn[greedy] = logits[greedy].argmax(-1)
     return drawn
