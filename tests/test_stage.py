@@ -1,6 +1,7 @@
 """What a stage remembers of its inputs, and what makes it work again."""
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -84,6 +85,8 @@ def test_an_unreachable_hub_is_one_line_in_seconds(tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     stage.hub_trouble.cache_clear()
     pairs = dump(tmp_path / "pairs.jsonl", gold_rows(1))
+    for slow in ("datasets", "seed_dpo", "data.prepare"):
+        importlib.import_module(slow)
     started = time.monotonic()
     for name, command in {
         "no-such/model": ["seed_dpo.py", "--pairs", pairs, "--model"],
