@@ -150,7 +150,7 @@ def test_sliding_window_decides_on_sharing(capsys):
 
 
 def test_mfu_is_left_out_where_the_yardstick_was_disturbed(monkeypatch):
-    """No step is faster than matrix products: measured while others ran, their speed was too low."""
+    """No step is faster than a matrix product: its speed was measured while others ran."""
     row = ([1, 2, 3], [[4, 5], [6]])
     policy = ResponseLogps(make_model())
     flops = training_flops(policy.model, [row], True)
