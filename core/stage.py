@@ -6,6 +6,7 @@ says what changed.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -98,7 +99,8 @@ def snapshot_of(name: str) -> Path | None:
     import huggingface_hub  # slow to import, and needed for hub ids alone
     try:
         config = huggingface_hub.try_to_load_from_cache(name, "config.json")
-        if not isinstance(config, str) and os.environ.get(LOOK) != "yes":
+        looking = os.environ.get(LOOK) == "yes"
+        if not isinstance(config, str) and not looking and not hub_trouble():
             config = huggingface_hub.hf_hub_download(name, "config.json")
     except Exception:
         # Whoever loads the model says what is wrong.
@@ -110,6 +112,26 @@ def commit_of(name: str) -> str:
     """The commit that a hub id stands for here; "" where it is none that can be reached."""
     snapshot = snapshot_of(name)
     return snapshot.name if snapshot else ""
+
+
+@functools.cache
+def hub_trouble() -> str:
+    """Why nothing can be had from the hub, or "". Asked once: where it does not answer, the process
+    goes on offline with what was downloaded before, instead of waiting for every file anew."""
+    import huggingface_hub  # slow to import, and needed for hub ids alone
+    from huggingface_hub import constants
+    if huggingface_hub.is_offline_mode():
+        return "HF_HUB_OFFLINE is set, and it was not downloaded before"
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:
+        constants.HF_HUB_OFFLINE = True
+        # For the processes that this one starts.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        said = str(error).splitlines() or [type(error).__name__]
+        return (f"it was not downloaded before, and {constants.ENDPOINT} does not answer "
+                f"({said[0]}); look at the connection or HF_ENDPOINT, or give a local path")
+    return ""
 
 
 def digest_of(files: list, names: list[str]) -> str:

@@ -192,6 +192,7 @@ def log_row(run: Run, step: int, batch: list[int], pairs: dict, norm: float, lr:
     rows = [run.encoded[i] for i in batch]
     margin = np.array(pairs["margin"])
     gain = np.array(pairs["gain"])
+    mfu = training_flops(model_of(run.policy), rows, run.shared) / seconds / run.peak
     return {
         "step": step + 1,
         "loss": sum(pairs["loss"]) / len(batch),
@@ -202,7 +203,8 @@ def log_row(run: Run, step: int, batch: list[int], pairs: dict, norm: float, lr:
         "lr": lr,
         "seconds": seconds,
         "tokens_per_s": sum(tokens_of(row, run.shared) for row in rows) / seconds,
-        "mfu": training_flops(model_of(run.policy), rows, run.shared) / seconds / run.peak,
+        # Above 1, other programs were busy while the yardstick was measured.
+        "mfu": mfu if mfu <= 1 else None,
         "memory_gb": memory_gb(run.device),
     }
 
@@ -210,7 +212,8 @@ def log_row(run: Run, step: int, batch: list[int], pairs: dict, norm: float, lr:
 def keep(run: Run, log: list[dict], bar: tqdm) -> None:
     """Show and write the latest row of the log, and a checkpoint where one is due."""
     last = log[-1]
-    bar.set_postfix({k: f"{last[k]:.3g}" for k in ("loss", "accuracy", "tokens_per_s", "mfu")})
+    shown = [key for key in ("loss", "accuracy", "tokens_per_s", "mfu") if last[key] is not None]
+    bar.set_postfix({key: f"{last[key]:.3g}" for key in shown})
     if run.rank == 0:
         with open(f"{run.args.out}.log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(last) + "\n")

@@ -50,6 +50,7 @@ from core.rows import (
     wrong,
 )
 from core.stage import (
+    hub_trouble,
     inputs_of,
     is_done,
     leave_if,
@@ -143,6 +144,7 @@ def load_any(source: str) -> Iterator[tuple[str, dict]]:
     kinds = ("json", "parquet", "csv")
     kind = next((k for k in kinds if re.search(rf"\.{k}l?(\.\w+)?$", source)), None)
     what = {"path": kind, "data_files": source} if kind else {"path": source}
+    trouble = "" if kind or os.path.exists(source) else hub_trouble()
     try:
         builder = datasets.load_dataset_builder(**what)
         files = builder.config.data_files
@@ -155,7 +157,8 @@ def load_any(source: str) -> Iterator[tuple[str, dict]]:
             rows = datasets.load_dataset(**what, split=split)
     except Exception as error:
         # `datasets` raises many kinds.
-        fail(f"{source}: cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}")
+        said = (str(error) or repr(error)).splitlines()[0]
+        fail(f"{source}: cannot be loaded: {trouble or said}")
     if kind in ("json", "csv"):
         for name, path in zip(files[split], local):
             yield from read_texts(name, path, kind, getattr(builder.config, "sep", ","))

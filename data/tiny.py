@@ -47,6 +47,7 @@ from tokenizers import processors, trainers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import core.models  # noqa: F401  keeps transformers quiet
 from core.rows import fail, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,6 +26,8 @@ def start_sh(*arguments, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
         "OMP_NUM_THREADS": "1",
         **{key: str(value) for key, value in variables.items()},
     }
+    if "NPROC" in variables:
+        del env["OMP_NUM_THREADS"]  # torchrun would say that it sets it
     return subprocess.run(
         ["bash", ROOT / "run.sh", *map(str, arguments)],
         cwd=cwd,
@@ -38,6 +40,9 @@ def start_sh(*arguments, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
 def run_sh(*arguments, **variables) -> str:
     done = start_sh(*arguments, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
+    # No library's progress bars, and none of its warnings.
+    foreign = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert not foreign
     return done.stdout
 
 

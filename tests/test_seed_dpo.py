@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import core.training as training
 import seed_dpo
 from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
 from core.chat import encode_prompt, encode_response
@@ -145,6 +147,24 @@ def test_sliding_window_decides_on_sharing(capsys):
                 [full_logits_logp(model, prompt, y) for y in responses], abs=2e-4
             )
     assert capsys.readouterr().err.count("one sequence a response") == 1
+
+
+def test_mfu_is_left_out_where_the_yardstick_was_disturbed(monkeypatch):
+    """No step is faster than a matrix product: its speed was measured while others ran."""
+    row = ([1, 2, 3], [[4, 5], [6]])
+    policy = ResponseLogps(make_model())
+    flops = training_flops(policy.model, [row], True)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: 10.0)
+    pairs = {"loss": [1.0], "margin": [0.0], "gain": [0.0]}
+    for peak, mfu in ((flops, 0.5), (flops / 4, None)):
+        args = argparse.Namespace(save_every=0)
+        own = SimpleNamespace(device=CPU, encoded=[row], shared=True, policy=policy, peak=peak,
+                              rank=1, args=args)
+        shown = {}
+        last = training.log_row(own, 0, [0], pairs, 1.0, 1e-6, started=8.0)
+        assert last["mfu"] == mfu
+        training.keep(own, [last], SimpleNamespace(set_postfix=shown.update))
+        assert ("mfu" in shown) == (mfu is not None) and shown["loss"] == "1"
 
 
 def test_training_flops_by_hand():

@@ -1,18 +1,21 @@
 """What a stage remembers of its inputs, and what makes it work again."""
 
 import argparse
+import importlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import huggingface_hub
 import pytest
-from conftest import ROOT, warm_python
+from conftest import ROOT, dump, gold_rows, run, warm_python
 
 from core import stage
+from core.models import check_path
 from judges.flags import JUDGES
 from judges.judge import RANKERS, SCORERS
 
@@ -73,6 +76,34 @@ def test_a_hub_id_is_its_commit(tmp_path, monkeypatch):
     assert len(digests) == 2
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", None)  # for hub ids alone
     assert stage.fingerprint("gpt-4o") != stage.fingerprint("./some/model")
+
+
+def test_an_unreachable_hub_is_one_line_in_seconds(tmp_path, monkeypatch, capfd):
+    """Port 9 refuses; left alone, transformers asks it 18 times, with pauses, in 100 seconds."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    stage.hub_trouble.cache_clear()
+    pairs = dump(tmp_path / "pairs.jsonl", gold_rows(1))
+    for slow in ("datasets", "seed_dpo", "data.prepare"):
+        importlib.import_module(slow)
+    started = time.monotonic()
+    for name, command in {
+        "no-such/model": ["seed_dpo.py", "--pairs", pairs, "--model"],
+        "no-such/data": ["data/prepare.py", "--data"],
+    }.items():
+        done = run(*command, name, "--out", tmp_path / "out")
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {name}: ")
+        assert done.stderr.count("\n") == 1
+        for word in ("http://127.0.0.1:9", "Connection refused", "HF_ENDPOINT", "local path"):
+            assert word in done.stderr
+    assert time.monotonic() - started < 5 and not any(capfd.readouterr())
+    # What was downloaded before goes on, without asking again.
+    assert huggingface_hub.is_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "1"
+    cached = "/cache/models--some--model/snapshots/abc/config.json"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: cached)
+    check_path("some/model")
+    stage.hub_trouble.cache_clear()
 
 
 def test_memory_decides_no_output(tmp_path):
