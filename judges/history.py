@@ -104,11 +104,10 @@ def settings_by_name(stages: list[dict]) -> dict[str, str]:
     listed round by round."""
     kinds = by_kind(stages)
     trained = kinds.get("train", [])
-    run = {}
-    if trained:
-        # the anchor is the method's, at every ε (D6a)
-        own = trained[-1]["settings"]["anchor"] == "previous"
-        run["method"] = "spa" if own else "worst-case"
+    # the anchor is the method's, at every ε (D6a)
+    of_anchor = {"init": "worst-case", "previous": "spa"}
+    methods = dict.fromkeys(of_anchor[one["settings"]["anchor"]] for one in trained)
+    run = {"method": ", ".join(methods)}
     run["model"] = named_input(kinds.get("seed_dpo", []) + trained, "model")
     run["reference model of the labels"] = named_input(kinds.get("label", []), "reference_model")
     run["data"] = named_input(kinds.get("prepare", []), "data")
