@@ -1,4 +1,5 @@
-# What run.sh needs before its first stage: settings with their defaults and checks, the interpreter, how a stage starts.
+# What run.sh needs before its first stage: settings with their defaults and checks, the
+# interpreter, how a stage starts.
 # Sourced by run.sh, from the project's folder; $caller is the folder that run.sh was called from.
 
 stop() {
@@ -6,7 +7,7 @@ stop() {
   exit 2
 }
 
-# ------------------------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 
 settings=()
 meanings=()
@@ -21,10 +22,13 @@ spa_or() {  # VALUE_FOR_SPA OTHERWISE
 
 define_settings() {
   setting METHOD worst-case "worst-case (SSAPO, the thesis) or spa"
-  setting MODEL "" "π_init: a Hugging Face folder or hub id; empty: the demo's SmolLM2-135M-Instruct"
-  setting SYSTEM_TURN none "empty: MODEL was tuned with an empty system turn where a conversation has none"
+  setting MODEL "" \
+    "π_init: a Hugging Face folder or hub id; empty: the demo's SmolLM2-135M-Instruct"
+  setting SYSTEM_TURN none \
+    "empty: MODEL was tuned with an empty system turn where a conversation has none"
   setting DATA "" "preferences, or prompts alone: JSONL, or whatever \`datasets\` loads"
-  setting RUN "" "folder of this run; empty: runs/ and a name made of config or model, data and method"
+  setting RUN "" \
+    "folder of this run; empty: runs/ and a name made of config or model, data and method"
   setting SEED 42 "decides data split, order and sampling"
 
   setting SEED_SIZE 2000 "gold pairs"
@@ -33,7 +37,8 @@ define_settings() {
   setting FLIP 0 "share of the gold labels turned wrong on purpose"
   setting ROUNDS "8000 20000 30000" "prompts of each round; none: the seed stage alone"
   setting SEED_POLICY "" "an aligned model in the place of π_0, and no gold seed; MODEL is π_init"
-  setting GOLD none "judge of unlabelled seeds and of the evaluation: none, vader, reward-model, pairrm, llm, openai"
+  setting GOLD none \
+    "judges unlabelled seeds and the evaluation: none, vader, reward-model, pairrm, llm, openai"
   setting GOLD_MODEL "" "that judge's model"
 
   setting N 2 "responses a prompt; the best and the worst become a pair"
@@ -48,17 +53,20 @@ define_settings() {
   setting ALPHA 0.1 "SPA: label smoothing of flagged pairs; 0: no refinement"
   setting LAMS "0.5 0.25 0.125" "SPA: extrapolation, round by round"
   setting PERCENTILE 10 "SPA: share of the pairs to flag, in percent"
-  setting ANCHOR "$(spa_or previous init)" "what training measures confidences against: init, or previous (SPA's own)"
+  setting ANCHOR "$(spa_or previous init)" \
+    "what training measures confidences against: init, or previous (SPA's own)"
   setting EPSILON "$(spa_or 0 0.01)" "the follower's radius; 0: no worst case"
   setting PIECES 6 "tangents of −log ξ"
   setting GROUP "" "pairs a group of the follower (the thesis: 100); empty: all in one"
 
-  setting JUDGE implicit "who labels the rounds: implicit (SPA), vader, reward-model, pairrm, llm, openai"
+  setting JUDGE implicit \
+    "who labels the rounds: implicit (SPA), vader, reward-model, pairrm, llm, openai"
   setting JUDGE_MODEL "" "that judge's model; llm without one is trained on the gold seed"
   setting BASE_URL "" "endpoint of JUDGE=openai and GOLD=openai; empty: OpenAI's own"
   setting JUDGE_TOKENS 16 "room for an answer of that endpoint; more where it reasons first"
   setting JUDGE_LR 2e-5 "learning rate of that training"
-  setting JUDGE_START init "which is done once, from π_init, or in each round anew, from π_{t−1} (previous)"
+  setting JUDGE_START init \
+    "which is done once, from π_init, or in each round anew, from π_{t−1} (previous)"
   setting REFERENCE init "of the implicit reward: init, previous, none (SPA, Table 7)"
   setting LENGTH_PENALTY 0 "taken off the implicit reward, a token (S13)"
 
@@ -75,10 +83,13 @@ define_settings() {
   setting MASTER_PORT 29500 "port there"
   setting BACKEND transformers "of sampling: transformers, or vllm (all GPUs of this machine)"
   setting SAMPLE_TOKENS 131072 "tokens sampled together, prompts and answers: memory, not text"
-  setting SHARD no "yes: weights, gradients and Adam are split over all processes, layers recomputed"
+  setting SHARD no \
+    "yes: weights, gradients and Adam are split over all processes, layers recomputed"
   setting MICRO_TOKENS 2048 "tokens a training pass and process: memory, not mathematics"
-  setting REDO no "yes: replace complete stages whose settings have changed; else the run stops at the first"
-  setting PYTHON python3 "the interpreter; a .venv is made where it lacks what requirements.txt asks for"
+  setting REDO no \
+    "yes: replace complete stages whose settings have changed; else the run stops at the first"
+  setting PYTHON python3 \
+    "the interpreter; a .venv is made where it lacks what requirements.txt asks for"
   setting INSTALL yes "no: take PYTHON as it is"
 }
 
@@ -93,7 +104,7 @@ usage() {
   done
 }
 
-# ------------------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 one_of() {  # NAME CHOICES…
   local name=$1 choice
@@ -113,12 +124,14 @@ near_names() {  # stops at a variable that is one slip of the finger away from a
   for name in $(compgen -e); do
     [[ " ${settings[*]} " != *" $name "* ]] || continue
     for setting in "${settings[@]}"; do
-      (( ${#setting} >= 4 && ${#setting} - ${#name} <= 1 && ${#name} - ${#setting} <= 1 )) || continue
+      (( ${#setting} >= 4 )) || continue
+      (( ${#setting} - ${#name} <= 1 && ${#name} - ${#setting} <= 1 )) || continue
       for (( i = 0; i <= ${#setting}; i++ )); do
         head=${setting:0:i} tail=${setting:i}
         # a letter more, another letter, a letter less, two exchanged
         case $name in
-          "$head"?"$tail" | "$head"?"${tail:1}" | "$head${tail:1}" | "$head${tail:1:1}${tail:0:1}${tail:2}")
+          "$head"?"$tail" | "$head"?"${tail:1}" | "$head${tail:1}" | \
+            "$head${tail:1:1}${tail:0:1}${tail:2}")
             stop "$name is no setting; is $setting meant?"
             ;;
         esac
@@ -144,7 +157,7 @@ check_settings() {
   whole_number NPROC
   whole_number NNODES
   whole_number MASTER_PORT
-  # what run.sh alone knows; every other number is checked by the stage that reads it (core/preflight.py)
+  # what run.sh alone knows; other numbers are checked by their stages (core/preflight.py)
   local name model
   for name in N GOLD_N; do
     [[ ${!name} != 1 ]] || stop "$name=1: a pair takes two responses to a prompt"
@@ -158,10 +171,13 @@ check_settings() {
       stop "$name=${!name} needs $model"
   done
   if (( NNODES > 1 )) && ! command -v ${EACH_NODE%% *} >/dev/null; then
-    stop "${EACH_NODE%% *}: no such command; EACH_NODE must run a command once on each of NNODES=$NNODES machines"
+    stop "${EACH_NODE%% *}: no such command; EACH_NODE must run a command once on each of" \
+      "NNODES=$NNODES machines"
   fi
-  if [[ $ANCHOR == init || $EPSILON != @(0|0.0) ]]; then  # margins are used: they must be against π_init (D1, D10)
-    local needs="METHOD=$METHOD with ANCHOR=$ANCHOR, EPSILON=$EPSILON uses confidences against π_init"
+  if [[ $ANCHOR == init || $EPSILON != @(0|0.0) ]]; then
+    # margins are used: they must be against π_init (D1, D10)
+    local needs="METHOD=$METHOD with ANCHOR=$ANCHOR, EPSILON=$EPSILON uses confidences"
+    needs+=" against π_init"
     needs+="; it goes with METHOD=spa and its own ANCHOR=previous, EPSILON=0"
     [[ $JUDGE == implicit ]] || stop "JUDGE=$JUDGE: $needs"
     [[ $REFERENCE == init ]] || stop "REFERENCE=$REFERENCE: $needs"
@@ -173,7 +189,7 @@ check_settings() {
     stop "REFERENCE and LENGTH_PENALTY are of the implicit reward, not of JUDGE=$JUDGE"
 }
 
-# -------------------------------------------------------------------------------------------------------- interpreter
+# -------------------------------------------------------------------------------------- interpreter
 
 satisfied() {  # PYTHON FILE: whether an interpreter has what a requirements file asks for
   "$1" -m core.packages "$2" >/dev/null 2>&1
@@ -183,7 +199,8 @@ install() {  # FILE: make $python an interpreter that has what it asks for
   if [[ ${INSTALL-} == no ]]; then
     local lacking
     lacking=$("$python" -m core.packages "$1" --absent) ||
-      stop "PYTHON=$python lacks ${lacking//$'\n'/, } ($1); without INSTALL=no a .venv is made that has them"
+      stop "PYTHON=$python lacks ${lacking//$'\n'/, } ($1); without INSTALL=no a .venv is made" \
+        "that has them"
     return
   fi
   ! satisfied "$python" "$1" || return 0
@@ -194,7 +211,7 @@ install() {  # FILE: make $python an interpreter that has what it asks for
   "$python" -m pip install --quiet --disable-pip-version-check -r "$1"
 }
 
-# ------------------------------------------------------------------------------------------------- how a stage starts
+# ------------------------------------------------------------------------------- how a stage starts
 
 single() {  # a stage on one process; while run.sh is only listed, its command line is printed
   if [[ -n ${listing-} ]]; then
@@ -241,34 +258,51 @@ sampling() {  # a stage that samples; vLLM has processes of its own
   fi
 }
 
-ready_model() {  # MODEL as the stages take it: the demo's is fetched, and one may need a template of its own
+ready_model() {  # MODEL as the stages take it
+  # the demo's is fetched
   [[ -z $fetch ]] || single -m data.demo --out "$MODEL"
-  if [[ $SYSTEM_TURN == empty ]]; then  # from here on it is in the model's template, and its policies inherit it
+  if [[ $SYSTEM_TURN == empty ]]; then  # it goes into the template, which all policies inherit
     single -m data.system_turn --model "$MODEL" --out "$RUN/init"
     MODEL=$RUN/init
   fi
 }
 
-# ---------------------------------------------------------------------------------------------------------- preflight
+shared_flags() {  # what several stage calls of run.sh have in common
+  size=(--seed-size "$SEED_SIZE")
+  [[ -z $SEED_FRACTION ]] || size=(--seed-fraction "$SEED_FRACTION")
+  [[ -z $SEED_POLICY ]] || size=(--seed-size 0)
+  sample=(--max-new-tokens "$MAX_NEW_TOKENS" --sample-tokens "$SAMPLE_TOKENS" --seed "$SEED")
+  train=(--beta "$BETA" --batch-size "$BATCH_SIZE" --seed "$SEED" --micro-tokens "$MICRO_TOKENS")
+  [[ $SHARD == no ]] || train+=(--gradient-checkpointing)
+  [[ $SHARD == no ]] || (( NPROC * NNODES == 1 )) || train+=(--shard)
+  endpoint=(--judge-tokens "$JUDGE_TOKENS")
+  gold_judge=("${endpoint[@]}" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"})
+  [[ $JUDGE != openai ]] || endpoint+=(${BASE_URL:+--base-url "$BASE_URL"})
+  [[ $GOLD != openai ]] || gold_judge+=(${BASE_URL:+--base-url "$BASE_URL"})
+}
+
+# ---------------------------------------------------------------------------------------- preflight
 
 prompts_alone() {  # whether DATA holds prompts without preferences, as data.prepare has found
   if [[ -n ${listing-} && ! -e $RUN/data ]]; then
     return 0  # not known yet: the stages of both cases are listed
   fi
   [[ -f $RUN/data/seed_prompts.jsonl ]] || return 1
-  [[ $GOLD != none || -n ${listing-} ]] || stop "DATA=$DATA holds prompts alone: GOLD must name who labels the seed"
+  [[ $GOLD != none || -n ${listing-} ]] ||
+    stop "DATA=$DATA holds prompts alone: GOLD must name who labels the seed"
 }
-preflight() (  # every stage call of run.sh is listed, and looked at, before the first is started for real
+preflight() (  # all stage calls of run.sh are listed, and looked at, before the first starts
   export "${settings[@]}" python fetch
   calls=$(listing=yes bash run.sh)
   "$python" -m core.preflight $check <<<"$calls"
 )
 
-# ------------------------------------------------------------------------------------------------------- all together
+# ------------------------------------------------------------------------------------- all together
 
 shopt -s extglob
 if [[ -n ${listing-} ]]; then  # settings are what preflight has exported
   ready_model
+  shared_flags
   return
 fi
 python=${PYTHON:-python3}
@@ -289,11 +323,11 @@ if [[ ${*: -1} == --check ]]; then
   check=--check
   set -- "${@:1:$# - 1}"
 fi
-for name in MODEL DATA RUN SEED_POLICY JUDGE_MODEL GOLD_MODEL; do  # what the caller names lies where the caller is
+# what the caller names lies where the caller is
+for name in MODEL DATA RUN SEED_POLICY JUDGE_MODEL GOLD_MODEL; do
   path=${!name-}
-  if [[ $caller != "$PWD" && -n $path && $path != /* && ( $name == RUN || -e $caller/$path ) ]]; then
-    printf -v "$name" %s "$caller/$path"
-  fi
+  [[ $caller != "$PWD" && -n $path && $path != /* ]] || continue
+  [[ $name != RUN && ! -e $caller/$path ]] || printf -v "$name" %s "$caller/$path"
 done
 own=  # what the caller chose besides the config is a part of the run's name
 for name in MODEL DATA; do
@@ -311,7 +345,8 @@ if [[ -n ${1-} || -z ${DATA-} ]]; then
   source "$config"
   set +a
 fi
-[[ ${*:2} == @(|--tiny) ]] || stop "${*:2}: what may follow a config is --tiny, and --check at the end"
+[[ ${*:2} == @(|--tiny) ]] ||
+  stop "${*:2}: what may follow a config is --tiny, and --check at the end"
 define_settings
 name=${config:+$(basename "$config" .env)}$own
 name=${name#-}
@@ -336,3 +371,4 @@ echo "run: $METHOD on $MODEL, data $DATA, ε $EPSILON, α $ALPHA, lr $LR, n $N, 
 preflight
 [[ -z $check ]] || exit 0
 ready_model
+shared_flags

@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def sources() -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.suffix in (".py", ".sh", ".env")
     ]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
+def test_a_line_has_at_most_100_columns(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    widths = [sum(not unicodedata.combining(letter) for letter in line) for line in lines]
+    assert [number for number, width in enumerate(widths, 1) if width > 100] == []
+
+
+def test_the_tutorial_has_at_most_100_lines():
+    assert len((ROOT / "run.sh").read_text(encoding="utf-8").splitlines()) <= 100
 
 
 def test_the_method_explains_every_tag_once():

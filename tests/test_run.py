@@ -292,7 +292,7 @@ def test_spa_variant_on_two_machines(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run_sh(
+    done = start_sh(
         "configs/llama3-8b.env",
         "--tiny",
         RUN=tmp_path / "run",
@@ -303,6 +303,8 @@ def test_spa_variant_on_two_machines(tmp_path):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,
     )
+    # what torch says of a rendezvous that ends is not ours to mend
+    assert done.returncode == 0, done.stdout + done.stderr
     stats = json.load(open(tmp_path / "run-tiny/round1/policy.stats.json"))
     assert [stats["settings"][k] for k in ("lr", "beta")] == [1e-5, 0.01] and stats[
         "anchor"
