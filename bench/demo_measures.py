@@ -30,6 +30,7 @@ from scipy.special import expit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dro  # noqa: E402
+from bench.lab import RADII, follower_loss  # noqa: E402
 from core.chat import encode_rows  # noqa: E402
 from core.models import load_config, load_tokenizer  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
@@ -38,7 +39,6 @@ from core.rows import beside, fail, foreign_margin, read_rows  # noqa: E402
 from core.stage import fingerprint, parser, run_stage  # noqa: E402
 from evaluate import trained  # noqa: E402
 from judges.judge import SCORERS, compare  # noqa: E402
-from lab import RADII, follower_loss  # noqa: E402
 from label import best_and_worst, implicit_reward  # noqa: E402
 
 GOLD = argparse.Namespace(judge="vader")

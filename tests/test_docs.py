@@ -187,6 +187,12 @@ def test_who_may_import_whom(name):
     assert not touches_sys_path(tree)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda p: p.name)
+def test_tests_leave_the_path_alone(path):
+    """bench/ has a train.py and a generate.py: on the path, they would hide the stages."""
+    assert not touches_sys_path(ast.parse(path.read_text(encoding="utf-8")))
+
+
 def test_no_module_imports_itself_through_others():
     graph = {name: set(imports(tree)) for name, tree in modules().items()}
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises on a cycle

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -16,11 +15,8 @@ from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, ok, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.append(str(ROOT / "bench"))  # last: it has a train.py of its own
-import demo_measures
-import demo_plots
-import demo_table
 import evaluate
+from bench import demo_measures, demo_plots, demo_table
 from core.chat import vocabulary
 from core.models import load_tokenizer
 from core.stage import fingerprint

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from conftest import ROOT
 from scipy.stats import ttest_rel
 
-sys.path.insert(0, str(ROOT / "bench"))
 import dro
-import lab
 import label
 import seed_dpo
 import train
+from bench import lab
 from core import policy as core_policy
 
 SMALL = lab.Setting(features=4, rounds=1)
