@@ -33,6 +33,7 @@ import dro  # noqa: E402
 from bench.lab import RADII, follower_loss  # noqa: E402
 from core.chat import encode_rows  # noqa: E402
 from core.models import load_config, load_tokenizer  # noqa: E402
+from core.parallel import start_processes  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.probe import load_scorer  # noqa: E402
 from core.rows import beside, fail, foreign_margin, read_rows  # noqa: E402
@@ -120,7 +121,7 @@ def labels_of(run: Path, name: str) -> dict[str, list[float]]:
 
 
 def logps_of(path: str, digest: str, answers: Path, cache: Path,
-             precision: str) -> list[list[float]]:
+             precision: str, device: torch.device) -> list[list[float]]:
     """log π of every answer in a file of responses, kept under the policy's digest."""
     kept = cache / f"{digest}-{fingerprint(str(answers))}-{precision}.json"
     if kept.exists():
@@ -133,25 +134,26 @@ def logps_of(path: str, digest: str, answers: Path, cache: Path,
     tokenizer = load_tokenizer(path)
     encoded = encode_rows(load_config(path), tokenizer, rows, str(answers), lambda row: list(
         zip(row["responses"], row["ended"], row["response_ids"])))
-    model = load_scorer(path, CPU, encoded, precision, tokenizer)
-    logps = score(ResponseLogps(model), encoded, precision, CPU, title=f"score {path}")
+    model = load_scorer(path, device, encoded, precision, tokenizer)
+    logps = score(ResponseLogps(model), encoded, precision, device, title=f"score {path}")
     write_json(kept, logps)
     return logps
 
 
-def heldout_of(run: Path, report: dict, init: str, precision: str) -> dict:
+def heldout_of(run: Path, report: dict, init: str, precision: str,
+               device: torch.device) -> dict:
     """How many gold pairs; worst-case losses and right pairs of π_0 and of the last policy."""
     digests, answers = report["settings"], run / "eval/init.jsonl"
     cache = run.parent / "logps"
     rows = read_rows(str(answers), "responses")
     sides = [best_and_worst(row["responses"], own)
              for row, own in zip(rows, gold_scores(rows).tolist())]
-    reference = logps_of(init, digests["init"], answers, cache, precision)
+    reference = logps_of(init, digests["init"], answers, cache, precision, device)
     found = {"pairs": sum(pair is not None for pair in sides)}
     for name in dict.fromkeys(["seed", list(report["policies"])[-1]]):
         path = folder_of(run, name)
         beta = trained(path)[1]["beta"]
-        policy = logps_of(path, digests[name], answers, cache, precision)
+        policy = logps_of(path, digests[name], answers, cache, precision, device)
         margins = heldout_margins(policy, reference, sides, beta)
         found[name] = {"loss": heldout_losses(margins), "right": float((margins > 0).mean())}
     return found
@@ -172,6 +174,7 @@ def main() -> None:
                      help="of matrix products; bf16 moved a policy's held-out loss by 0.013, "
                           "which is as much as methods differ by")
     args = cli.parse_args()
+    _, _, device = start_processes()
     reports = sorted(args.root.glob("*/*/report.md.stats.json"))
     if not reports:
         fail(f"{args.root}: no finished runs of bench/demo.sh")
@@ -187,7 +190,7 @@ def main() -> None:
             tenth[name] = worst_tenth(gold_scores(rows))
         rounds = [name for name in report["policies"] if name.startswith("round")]
         labels = {name: labels_of(run, name) for name in rounds}
-        heldout = heldout_of(run, report, args.model, args.precision)
+        heldout = heldout_of(run, report, args.model, args.precision, device)
         write_json(out, {"of": of, "tenth": tenth, "labels": labels, "radii": RADII,
                          "heldout": heldout})
         print(f"{number}/{len(reports)} {out}: {heldout['pairs']} gold pairs held out", flush=True)
