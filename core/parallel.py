@@ -24,6 +24,9 @@ def start_processes() -> tuple[int, int, torch.device]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda_works():
+        if local >= (gpus := torch.cuda.device_count()):
+            fail(f"process {local + 1} of this machine has no GPU, there are {gpus}: as many "
+                 "processes as GPUs (--nproc_per_node, NPROC), or none (CUDA_VISIBLE_DEVICES=)")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         # torch prefers cuDNN's attention on H100 and later, which gives NaN gradients with an

@@ -42,6 +42,10 @@ from core.stage import inputs_of, is_done, publish, settings_of
 VLLM = "vllm>=0.30,<0.33"
 # Prompt tokens a forward pass: a few gigabytes of activations at 14 B.
 PREFILL = 8192
+# Rounding of log-probs with and without the cache, in nats, the mean over the vocabulary. Here the
+# weights are bf16 too: up to 0.15 was seen at 135 M. What is read wrongly (padding that is seen, a
+# position that is off, a token lost, a cap left out) was off by 0.37 to 4.5 in some probe.
+ROUNDING = TOLERANCE | {torch.bfloat16: 0.35}
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
@@ -174,7 +178,7 @@ def sample_together(model, prompts: list[list[int]], rows: torch.Tensor, u: torc
 @torch.inference_mode()
 def check_samples(path: str, model, prompts: list[list[int]], length: int) -> None:
     """End the program unless a few tokens through the cache, with padding and rows that finish
-    early, have the log-probs that they have without one; `length`: tokens that the stage samples."""
+    early, have the log-probs that they have without it; `length`: tokens that the stage samples."""
     pool = [token for prompt in prompts[:8] for token in prompt]
     longest = max(map(len, prompts))
     beyond = reached(model.config, longest + length)
@@ -203,8 +207,7 @@ def check_samples(path: str, model, prompts: list[list[int]], length: int) -> No
                 for t, (own, expected) in enumerate(zip(cached, plain)):
                     # Siblings of one prompt may part at a tie.
                     if tokens[row][:t] == y[:t]:
-                        # Log-probs: in bf16 all logits of a token may move together by 0.4, which
-                        # no draw sees.
+                        # In bf16 all logits may move together, by 0.4, which no draw sees.
                         own, expected = own[0].float().log_softmax(-1), expected.log_softmax(-1)
                         off = (own - expected).abs().mean().item()
                         worst = max(worst, off, key=nan_first)
@@ -212,7 +215,7 @@ def check_samples(path: str, model, prompts: list[list[int]], length: int) -> No
         raise
     except Exception as error:
         fail(f"{name}: {reason(error)}")
-    if not worst <= TOLERANCE[model.dtype]:
+    if not worst <= ROUNDING[model.dtype]:
         fail(f"{name}: through the cache its log-probs are {worst:.2g} nats off those without, "
              "on average")
 

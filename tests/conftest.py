@@ -175,6 +175,12 @@ def warm_python() -> str:
     return shim
 
 
+def gpus_for(processes: int) -> dict[str, str]:
+    """What hides the GPUs of a machine that has too few of them for these processes."""
+    few = 0 < torch.cuda.device_count() < processes
+    return {"CUDA_VISIBLE_DEVICES": ""} if few else {}
+
+
 def launch(*commands: list, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
     """Stages by their command lines, one after the other in one launch (see launch.py)."""
     python = (
@@ -194,7 +200,7 @@ def launch(*commands: list, processes: int = 2, **environment: str) -> subproces
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHON_EXEC": python, **environment},
+        env={**os.environ, "PYTHON_EXEC": python, **gpus_for(processes), **environment},
     )
 
 

@@ -22,7 +22,7 @@ import core.models as models
 import core.parallel as parallel
 import core.sampling as sampling
 from bench import cost
-from conftest import ROOT, dump, gold_rows, jsonl, make_model, ok, run
+from conftest import ROOT, dump, gold_rows, gpus_for, jsonl, make_model, ok, run
 from core.flags import sampling_flags
 from core.policy import ResponseLogps, pack
 from core.sampling import batches_of, draw, sample, tensor_parallel, uniforms
@@ -41,6 +41,7 @@ def test_attention_of_cudnn_is_off_where_cuda_is_set_up(one_process, monkeypatch
     asked = []
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -52,6 +53,17 @@ def test_attention_of_cudnn_is_off_where_cuda_is_set_up(one_process, monkeypatch
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
     assert asked == [torch.device("cuda", 3)]
+
+
+def test_more_processes_than_cards_is_one_line(one_process, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as stop:
+        parallel.start_processes()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "process 3 of this machine has no GPU, there are 2" in said and "NPROC" in said
 
 
 def test_a_card_without_a_usable_driver_is_one_line(one_process, monkeypatch, capsys):
@@ -507,7 +519,13 @@ os._exit = watched
 run_stage(main)
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(script)],
+        cwd=tmp_path,
+        env=os.environ | gpus_for(2),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "written before rank 1 leaves: True" in done.stdout
 

@@ -310,7 +310,7 @@ def test_pairrm_by_its_interface(monkeypatch, tmp_path):
 
     class Blender:
         def loadranker(self, path, device):
-            assert path == "llm-blender/PairRM" and device == "cpu"
+            assert path == "llm-blender/PairRM" and device in ("cpu", "cuda:0")
 
         def compare(self, inputs, first, second, return_logits, mode):
             assert inputs == ["Say."] * 6 and return_logits and mode == "[A,B]"

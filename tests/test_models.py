@@ -161,19 +161,21 @@ def test_factor_under_a_known_name_used_otherwise_is_found(capsys):
     assert "nats a token off its own logits" in capsys.readouterr().err
 
 
-def test_transformed_head_is_found_when_sampling(capsys):
-    """A head that the model's own forward pass scales under a name that nobody knows."""
+@pytest.mark.parametrize("scale, shift, expected", [(1.5, 0.0, "refused"), (1.0, 0.4, "exact")])
+def test_transformed_head(capsys, scale, shift, expected):
+    """A head that the model's own forward pass scales under a name that nobody knows is found. One
+    that moves all logits together, as rounding in bf16 does, changes no probability."""
     model = make_model()
     plain = model.forward
 
-    def scaled(*arguments, **keywords):
+    def transformed(*arguments, **keywords):
         out = plain(*arguments, **keywords)
-        out.logits = out.logits * 1.5
+        out.logits = out.logits * scale + shift
         return out
 
-    model.forward = scaled
-    assert outcome(capsys, check_samples, "name", model, [[5, 6, 7]], 4) == "refused"
-    assert outcome(capsys, check_scores, "name", model, ROWS, "fp32") == "refused"
+    model.forward = transformed
+    assert outcome(capsys, check_samples, "name", model, [[5, 6, 7]], 4) == expected
+    assert outcome(capsys, check_scores, "name", model, ROWS, "fp32") == expected
 
 
 @pytest.fixture

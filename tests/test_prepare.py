@@ -593,7 +593,7 @@ def test_embedding_is_the_last_hidden_state_of_the_last_prompt_token(config, tok
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     rows = gold_rows(8)
-    for row, vector in zip(rows, embed(rows, str(tmp_path / "m"), "here")):
+    for row, vector in zip(rows, embed(rows, str(tmp_path / "m"), "here").cpu()):
         hidden = model.base_model(
             torch.tensor([encode_prompt(tokenizer, row["prompt"])])
         ).last_hidden_state[0]
@@ -635,7 +635,7 @@ def test_seed_fraction_and_farthest_seed(folder, tmp_path):
     )
 
     def closest(name):  # the highest cosine between two prompts of the seed
-        vectors = embed(jsonl(tmp_path / name / "seed.jsonl"), folder, "here").float()
+        vectors = embed(jsonl(tmp_path / name / "seed.jsonl"), folder, "here").cpu().float()
         return (vectors @ vectors.T - 2 * torch.eye(4)).max()
 
     assert closest("far") < closest("random")

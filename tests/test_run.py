@@ -13,7 +13,7 @@ import pytest
 import transformers
 from core import preflight
 
-from conftest import ROOT, dump, gold_rows, jsonl, warm_python
+from conftest import ROOT, dump, gold_rows, gpus_for, jsonl, warm_python
 
 
 def start_sh(*arguments, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
@@ -24,6 +24,7 @@ def start_sh(*arguments, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
         "PYTHON_EXEC": python,
         "INSTALL": "no",
         "OMP_NUM_THREADS": "1",
+        **(gpus_for(2) if {"NPROC", "NNODES"} & variables.keys() else {}),
         **{key: str(value) for key, value in variables.items()},
     }
     if "NPROC" in variables:

@@ -12,7 +12,7 @@ import time
 
 import huggingface_hub
 import pytest
-from conftest import ROOT, dump, gold_rows, run, warm_python
+from conftest import ROOT, dump, gold_rows, gpus_for, run, warm_python
 
 from core import stage
 from core.models import check_path
@@ -175,6 +175,7 @@ def test_no_process_leaves_before_process_0_has_published(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    meet |= gpus_for(2)
     out = tmp_path / "out"
     both = [
         subprocess.Popen(
