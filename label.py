@@ -75,6 +75,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
 if __name__ == "__main__":
     args, settings = flags()  # here already: what is imported below takes seconds to load
 
+import torch
+
 from core.chat import (
     check_range,
     encode_rows,
@@ -137,44 +139,63 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
     return rows, special
 
 
+def score_candidates(args: argparse.Namespace, tokenizer, rows: list[dict], rank: int, world: int,
+                     device: torch.device) -> list[list[list[float]]]:
+    """log π of every answer to every prompt, by --model and by the reference if there is one, one
+    model in memory after the other. From here on the rows carry the ids that were scored: they are
+    what is learnt."""
+    models = [args.model]
+    if args.judge == "implicit" and args.reference != "none":
+        models.append(args.reference_model)
+    # Both models read what the policy's tokenizer wrote: a base model as the reference has no
+    # chat template.
+    encoded = encode_rows(load_config(args.model), tokenizer, rows, args.pairs or args.responses,
+                          lambda row: row["answers"])
+    for row, (_, ys) in zip(rows, encoded):
+        row["answers"] = [(text, ended, ids) for (text, ended, _), ids in zip(row["answers"], ys)]
+        row["vocabulary"] = vocabulary(tokenizer)
+    logps = []
+    for path in models:
+        model = load_scorer(path, device, encoded, args.precision,
+                            tokenizer if path == args.model else None)
+        logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world,
+                           f"score {path}"))
+        del model
+    return logps
+
+
+def implicit_rewards(args: argparse.Namespace, rows: list[dict],
+                     logps: list[list[list[float]]]) -> list[list[float]]:
+    """S7 of every answer to every prompt."""
+    reference = logps[1] if len(logps) > 1 else [[0.0] * len(own) for own in logps[0]]
+    lengths = [[len(ids) for _, _, ids in row["answers"]] for row in rows]
+    return [implicit_reward(*row, args.beta, n, args.length_penalty)
+            for *row, n in zip(logps[0], reference, lengths)]
+
+
+def preference(row: dict, best: int, worst: int) -> dict:
+    """The row with two of its answers as its chosen and rejected side, in the place of all."""
+    answers = row.pop("answers")
+    for side, (text, ended, ids) in (("chosen", answers[best]), ("rejected", answers[worst])):
+        row |= {side: answer_turn(text), f"{side}_ended": ended}
+        if ids is not None:
+            row[f"{side}_ids"] = ids
+    return row
+
+
 def main(args: argparse.Namespace, settings: dict) -> None:
-    implicit = args.judge == "implicit"
     tokenizer = load_tokenizer(args.model) if args.model else None
     path = args.pairs or args.responses
     rows, special = read_candidates(args, tokenizer)
     answered = [row for row in rows if row["answers"]]
     rank, world, device = start_processes()
     how_read = ""
-    if tokenizer:
-        how_read = f", {from_text(tokenizer, answered, lambda row: row['answers'])}"
-    scorers = []
+    logps = []
     if args.model:
-        scorers.append(args.model)
-        if implicit and args.reference != "none":
-            scorers.append(args.reference_model)
-    logps, lengths = [], []
-    for model_path in scorers:
-        # Both models read what the policy's tokenizer wrote: a base model as the reference has no
-        # chat template.
-        if not logps:
-            encoded = encode_rows(load_config(model_path), tokenizer, answered, path,
-                                  lambda row: row["answers"])
-            lengths = [[len(y) for y in ys] for _, ys in encoded]
-            # The ids that are scored are what is learnt.
-            for row, (_, ys) in zip(answered, encoded):
-                row["answers"] = [(text, ended, ids)
-                                  for (text, ended, _), ids in zip(row["answers"], ys)]
-                row["vocabulary"] = vocabulary(tokenizer)
-        own = tokenizer if not logps else None
-        model = load_scorer(model_path, device, encoded, args.precision, own)
-        logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world,
-                           f"score {model_path}"))
-        del model
-    if implicit:
-        reference = logps[1] if len(logps) > 1 else [[0.0] * len(own) for own in logps[0]]
-        reward = [implicit_reward(*row, args.beta, n, args.length_penalty)
-                  for *row, n in zip(logps[0], reference, lengths)]
-        behaviour = {}
+        how_read = f", {from_text(tokenizer, answered, lambda row: row['answers'])}"
+        logps = score_candidates(args, tokenizer, answered, rank, world, device)
+    if args.judge == "implicit":
+        reward, behaviour = implicit_rewards(args, answered, logps), {}
     else:
         judged = [{**row, "responses": [text for text, *_ in row["answers"]]} for row in answered]
         reward, behaviour = rewards(args, judged, rank, world, device)
@@ -182,47 +203,46 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
     # What the margin is (D10).
-    margin_of = {"judge": args.judge, "reference": args.reference if implicit else None,
+    margin_of = {"judge": args.judge,
+                 "reference": args.reference if args.judge == "implicit" else None,
                  "beta": args.beta, "length_penalty": args.length_penalty,
                  "policy": settings["model"]}
     labelled, agreement = [], []
     for k, (row, own) in enumerate(zip(answered, reward)):
-        answers = row.pop("answers")
-        pair = best_and_worst([text for text, *_ in answers], own)
+        pair = best_and_worst([text for text, *_ in row["answers"]], own)
         # With --pairs, gold's choice stands first.
         agreement.append(0.5 if pair is None else float(pair[0] == 0))
         if pair is None:
             continue
-        w, l = pair
-        for side, (text, ended, ids) in (("chosen", answers[w]), ("rejected", answers[l])):
-            row |= {side: answer_turn(text), f"{side}_ended": ended}
-            if ids is not None:
-                row[f"{side}_ids"] = ids
-        row |= {"margin": own[w] - own[l], "margin_of": margin_of}
+        best, worst = pair
+        row = preference(row, best, worst)
+        row |= {"margin": own[best] - own[worst], "margin_of": margin_of}
         if logps:
-            row |= {"chosen_logp": logps[0][k][w], "rejected_logp": logps[0][k][l]}
+            row |= {"chosen_logp": logps[0][k][best], "rejected_logp": logps[0][k][worst]}
         labelled.append(row)
     if not labelled:
         silent = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
         fail(f"{path}: no row has two responses of different reward{silent}")
-    if rank == 0:
-        margins = sorted(row["margin"] for row in labelled)
-        stats = {"prompts": len(rows), "labelled": len(labelled), "ties": len(rows) - len(labelled),
-                 "special_inside": special,
-                 "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
-                 **behaviour}
-        notes = ""
-        if behaviour:
-            notes = (f", {behaviour['order_disagreement']:.0%} decided by the order of the "
-                     f"options, {behaviour['no_verdict']} without verdict")
-        if args.pairs:
-            stats["gold_agreement"] = sum(agreement) / len(agreement)
-            notes += f", agreement with gold {stats['gold_agreement']:.3f}"
-        publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled),
-                inputs_of(args, settings))
-        print(f"label: {len(labelled)} pairs by {args.judge}, {stats['ties']} ties dropped, "
-              f"{special} responses with special tokens inside left out{how_read}, median margin "
-              f"{stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
+    if rank > 0:
+        return
+
+    margins = sorted(row["margin"] for row in labelled)
+    stats = {"prompts": len(rows), "labelled": len(labelled), "ties": len(rows) - len(labelled),
+             "special_inside": special,
+             "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
+             **behaviour}
+    notes = ""
+    if behaviour:
+        notes = (f", {behaviour['order_disagreement']:.0%} decided by the order of the options, "
+                 f"{behaviour['no_verdict']} without verdict")
+    if args.pairs:
+        stats["gold_agreement"] = sum(agreement) / len(agreement)
+        notes += f", agreement with gold {stats['gold_agreement']:.3f}"
+    publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled),
+            inputs_of(args, settings))
+    print(f"label: {len(labelled)} pairs by {args.judge}, {stats['ties']} ties dropped, "
+          f"{special} responses with special tokens inside left out{how_read}, median margin "
+          f"{stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
 
 
 if __name__ == "__main__":
