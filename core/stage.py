@@ -212,10 +212,13 @@ def about(inputs: dict[str, str]) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
+    folder, program = Path(sys.argv[0]).absolute().parts[-2:]
+    if folder in ("data", "judges"):
+        program = f"-m {folder}.{program.removesuffix('.py')}"
     torch = sys.modules.get("torch")  # a stage that computes has loaded it
     gpu = torch is not None and torch.cuda.is_initialized()
     card = f", {torch.cuda.get_device_name()}" if gpu else ""
-    return {"command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+    return {"command": f"{program} {shlex.join(sys.argv[1:])}",
             "commit": commit or None,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{card}",
             "processes": int(os.environ.get("WORLD_SIZE", 1)),

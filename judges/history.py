@@ -62,7 +62,8 @@ def history(outs: list[str]) -> list[dict]:
         seen.add(path)
         for source in stats["about"].get("inputs", {}).values():
             visit(source)
-        name = stats["about"]["command"].split()[0].removesuffix(".py")
+        name = stats["about"]["command"].removeprefix("-m ").split()[0].removesuffix(".py")
+        name = name.rpartition(".")[2]
         stages.append({**stats, "stage": name, "out": path})
 
     for out in outs:
@@ -134,5 +135,5 @@ def stage_table(stages: list[dict]) -> str:
     total = sum(one["about"]["seconds"] for one in stages)
     rows.append(["all", None, round(total), None, None, None])
     table = markdown(["stage", "wrote", "seconds", "processes", "commit", "machine"], rows)
-    commands = "\n".join(one["about"]["command"] for one in stages)
+    commands = "\n".join(f"python {one['about']['command']}" for one in stages)
     return f"{table}\n\n```\n{commands}\n```"

@@ -859,7 +859,7 @@ def test_a_run_by_name(tmp_path):
     """From handmade stats: what labels the gold seed or trains a judge is not a round's; files of
     other programs are passed over."""
     made = {
-        "data": ("prepare.py", {"data": "d.csv"}, {}, {"flipped": 0}),
+        "data": ("-m data.prepare", {"data": "d.csv"}, {}, {"flipped": 0}),
         "answers": ("generate.py", {"prompts": "data/a"}, {"n": 4}, {"prompts": 9}),
         "gold": ("label.py", {"responses": "answers"}, {"judge": "vader", "model": None}, {}),
         "seed": ("seed_dpo.py", {"pairs": "gold"}, {"objective": "dpo", "lr": 1e-5}, {"pairs": 8}),

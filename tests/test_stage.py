@@ -151,6 +151,12 @@ def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", argparse.Namespace(cuda=cuda))
     inputs = stage.inputs_of(args, settings)
     stage.publish(str(out), settings, {}, lambda tmp: os.mkdir(tmp), inputs)
+    for argv, command in (
+        (["/x/train.py", "--out", "a b"], "train.py --out 'a b'"),
+        (["/x/data/prepare.py", "--rounds"], "-m data.prepare --rounds"),
+    ):
+        monkeypatch.setattr("sys.argv", argv)
+        assert stage.about({})["command"] == command
     stats = json.loads((tmp_path / "out.stats.json").read_text())
     assert stats["about"]["inputs"] == {"pairs": str(pairs)} and stats["settings"] == settings
     assert stats["about"]["machine"].endswith(" cores, a card")
