@@ -167,10 +167,11 @@ def score_candidates(args: argparse.Namespace, tokenizer, rows: list[dict], rank
 def implicit_rewards(args: argparse.Namespace, rows: list[dict],
                      logps: list[list[list[float]]]) -> list[list[float]]:
     """S7 of every answer to every prompt."""
-    reference = logps[1] if len(logps) > 1 else [[0.0] * len(own) for own in logps[0]]
+    policy, *others = logps
+    reference = others[0] if others else [[0.0] * len(own) for own in policy]
     lengths = [[len(ids) for _, _, ids in row["answers"]] for row in rows]
-    return [implicit_reward(*row, args.beta, n, args.length_penalty)
-            for *row, n in zip(logps[0], reference, lengths)]
+    return [implicit_reward(p, r, args.beta, n, args.length_penalty)
+            for p, r, n in zip(policy, reference, lengths)]
 
 
 def preference(row: dict, best: int, worst: int) -> dict:

@@ -15,8 +15,9 @@
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")"
-# Settings, checks, installation; the flags that stages share, as arrays;
-# `single` starts a stage on one process, `launch` and `sampling` on all.
+# Settings, checks, installation; and the flags that calls share: `size`, `sample`, `train`,
+# `endpoint`, `gold_judge`. `single` starts a stage on one process, `launch` and `sampling` on all.
+# For the checks this script first runs once with listing=yes, where they only print their calls.
 source configs/defaults.sh
 
 # 0. Data: a gold seed, unlabelled prompts for each round, prompts for the evaluation.

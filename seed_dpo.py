@@ -5,9 +5,9 @@
     margin    M = β[(log π_θ − log π_ref)(y_w) − (log π_θ − log π_ref)(y_l)]
     loss      −log σ(M) = softplus(−M)                                 mean over the global batch
 
-This file is read first: it owns the DPO margin, its loss and the learning rate, and shows the loop.
-train.py shows the same loop with SPA's refinement and the worst case in it. log-probs are computed
-in core/policy.py; how a batch is spread over passes and processes, in core/training.py.
+Of the stages this is read first: it owns the DPO margin, its loss and the learning rate, and shows
+the loop. train.py shows the same loop with SPA's refinement and the worst case in it. log-probs are
+computed in core/policy.py; how a batch is spread over passes and processes, in core/training.py.
 
 `--objective supervised` learns the `chosen` responses alone, −log π(y_w), as an LLM judge learns
 its letters.
@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from core.chat import from_text, pair_of
 from core.policy import score
 from core.training import (
+    Run,
     batch_at,
     begin,
     gather,
@@ -79,19 +80,22 @@ def lr_at(step: int, total: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def reference_logps(run: Run, supervised: bool) -> torch.Tensor:
+    """log π_ref [N, 2] of chosen and rejected. π_ref is where training starts and never changes:
+    scored once, before the first update. Zeros for --objective supervised, which has none."""
+    if supervised:
+        return torch.zeros(len(run.rows), 2, device=run.device)
+    return torch.tensor(score(run.policy, run.encoded, run.args.precision, run.device, run.rank,
+                              run.world, "reference"), device=run.device)
+
+
 def main(args: argparse.Namespace, settings: dict) -> None:
 
     run = begin(args, settings, "preferences")
-    supervised = args.objective == "supervised"
-    # Supervised, the loss is −log π(y_w) alone. There is no reference: with zeros and β = 1 the
-    # margin is log π(y_w) − log π(y_l), which is only logged; its sign is the accuracy.
+    supervised = args.objective == "supervised"                         # −log π(y_w) alone
+    # Without a reference the margin is only logged; its sign is the accuracy.
     beta = 1.0 if supervised else args.beta
-    logp_ref = torch.zeros(len(run.rows), 2, device=run.device)
-    if not supervised:
-        # The reference is where training starts and never changes: scored once, before the first
-        # update.
-        logp_ref = torch.tensor(score(run.policy, run.encoded, args.precision, run.device, run.rank,
-                                      run.world, "reference"), device=run.device)
+    logp_ref = reference_logps(run, supervised)
 
     log = resume(run)                                                   # empty, but after a kill
     bar = steps(run, log)
@@ -99,18 +103,18 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         started = time.perf_counter()
         batch = batch_at(run, step)                                     # B ~ D_0
         seen = {}
-        for i, tokens, scale in micro_batches(run, batch):
+        for rows, tokens, scale in micro_batches(run, batch):
             with precision(run):
                 logp, _ = run.policy(tokens)
             logp = logp.view(-1, 2)                                     # chosen, rejected
-            margin = dpo_margin(logp, logp_ref[i], beta)
+            margin = dpo_margin(logp, logp_ref[rows], beta)
             # L = −log σ(M)                                                                    S6
             loss = -logp[:, 0] if supervised else dpo_loss(margin)
             (scale * loss.sum()).backward()                             # ∇ of the mean over B    D7
-            note(seen, i, scale, loss=loss, margin=margin, gain=margin)
+            note(seen, rows, scale, loss=loss, margin=margin, gain=margin)
         pairs = gather(run, seen, batch)
         lr = lr_at(step, run.total, args.lr)
-        norm = update(run, batch, pairs["loss"], lr, step)              # θ ← θ − η∇L
+        norm = update(run, lr, step, batch, pairs["loss"])              # θ ← θ − η∇L
         log.append(log_row(run, step, batch, pairs, norm, lr, started))
         keep(run, log, bar)
 

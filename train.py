@@ -4,12 +4,14 @@
     p̃_i = σ(β[(log π̃ − log π_ref)(y_w) − (log π̃ − log π_ref)(y_l)])
     z_i = 1 if p̃_i < τ, τ the 10th percentile of p̃ over the last 50 pairs                S9, S11, D3
     L_i = (1 − α z_i) Σ_j w_ij ℓ*(ξ_θ,i − shift_ij) + α z_i (−log(1 − ξ_θ,i))
-                                                                        S10, T2-3, T2-5, D4, D5
+                                                      S10 over the atoms of T2-5; D4, D5, D6
+    ξ_θ,i = σ(m_i + β[(log π_θ − log π_ref)(y_w) − (log π_θ − log π_ref)(y_l)])               D6
+    ℓ* = −log, straight below 1/K; an atom of shift 0 has −log ξ_θ,i itself                   D5
 
-π_ref = π_{t−1} is where training starts; its log-probs are in the rows. With --anchor init ξ_θ is
-measured against π_init, as the follower's ξ was, by adding the stored margin (D6): that is what
-dro.py's rows need unless its ε was 0. Without atoms and with --anchor previous, the default, it is
-SPA; with --alpha 0 as well, DPO.
+π_ref = π_{t−1} is where training starts; its log-probs are in the rows. m_i is the row's margin,
+π_{t−1}'s against π_init, with --anchor init: ξ_θ is then measured against π_init, as the follower's
+ξ was, and that is what dro.py's rows need unless its ε was 0. With --anchor previous, the default,
+m_i = 0. Without atoms that is SPA; with --alpha 0 as well, DPO.
 
     python train.py --model runs/demo/seed --pairs worst.jsonl --out policy --anchor init --lam 0.5
     torchrun --nproc_per_node=8 train.py --model pi_0 --pairs worst.jsonl --out pi_1 --anchor init
@@ -132,11 +134,13 @@ def atoms_of(rows: list[dict], path: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pieces_of(rows: list[dict], path: str) -> int:
-    """K, where ℓ* becomes straight (D5), as dro.py wrote it; without moved atoms never used."""
-    found = {row.get("pieces", 6) for row in rows}
-    if len(found) > 1:
-        fail(f"{path}: 'pieces' must be one number in all rows, found {sorted(found)}")
-    return found.pop()
+    """K, where ℓ* becomes straight (D5), as dro.py wrote it. Rows without a moved atom need none,
+    and 1 stands in."""
+    found = {row["pieces"] for row in rows if "pieces" in row}
+    moved = any(shift for row in rows for _, shift in row.get("atoms", []))
+    if len(found) > 1 or moved and not all("pieces" in row for row in rows):
+        fail(f"{path}: 'pieces' (K) must be one number in all rows, found {sorted(found)}")
+    return found.pop() if found else 1
 
 
 def check_margins(run: Run) -> int:
@@ -192,13 +196,13 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     weight, shift = weight.to(device), shift.to(device)
     logp_ref = torch.tensor([[row["chosen_logp"], row["rejected_logp"]] for row in run.rows],
                             device=device)
-    # M against π_init is the row's margin, π_{t−1}'s, plus M against π_{t−1}                    D6
+    # m: the margin of π_{t−1} against π_init, which label.py wrote; 0 where the anchor is π_{t−1}
     stored = torch.zeros(len(run.rows), device=device)
     if args.anchor == "init":
         stored = torch.tensor([r["margin"] for r in run.rows], device=device)
     detect = args.alpha > 0 and args.percentile > 0
     active = math.ceil(QUIET * run.total)                     # first step that may flag a label
-    watch = active - math.ceil(WINDOW / args.batch_size)      # the steps before it fill τ's window
+    watch = active - math.ceil(WINDOW / args.batch_size)      # p̃ from here on, to fill τ's window
     extrapolate = detect and args.lam > 0                     # nothing else needs the model π_ref
     policy_ref = reference_policy(run, args) if extrapolate else None
 
@@ -208,9 +212,10 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         started = time.perf_counter()
         batch = batch_at(run, step)                                     # B ~ D_t
         watching = detect and step >= watch
-        tau = threshold(log, args.percentile) if step >= active else -math.inf           # S11, D3
+        flagging = detect and step >= active
+        tau = threshold(log, args.percentile) if flagging else -math.inf                 # S11, D3
         seen = {}
-        for i, tokens, scale in micro_batches(run, batch):
+        for rows, tokens, scale in micro_batches(run, batch):
             reference = None
             if extrapolate and watching:
                 with torch.no_grad(), precision(run):
@@ -220,19 +225,19 @@ def main(args: argparse.Namespace, settings: dict) -> None:
             logp = logp.view(-1, 2)                                     # chosen, rejected
             logp_tilde = logp_tilde.view(-1, 2)
             # z: does the extrapolated policy doubt the label?                          S9, S11
-            p_tilde = torch.sigmoid(dpo_margin(logp_tilde, logp_ref[i], args.beta))
+            p_tilde = torch.sigmoid(dpo_margin(logp_tilde, logp_ref[rows], args.beta))
             z = (p_tilde < tau).float()
-            # L: the refined label under the worst case                S10, T2-3, T2-5, D6
-            gain = dpo_margin(logp, logp_ref[i], args.beta)
-            margin = stored[i] + gain
-            loss = leader_loss(margin, z, weight[i], shift[i], args.alpha, pieces)
+            # L: the refined label under the worst case      S10, T2-5, D4, D5, D6
+            gain = dpo_margin(logp, logp_ref[rows], args.beta)          # M of this round alone
+            margin = stored[rows] + gain                                # M against the anchor
+            loss = leader_loss(margin, z, weight[rows], shift[rows], args.alpha, pieces)
             (scale * loss.sum()).backward()                             # ∇ of the mean over B, D7
-            note(seen, i, scale, loss=loss, margin=margin, gain=gain, p_tilde=p_tilde, z=z)
+            note(seen, rows, scale, loss=loss, margin=margin, gain=gain, p_tilde=p_tilde, z=z)
         pairs = gather(run, seen, batch)
         if step == 0:
             warn_if_far(run, pairs["gain"])
         lr = lr_at(step, run.total, args.lr)
-        norm = update(run, batch, pairs["loss"], lr, step)              # θ ← θ − η∇L
+        norm = update(run, lr, step, batch, pairs["loss"])              # θ ← θ − η∇L
         log.append(log_row(run, step, batch, pairs, norm, lr, started) | {
             "tau": tau if math.isfinite(tau) else None,
             "batch": [run.rows[k]["id"] for k in batch],

@@ -35,14 +35,15 @@ def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tup
     [B, T, V] tensor of logits is the memory peak of naive code: here [chunk, V] is the largest that
     exists, and is recomputed in backward.
     """
-    def piece(part: slice, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_chunk(part: slice, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         label = target[part, None]
         logits = head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logp = logits.log_softmax(-1).gather(-1, label)[:, 0]
         if reference is None:
             return logp, logp.detach()
-        # Last, because recomputation in backward stops where it has what the gradient needs.
+        # After logp: in backward, checkpoint computes again only up to what the gradient of logp
+        # needs, so this part is not run twice.
         with torch.no_grad():
             head_ref, hidden_ref = reference
             logits_ref = head_ref(hidden_ref[part]).to(logits.dtype)
@@ -50,24 +51,24 @@ def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tup
             mixed = (1 + lam) * logits - lam * logits_ref
             logp_tilde = mixed.log_softmax(-1).gather(-1, label)[:, 0]
         return logp, logp_tilde
-    pieces = []
+    chunks = []
     for start in range(0, len(target), chunk):
         part = slice(start, start + chunk)
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(piece, part, hidden[part], use_reentrant=False))
+            chunks.append(checkpoint(of_chunk, part, hidden[part], use_reentrant=False))
         else:
-            pieces.append(piece(part, hidden[part]))
-    logp, logp_tilde = zip(*pieces)
+            chunks.append(of_chunk(part, hidden[part]))
+    logp, logp_tilde = zip(*chunks)
     return torch.cat(logp), torch.cat(logp_tilde)
 
 
-def sum_by_response(values: torch.Tensor, batch: dict) -> torch.Tensor:
+def sum_by_response(values: torch.Tensor, tokens: dict) -> torch.Tensor:
     """Sums [R] of per-token values [M] over each response."""
-    return torch.stack([own.sum() for own in values.split(batch["lengths"])])
+    return torch.stack([own.sum() for own in values.split(tokens["lengths"])])
 
 
 class ResponseLogps(torch.nn.Module):
-    """The model as the function that is trained: a batch → log π [R] and log π̃ [R] of its
+    """The model as the function that is trained: tokens of a pass → log π [R] and log π̃ [R] of its
     responses.
 
     DDP and FSDP must wrap exactly the forward pass that is used, or their hooks never fire.
@@ -77,17 +78,17 @@ class ResponseLogps(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def states(self, batch: dict) -> tuple:
+    def states(self, tokens: dict) -> tuple:
         """(head, last hidden states [M, H]): what another policy's forward pass needs to
         extrapolate from this one."""
-        return functools.partial(logits_of, self.model), response_hidden(self.model, batch)
+        return functools.partial(logits_of, self.model), response_hidden(self.model, tokens)
 
-    def forward(self, batch: dict, reference: tuple | None = None,
+    def forward(self, tokens: dict, reference: tuple | None = None,
                 lam: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = response_hidden(self.model, batch)
+        hidden = response_hidden(self.model, tokens)
         head = functools.partial(logits_of, self.model)
-        logp, logp_tilde = token_logps(head, hidden, batch["target"], reference, lam)
-        return sum_by_response(logp, batch), sum_by_response(logp_tilde, batch)
+        logp, logp_tilde = token_logps(head, hidden, tokens["target"], reference, lam)
+        return sum_by_response(logp, tokens), sum_by_response(logp_tilde, tokens)
 
 
 @torch.no_grad()
@@ -121,27 +122,27 @@ def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.dev
 # ---------------------------------------------------------------------------------- reading a model
 
 
-def response_hidden(model, batch: dict) -> torch.Tensor:
+def response_hidden(model, tokens: dict) -> torch.Tensor:
     """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never
     count.
 
     Where a sequence passes the length that changes the rotation of a whole pass, each sequence has
     a pass of its own.
     """
-    ids = batch["input_ids"]
-    mask = batch["attention_mask"]
+    ids = tokens["input_ids"]
+    mask = tokens["attention_mask"]
     limit, _ = rope_switch(model.config)
     if mask is not None:
-        hidden = read(model, ids, position_ids=batch["position_ids"], attention_mask=mask)
-    elif limit < math.inf and batch["position_ids"].max() >= limit:
-        lengths = (batch["position_ids"].max(-1).values + 1).tolist()
+        hidden = read(model, ids, position_ids=tokens["position_ids"], attention_mask=mask)
+    elif limit < math.inf and tokens["position_ids"].max() >= limit:
+        lengths = (tokens["position_ids"].max(-1).values + 1).tolist()
         hidden = torch.cat([
             F.pad(read(model, ids[b:b + 1, :length]), (0, 0, 0, ids.shape[1] - length))
             for b, length in enumerate(lengths)])
     else:
         # Without siblings each sequence is read as by anyone: from position 0, causally.
         hidden = read(model, ids)
-    return hidden.flatten(0, 1)[batch["where"]]
+    return hidden.flatten(0, 1)[tokens["where"]]
 
 
 def read(model, ids: torch.Tensor, **layout) -> torch.Tensor:
@@ -182,8 +183,8 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def pack(encoded: list, shared: bool, device: torch.device) -> dict:
-    """A batch of `encoded` rows: B sequences `prompt y_1 y_2 …` if `shared`, else one sequence per
-    response.
+    """The tokens of `encoded` rows: B sequences `prompt y_1 y_2 …` if `shared`, else one sequence
+    a response.
 
     Siblings are hidden from one another by the mask and each starts at the position after the
     prompt, so every response sees what it would see alone (Wang & Hegde 2024), and the prompt is

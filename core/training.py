@@ -1,4 +1,5 @@
-"""The verbs of a training loop: begin, batch, passes, gather, update, log row, checkpoint, save.
+"""The verbs of a training loop, in its order: begin, resume, batch_at, micro_batches, note, gather,
+update, log_row, keep, save_policy.
 
 seed_dpo.py and train.py show the loop itself. What a training step means is there; how it is spread
 over passes and processes, measured and kept is here.
@@ -69,8 +70,9 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
         place = torch.device("cpu") if args.shard else device
+        # loaded frozen, and asked: is it read rightly?
         model = load_scorer(args.model, place, encoded, args.precision, tokenizer)
-    model.requires_grad_(True)
+    model.requires_grad_(True)  # π_θ
     limit, _ = rope_switch(model.config)
     if args.shard and any(len(prompt) + len(y) > limit for prompt, ys in encoded for y in ys):
         fail(f"{args.pairs}: a row passes {limit} tokens, beyond which {model.config.model_type} "
@@ -154,11 +156,12 @@ def gather(run: Run, seen: dict[int, dict], batch: list[int]) -> dict[str, list[
     return {key: [merged[i][key] for i in batch] for key in merged[batch[0]]}
 
 
-def update(run: Run, batch: list[int], loss: list[float], lr: float, step: int) -> float:
-    """One step of AdamW at rate `lr` on the clipped gradient, whose norm before clipping is
-    returned.
+def update(run: Run, lr: float, step: int, batch: list[int], loss: list[float]) -> float:
+    """One step of AdamW at rate `lr` on the clipped gradient, which the backward passes have left
+    in the parameters; its norm before clipping is returned.
 
-    Ends the program, with nothing saved, where loss or gradient is not finite.
+    Ends the program, with nothing saved, where loss or gradient is not finite; `step`, `batch` and
+    `loss` [B] only serve to say so.
     """
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.args.clip)
     norm = getattr(norm, "full_tensor", lambda: norm)().item()
