@@ -24,7 +24,7 @@ from core.stage import fingerprint
 from core.policy import ResponseLogps, pack, response_hidden, token_logps
 from core.training import log_row
 from seed_dpo import dpo_margin
-from train import atoms_of, leader_loss, loss_star, threshold
+from train import atoms_of, leader_loss, loss_star, pieces_of, threshold
 
 one = torch.ones(1)
 MARGINS = st.floats(-30, 30)
@@ -609,6 +609,16 @@ def test_zero_epsilon_is_spa_and_without_smoothing_dpo(round_rows, other_folder,
         torch.testing.assert_close(weights["plain"][name], dpo[name], rtol=1e-3, atol=2e-5)
     assert any(not torch.equal(weights["still"][n], weights["plain"][n]) for n in dpo)
     assert json.load(open(tmp_path / "still.stats.json"))["anchor"] == "previous"
+
+
+def test_moved_atoms_say_their_k(capsys):
+    still, moved = {"atoms": [[1.0, 0.0]]}, {"atoms": [[0.5, 0.0], [0.5, 0.6]]}
+    assert pieces_of([{}, still], "rows") == 1  # ℓ* is never used
+    assert pieces_of([still | {"pieces": 5}, moved | {"pieces": 5}], "rows") == 5
+    for rows in ([still | {"pieces": 6}, moved], [moved], [{"pieces": 5}, {"pieces": 6}]):
+        with pytest.raises(SystemExit):
+            pieces_of(rows, "rows")
+        assert "'pieces' (K) must be one number in all rows" in capsys.readouterr().err
 
 
 def test_refusals(round_rows, folder, other_folder, tmp_path):
