@@ -55,7 +55,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
-    cli.add_argument("--epsilon", type=ranged(float, 0), default=0.01,
+    cli.add_argument("--epsilon", type=ranged(float, 0, 1), default=0.01,
                      help="radius of the ball (papers: 0.01; also 0 to 0.1)")
     cli.add_argument("--pieces", type=natural, default=6,
                      help="K, tangents of the loss (papers: 6; also 5 and 7)")

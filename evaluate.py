@@ -431,6 +431,11 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         return
     models = named(args.models, "--models")
     labels = named(args.labels, "--labels")
+    used = [model for model in models.values() if not model.endswith(".json")]
+    if args.judge in ("reward-model", "llm"):
+        used.append(args.judge_model)
+    for model in used:
+        load_config(model)  # what is missing is found before anything is sampled
     rank, world, device = start_processes()
     os.makedirs(f"{args.out}/eval", exist_ok=True)
     answers, policies, annotations, quality, confidences, ratings = {}, {}, {}, {}, {}, {}

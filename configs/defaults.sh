@@ -95,7 +95,8 @@ define_settings() {
 
 usage() {
   sed -n '2,/^$/{/^#/s/^# \?//p}' run.sh
-  echo "Every variable can be set on the command line, before a config, before its default:"
+  echo "The command line gives a variable its value, else the config, else its default. A config"
+  echo 'leaves the command line its say by  : "${LR:=1e-5}"; a plain LR=1e-5 there is the last word.'
   define_settings
   local i
   for i in "${!settings[@]}"; do
@@ -120,18 +121,18 @@ whole_number() {  # NAME: must be one, at least 1
 }
 
 near_names() {  # stops at a variable that is one slip of the finger away from a setting
-  local name setting i head tail
+  local name setting i head tail rest
   for name in $(compgen -e); do
     [[ " ${settings[*]} " != *" $name "* ]] || continue
     for setting in "${settings[@]}"; do
       (( ${#setting} >= 4 )) || continue
       (( ${#setting} - ${#name} <= 1 && ${#name} - ${#setting} <= 1 )) || continue
       for (( i = 0; i <= ${#setting}; i++ )); do
-        head=${setting:0:i} tail=${setting:i}
-        # a letter more, another letter, a letter less, two exchanged
+        head=${setting:0:i} tail=${setting:i} rest=${setting:i+1}
+        # a letter more, another letter, a letter less, two exchanged; without quotes, because an
+        # empty pair of them behind ? matches nothing
         case $name in
-          "$head"?"$tail" | "$head"?"${tail:1}" | "$head${tail:1}" | \
-            "$head${tail:1:1}${tail:0:1}${tail:2}")
+          $head?$tail | $head?$rest | $head$rest | $head${rest:0:1}${tail:0:1}${rest:1})
             stop "$name is no setting; is $setting meant?"
             ;;
         esac
@@ -165,6 +166,9 @@ check_settings() {
   [[ $SEED_SIZE != +(0) || -n $SEED_FRACTION$SEED_POLICY ]] ||
     stop "SEED_SIZE=$SEED_SIZE: without gold pairs SEED_POLICY must name an aligned model"
   [[ $LAMS == *[![:space:]]* ]] || stop "LAMS names no number"
+  [[ -z $GOLD_MODEL || $GOLD != none ]] || stop "GOLD_MODEL=$GOLD_MODEL: GOLD must name its kind"
+  [[ -z $JUDGE_MODEL || $JUDGE != implicit ]] ||
+    stop "JUDGE_MODEL=$JUDGE_MODEL: JUDGE must name its kind"
   for name in JUDGE GOLD; do
     model=${name}_MODEL
     [[ ${!name} != @(reward-model|pairrm|openai) && $name-${!name} != GOLD-llm || -n ${!model} ]] ||
@@ -315,7 +319,7 @@ case ${1-} in
     install requirements.txt
     install tests/requirements.txt
     "$python" -m ruff check --quiet --select E501 --line-length 100 .
-    exec "$python" -m pytest -q "${@:2}" tests
+    exec "$python" -m pytest -q -n 2 --dist worksteal "${@:2}" tests
     ;;
 esac
 check=
@@ -340,6 +344,8 @@ config=
 if [[ -n ${1-} || -z ${DATA-} ]]; then
   config=${1:-configs/demo.env}
   [[ -f $config || ! -f $caller/$config ]] || config=$caller/$config
+  [[ $config != *=* ]] || stop "$config: settings stand before the command: $config bash run.sh"
+  [[ $config != --* ]] || stop "$config stands behind a config: bash run.sh configs/NAME.env --tiny"
   [[ -f $config ]] || stop "$config: no such config file"
   set -a  # so that a slip in a config is seen too
   source "$config"

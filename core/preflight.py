@@ -30,7 +30,15 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from core.stage import LOOK, OTHER_SETTINGS, WORK, is_hub_id, run_stage, snapshot_of
+from core.stage import (
+    LOOK,
+    OTHER_SETTINGS,
+    WORK,
+    hub_trouble,
+    is_hub_id,
+    run_stage,
+    snapshot_of,
+)
 
 # What a stage's output is: complete; not there; complete, of other settings; complete, but made
 # from what is going to be written; not known, because the stage refuses its flags.
@@ -161,13 +169,28 @@ def folder_of(model: str) -> Path | None:
     return Path(model) if os.path.isdir(model) else snapshot_of(model)
 
 
+def not_on_the_hub(model: str) -> str | None:
+    """Why a model that is not on this machine cannot be fetched."""
+    import huggingface_hub  # slow to import, and needed for hub ids alone
+    if trouble := hub_trouble():
+        return f"no such model folder, nor can it be had from the hub: {trouble}"
+    try:
+        huggingface_hub.model_info(model, timeout=5)
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        return "no such model folder, and the hub has no such model, or keeps it from you"
+    except Exception:
+        # The stage that fetches it tries again, and says why it cannot.
+        return None
+    return None
+
+
 def wrong_model(model: str) -> str | None:
     """Why a model cannot be loaded, as far as its folder shows; a hub id may still be fetched."""
     folder = folder_of(model)
     if folder is None:
-        if is_hub_id(model):
-            return None
-        return "no such model folder, and not the id of a model on the hub"
+        if not is_hub_id(model):
+            return "no such model folder, and not the id of a model on the hub"
+        return not_on_the_hub(model)
     if not (folder / "config.json").is_file():
         return "not a model folder: it holds no config.json"
     if os.path.isdir(model) and not any(folder.glob("*.safetensors")):
@@ -296,7 +319,7 @@ def are_alone(prepare: Look) -> bool:
     if prepare.state == DONE:
         return True  # run.sh has looked at what was written
     found = columns(setting("DATA"))
-    return found is not None and not found & {"chosen", "rejected"}
+    return found is not None and not found & {"chosen", "rejected"} and "prompt" in found
 
 
 def data_problems(numbers: bool) -> list[str]:
@@ -355,8 +378,11 @@ def main() -> None:
         looks = [found for found in looks if found not in of_gold]
     elif of_gold and setting("GOLD") == "none":
         looks = [found for found in looks if found not in of_gold]
-        problems.append(f"DATA={setting('DATA')} holds prompts alone: GOLD must name who labels "
-                        "the seed")
+        others = sorted(columns(setting("DATA")) - {"prompt"}) if columns(setting("DATA")) else []
+        found = f" (found: {', '.join(others)})" if others else ""
+        problems.append(f"DATA={setting('DATA')} has no chosen and rejected{found}. Prompts alone "
+                        "need GOLD, who labels the seed; votes or scores must be turned into "
+                        "chosen and rejected first")
     refused = [in_settings(found) for found in looks if found.state == WRONG]
     problems += refused + changes(looks)
     if any(found.state != DONE for found in looks):

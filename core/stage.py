@@ -261,6 +261,7 @@ def run_stage(main: Callable[..., None], *given) -> None:
         fail("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
              f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         import torch.distributed as dist  # a stage on several processes has loaded it

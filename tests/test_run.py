@@ -9,6 +9,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
+import huggingface_hub
 import pytest
 import transformers
 from core import preflight
@@ -52,6 +53,11 @@ def run_sh(*arguments, **variables) -> str:
     [
         ({"EPSILN": "0.1"}, "is EPSILON meant"),
         ({"MODLE": "x"}, "is MODEL meant"),
+        ({"EPSILOM": "0.1"}, "is EPSILON meant"),
+        ({"DATAS": "x"}, "is DATA meant"),
+        ({"EPOCHS_SEED": "1", "SEED_EPOCH": "1"}, "is SEED_EPOCHS meant"),
+        ({"GOLD_MODEL": "rm"}, "GOLD must name its kind"),
+        ({"JUDGE_MODEL": "rm"}, "JUDGE must name its kind"),
         ({"METHODS": "spa"}, "is METHOD meant"),
         ({"METHOD": "sap"}, "must be one of"),
         ({"JUDGE": "llm"}, "METHOD=spa"),
@@ -119,7 +125,7 @@ def test_what_a_run_needs_is_looked_for_before_the_first_stage(folder, tmp_path)
     prompts = dump(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
     pairs = dump(tmp_path / "pairs.jsonl", gold_rows(5))
     table = [
-        ({"DATA": prompts}, ["holds prompts alone: GOLD", "1 rows; "]),
+        ({"DATA": prompts}, ["has no chosen and rejected. Prompts alone need GOLD", "1 rows; "]),
         ({"DATA": pairs, "ROUNDS": 4},
          ["5 rows; the seed, ROUNDS and one for the evaluation need 2005"]),
         ({"DATA": "no.csv", "MODEL": tmp_path, "BACKEND": "vllm", "GOLD": "llm",
@@ -336,7 +342,20 @@ def test_judges_are_looked_for(folder, ranker, tmp_path, monkeypatch):
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
     assert "found 2" in preflight.missing_for("reward-model", str(tmp_path / "two"))
     assert "no such model" in preflight.missing_for("llm", str(tmp_path / "none"))
-    assert preflight.missing_for("llm", "some/judge") is None  # may yet be fetched
+    assert "HF_HUB_OFFLINE is set" in preflight.missing_for("llm", "some/judge")
+    monkeypatch.setattr(preflight, "hub_trouble", lambda: "")
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: None)
+    assert preflight.missing_for("llm", "some/judge") is None  # may be fetched
+
+    class Absent(huggingface_hub.errors.RepositoryNotFoundError):
+        def __init__(self):
+            pass
+
+    def absent(*_, **__):
+        raise Absent
+
+    monkeypatch.setattr(huggingface_hub, "model_info", absent)
+    assert "the hub has no such model" in preflight.missing_for("llm", "some/judge")
 
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     for judge, package in (("vader", "vaderSentiment"), ("pairrm", "llm-blender"),
