@@ -145,12 +145,17 @@ def solve_exact(xi: np.ndarray, loss: Loss, epsilon: float, a: float) -> WorstCa
     moves up, so b has no part."""
     n = len(xi)
     distance = xi - a
-    order = np.argsort(distance, kind="stable")  # the least certain first; ties as in the file
-    spent = np.cumsum(distance[order])
+    ranked = np.sort(distance)  # the least certain first; several times faster than argsort
+    spent = np.cumsum(ranked)
     whole = int(np.searchsorted(spent, n * epsilon, side="right"))  # how many pairs move whole
     rest = n * epsilon - (spent[whole - 1] if whole else 0.0)       # budget for the split pair
-    moved = np.zeros(n, bool)
-    moved[order[:whole]] = True
+    edge = ranked[whole] if whole < n else np.inf                   # its distance
+    # who that is: all below the edge, and of the pairs at it those that come first in the file
+    at_edge = np.flatnonzero(distance == edge)
+    early = whole - int(np.searchsorted(ranked, edge))
+    moved = distance < edge
+    moved[at_edge[:early]] = True
+    del ranked, spent
 
     losses = loss.value(xi)
     at_a = float(loss.value(np.float64(a)))
@@ -161,8 +166,7 @@ def solve_exact(xi: np.ndarray, loss: Loss, epsilon: float, a: float) -> WorstCa
     shift = np.where(moved, distance, 0.0)
     lam = 0.0
     if whole < n:
-        split = int(order[whole])
-        edge = distance[split]
+        split = int(at_edge[early])
         fraction = rest / edge
         value += fraction * (at_a - losses[split])
         transport += rest

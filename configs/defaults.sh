@@ -96,7 +96,7 @@ define_settings() {
 usage() {
   sed -n '2,/^$/{/^#/s/^# \?//p}' run.sh
   echo "The command line gives a variable its value, else the config, else its default. A config"
-  echo 'leaves the command line its say by  : "${LR:=1e-5}"; a plain LR=1e-5 there is the last word.'
+  echo 'leaves the command line its say by : "${LR:=1e-5}"; a plain LR=1e-5 is the last word.'
   define_settings
   local i
   for i in "${!settings[@]}"; do

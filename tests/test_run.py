@@ -406,7 +406,8 @@ def test_endpoint_judges_take_their_address(tmp_path):
     for judge, gold, expected in (("openai", "openai", ["label.py", "evaluate.py"]),
                                   ("openai", "vader", ["label.py"]), ("implicit", "none", [])):
         calls.write_text("")
-        run_sh(**common, JUDGE=judge, JUDGE_MODEL="j", GOLD=gold, GOLD_MODEL="g")
+        models = {} if judge == "implicit" else {"JUDGE_MODEL": "j", "GOLD_MODEL": "g"}
+        run_sh(**common, JUDGE=judge, GOLD=gold, **models)
         told = [line.split()[0] for line in calls.read_text().splitlines()
                 if "--base-url http://host/v1" in line]
         assert told == expected
