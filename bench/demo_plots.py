@@ -24,9 +24,9 @@ from scipy.stats import t as student  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from core.rows import beside, fail, read_json_lines, read_rows  # noqa: E402
 from bench.demo_measures import WOULD, would_move  # noqa: E402
 from bench.demo_table import read_runs  # noqa: E402
+from core.rows import beside, fail, read_json_lines, read_rows  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart

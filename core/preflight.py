@@ -179,8 +179,7 @@ def not_on_the_hub(model: str) -> str | None:
     except huggingface_hub.errors.RepositoryNotFoundError:
         return "no such model folder, and the hub has no such model, or keeps it from you"
     except Exception:
-        # The stage that fetches it tries again, and says why it cannot.
-        return None
+        pass  # the stage that fetches it tries again, and says why it cannot
     return None
 
 
@@ -378,8 +377,8 @@ def main() -> None:
         looks = [found for found in looks if found not in of_gold]
     elif of_gold and setting("GOLD") == "none":
         looks = [found for found in looks if found not in of_gold]
-        others = sorted(columns(setting("DATA")) - {"prompt"}) if columns(setting("DATA")) else []
-        found = f" (found: {', '.join(others)})" if others else ""
+        others = (columns(setting("DATA")) or set()) - {"prompt"}
+        found = f" (found: {', '.join(sorted(others))})" if others else ""
         problems.append(f"DATA={setting('DATA')} has no chosen and rejected{found}. Prompts alone "
                         "need GOLD, who labels the seed; votes or scores must be turned into "
                         "chosen and rejected first")

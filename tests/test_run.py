@@ -55,7 +55,7 @@ def run_sh(*arguments, **variables) -> str:
         ({"MODLE": "x"}, "is MODEL meant"),
         ({"EPSILOM": "0.1"}, "is EPSILON meant"),
         ({"DATAS": "x"}, "is DATA meant"),
-        ({"EPOCHS_SEED": "1", "SEED_EPOCH": "1"}, "is SEED_EPOCHS meant"),
+        ({"SEED_EPOCH": "1"}, "is SEED_EPOCHS meant"),
         ({"GOLD_MODEL": "rm"}, "GOLD must name its kind"),
         ({"JUDGE_MODEL": "rm"}, "JUDGE must name its kind"),
         ({"METHODS": "spa"}, "is METHOD meant"),
