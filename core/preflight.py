@@ -53,6 +53,7 @@ SETTINGS = {
     "--judge": ["JUDGE", "GOLD"],
     "--judge-model": ["JUDGE_MODEL", "GOLD_MODEL"],
 }
+READ_HERE = re.compile(r"\.(jsonl?|csv)(\.gz)?$")  # data files; `datasets` loads the others
 PACKAGES = {"vader": "vaderSentiment", "pairrm": "llm_blender", "openai": "openai"}
 # A weight in fp32; in a checkpoint with two moments. The next is whole before the last one goes.
 MODEL_BYTES = 4
@@ -295,14 +296,32 @@ def judge_problems(looks: list[Look]) -> list[str]:
 # --------------------------------------------------------------------------------------------- data
 
 
+def unpacked(path: str):
+    """A text file, gzipped or not, opened."""
+    opened = gzip.open if path.endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+
+
+def row_count(path: str) -> int | None:
+    """Rows of a JSONL, JSON or CSV file; None where it cannot be read (data.prepare says why)."""
+    try:
+        with unpacked(path) as file:
+            if ".csv" in path[-7:]:
+                return sum(1 for row in csv.reader(file) if row) - 1
+            if ".jsonl" in path[-9:]:
+                return sum(1 for line in file if line.strip())
+            return len(json.load(file))
+    except (OSError, EOFError, ValueError, TypeError, csv.Error):
+        return None
+
+
 def columns(path: str) -> set[str] | None:
     """Column names of a JSONL, JSON or CSV file by its first row; None where `datasets` would load
     it, or it cannot be read (data.prepare says why)."""
-    if not re.search(r"\.(jsonl?|csv)(\.gz)?$", path) or not os.path.isfile(path):
+    if not READ_HERE.search(path) or not os.path.isfile(path):
         return None
-    unpacked = gzip.open if path.endswith(".gz") else open
     try:
-        with unpacked(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+        with unpacked(path) as file:
             if ".csv" in path[-7:]:
                 return set(next(csv.reader(file), []))
             start = file.read(1 << 20).lstrip().removeprefix("[").lstrip()
@@ -325,17 +344,17 @@ def data_problems(numbers: bool) -> list[str]:
     """DATA before data.prepare has read it: whether it is there and, where the `numbers` are
     sound, not too short at the first glance."""
     path = setting("DATA")
-    if re.search(r"\.(jsonl?|csv)(\.gz)?$", path) and "://" not in path:
-        if not os.path.isfile(path):
-            return [f"DATA={path}: no such file"]
-    if not path.endswith(".jsonl") or not numbers:
+    if not READ_HERE.search(path) or "://" in path:
+        return []
+    if not os.path.isfile(path):
+        return [f"DATA={path}: no such file"]
+    if not numbers:
         return []
     needed = sum(map(int, setting("ROUNDS").split())) + 1
     if not setting("SEED_FRACTION") and not setting("SEED_POLICY"):
         needed += int(setting("SEED_SIZE"))
-    with open(path, "rb") as file:
-        count = sum(1 for line in file if line.strip())
-    if count < needed:
+    count = row_count(path)
+    if count is not None and count < needed:
         return [f"DATA={path}: {count} rows; the seed, ROUNDS and one for the evaluation need "
                 f"{needed}"]
     return []

@@ -1,5 +1,6 @@
 """run.sh from end to end on the tiny model."""
 
+import gzip
 import json
 import os
 import re
@@ -132,6 +133,15 @@ def test_what_a_run_needs_is_looked_for_before_the_first_stage(folder, tmp_path)
           "GOLD_MODEL": folder + "/no"}, ["no.csv: no such", "config.json", "BACKEND=vllm",
                                           f"GOLD=llm: {folder}/no: no such"]),
     ]
+    sheet = tmp_path / "pairs.csv"
+    sheet.write_text('prompt,chosen,rejected\n"a\nb",c,d\n')  # one row of two lines
+    whole = tmp_path / "pairs.json"
+    whole.write_text(json.dumps(gold_rows(3)))
+    packed = tmp_path / "pairs.jsonl.gz"
+    packed.write_bytes(gzip.compress(open(pairs, "rb").read()))
+    short = {"SEED_SIZE": 9, "ROUNDS": 4}
+    table += [({"DATA": path, **short}, [f"{count} rows; the seed"])
+              for path, count in ((sheet, 1), (whole, 3), (packed, 5))]
     huge = tmp_path / "huge"
     huge.mkdir()
     (huge / "config.json").write_text("{}")
