@@ -5,12 +5,14 @@
 
 Means over seeds, and paired differences: ± is half the width of a 95 % t-interval over seeds, p the
 paired t-test's. Beside them the number of seeds by which a difference of the same mean and spread
-would be found at 95 % in four of five attempts. A share of pairs is taken over all rounds and seeds
-together, a seed with more pairs counting more.
+would be found at 95 % in four of five attempts. A seed counts in a table as soon as two of its arms
+have run. A share of pairs is taken over all rounds and seeds together, a seed with more pairs
+counting more.
 """
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +85,7 @@ GROUPS = {
 def interval(values: list[float], sign: str = "") -> str:
     """mean ± half the width of the 95 % t-interval over seeds."""
     n = len(values)
-    mean = f"{np.mean(values):{sign}.3f}"
+    mean = f"{np.mean(values):{sign}.3f}".replace("-", "−")
     if n < 2:
         return f"{mean} ± ?"
     half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
@@ -147,7 +149,7 @@ def value_line(name: str, policy: str, reports: dict[str, dict]) -> list[str]:
                 accuracy.append(interval([q["accuracy"] for q in labels]))
             gaps += [q["wrong_among_flagged"] - q["wrong"] for q in labels
                      if q["wrong_among_flagged"] is not None and q["wrong"] is not None]
-    return [name, ", ".join(reports),
+    return [name, str(len(reports)),
             interval([p["score"] for p in found]),
             interval(wins) if wins else "–",
             f"{np.mean([p['characters'] for p in found]):.0f}",
@@ -192,14 +194,12 @@ def print_table(title: str, rows: list, pairs: list, runs: dict[str, dict]) -> N
         p = paired_t(gains)
         needed = seeds_to_decide(gains)
         differences.append([f"{rows[one][2]} − {rows[other][2]}", str(len(seeds)),
-                            interval(gains, "+"), shown_p(p), str(needed or "–"),
-                            ", ".join(f"{gain:+.3f}" for gain in gains)])
+                            interval(gains, "+"), shown_p(p), str(needed or "–")])
         p_values.append(p)
     if not differences:
         return
     print()
-    show(["difference in gold score", "seeds", "mean", "p", "seeds to decide it", "by seed"],
-         differences)
+    show(["difference in gold score", "seeds", "mean", "p", "seeds to decide it"], differences)
     print_by_chance(p_values)
 
 
@@ -293,6 +293,15 @@ def read_runs(root: Path, name: str) -> dict[str, dict[str, dict]]:
     return runs
 
 
+def of_table(rows: list, found: dict[str, dict]) -> dict[str, dict]:
+    """What was found of the rows' arms, at the seeds at which two of them or more have run: a
+    table's means are over the same seeds, also where an arm stands in two tables."""
+    arms = {arm: found[arm] for arm, _, _ in rows if arm in found}
+    ran = Counter(seed for seeds in arms.values() for seed in seeds)
+    return {arm: {seed: own for seed, own in seeds.items() if ran[seed] > 1}
+            for arm, seeds in arms.items()}
+
+
 def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/table")
     runs = read_runs(root, "report.md.stats.json")
@@ -301,10 +310,11 @@ def main() -> None:
         raise SystemExit(2)
     measures = read_runs(root, "measures.json")
     for title, rows, pairs, base in TABLES:
-        print_table(title, rows, pairs, runs)
-        print_tenth(title, rows, base, measures)
-        print_heldout(title, rows, base, measures)
-        print_labels(title, rows, measures)
+        measured = of_table(rows, measures)
+        print_table(title, rows, pairs, of_table(rows, runs))
+        print_tenth(title, rows, base, measured)
+        print_heldout(title, rows, base, measured)
+        print_labels(title, rows, measured)
     missing = sum(map(len, runs.values())) - sum(map(len, measures.values()))
     if missing:
         print(f"\n{missing} runs are not measured yet: python bench/demo_measures.py {root}")
