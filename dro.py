@@ -78,7 +78,7 @@ import scipy.sparse as sp
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from core.rows import fail, foreign_margin, iterate_rows
+from core.rows import fail, foreign_margin, iterate_rows, opened
 
 LP_PAIRS = 1000  # how many pairs the linear program checks: about a second
 
@@ -101,9 +101,9 @@ class WorstCase(NamedTuple):
     transport: float    # (1/N) Σ weight |shift| ≤ ε
 
 
-def minus_log(pieces: int) -> Loss:
+def loss_star(pieces: int) -> Loss:
     """−log ξ, continued below 1/K by its tangent there: the loss ℓ* that the leader trains on (D5),
-    finite on [0, 1] (train.loss_star in numpy, with its slope)."""
+    finite on [0, 1]; train.loss_star in numpy, with its slope."""
     knot = 1 / pieces
 
     def value(x: np.ndarray) -> np.ndarray:
@@ -149,8 +149,9 @@ def solve_exact(xi: np.ndarray, loss: Loss, epsilon: float, a: float) -> WorstCa
     spent = np.cumsum(ranked)
     whole = int(np.searchsorted(spent, n * epsilon, side="right"))  # how many pairs move whole
     rest = n * epsilon - (spent[whole - 1] if whole else 0.0)       # budget for the split pair
-    edge = ranked[whole] if whole < n else np.inf                   # its distance
-    # who that is: all below the edge, and of the pairs at it those that come first in the file
+    edge = ranked[whole] if whole < n else np.inf                   # the split pair's distance
+    # Whole go all pairs below the edge and, of the pairs at the edge itself, as many as are wanting
+    # to `whole`, in the order of the file; the next of these is the one that is split.
     at_edge = np.flatnonzero(distance == edge)
     early = whole - int(np.searchsorted(ranked, edge))
     moved = distance < edge
@@ -240,7 +241,9 @@ def gap(lower: float, upper: float) -> float:
 def certify(xi: np.ndarray, solution: WorstCase, lines: tuple, epsilon: float, a: float,
             b: float) -> tuple[int, float]:
     """(on how many pairs closed form and linear program were compared, by how much they differ).
-    Ends the program where they do, or where primal and dual differ."""
+    Ends the program where they do, or where primal and dual differ.
+
+    The comparison is in one ball; what `--group` has written, primal and dual alone certify."""
     if not gap(solution.value, solution.dual) < 1e-8:
         fail(f"the certificate failed: primal {solution.value!r}, dual {solution.dual!r}")
     some = xi
@@ -254,14 +257,14 @@ def certify(xi: np.ndarray, solution: WorstCase, lines: tuple, epsilon: float, a
 
 
 def plot(path: str, xi: np.ndarray, solution: WorstCase, loss: Loss, lines: tuple) -> None:
-    """Above: the loss, its tangents, and every moved atom's way to 0. Below: confidences before and
+    """Above: ℓ*, its tangents, and every moved atom's way to 0. Below: confidences before and
     after."""
     import matplotlib  # slow to import, and the plot's alone
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, constrained_layout=True)
     x = np.linspace(0, 1, 400)
-    top.plot(x, loss.value(x), color="black", lw=2, label="loss ℓ")
+    top.plot(x, loss.value(x), color="black", lw=2, label="the leader's loss ℓ*")
     for s, c in zip(*lines):
         top.plot(x, s * x + c, color="tab:gray", lw=0.7)
     below = maximum_of(*lines).value(x)
@@ -276,7 +279,7 @@ def plot(path: str, xi: np.ndarray, solution: WorstCase, loss: Loss, lines: tupl
     before = maximum_of(*lines).value(xi).mean()
     top.set(ylim=(-0.1, float(loss.value(np.float64(0))) * 1.1), ylabel="loss",
             title=f"{len(np.unique(solution.owner[moved]))} of {len(xi)} pairs moved (red); "
-                  f"mean loss {before:.4f} → {solution.value:.4f}")
+                  f"mean ℓ̃ {before:.4f} → {solution.value:.4f}")
     top.legend()
     bins = np.linspace(0, 1, 61)
     bottom.hist(xi, bins, histtype="step", label="before", color="tab:blue")
@@ -292,12 +295,12 @@ def with_atoms(path: str, xi: np.ndarray, solution: WorstCase, pieces: int) -> I
     """The lines of the labelled file with `xi`, `pieces` and `atoms` added: one line in memory at a
     time, and not parsed again."""
     starts = np.searchsorted(solution.owner, np.arange(len(xi) + 1))
-    with open(path, encoding="utf-8-sig") as file:
+    with opened(path) as file:
         for i, line in zip(range(len(xi)), file):
             own = slice(starts[i], starts[i + 1])
             atoms = np.stack([solution.weight[own], solution.shift[own]], 1).tolist()
             added = {"xi": float(xi[i]), "pieces": pieces, "atoms": atoms}
-            row = line.rstrip()[:-1].rstrip()
+            row = line.decode("utf-8-sig").rstrip()[:-1].rstrip()
             # from an earlier run of this stage, perhaps: only then is it worth looking
             if '"atoms"' in row or '"pieces"' in row or '"xi"' in row:
                 kept = {key: value for key, value in json.loads(line).items() if key not in added}
@@ -324,7 +327,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     margins, silent = read_margins(args.pairs, args.epsilon > 0)
     xi = expit(margins)                                                       # T2-2
     a, b = 0.0, 1.0
-    loss = minus_log(args.pieces)                                             # ℓ*, D5
+    loss = loss_star(args.pieces)                                             # ℓ*, D5
     knots = np.arange(1, args.pieces + 1) / args.pieces
     lines = tangents(loss, knots)
     low = maximum_of(*lines)                                                  # ℓ̃ ≤ ℓ*
@@ -352,9 +355,9 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     stats = {"n": len(xi), "epsilon": args.epsilon, "pieces": args.pieces, "solver": args.solver,
              "group": args.group, "empirical_loss": float(low.value(xi).mean()),
              "worst_case_loss": solution.value, "dual": solution.dual,
-             "gap": solution.dual - solution.value, "lambda": solution.lam, "leader_loss": star,
-             "transport": solution.transport, "moved": moved, "lp_checked_on": some,
-             "lp_gap": lp_gap, "margins_taken_as_against_init": silent}
+             "gap": solution.dual - solution.value, "lambda": solution.lam,
+             "worst_case_loss_star": star, "transport": solution.transport, "moved": moved,
+             "lp_checked_on": some, "lp_gap": lp_gap, "margins_taken_as_against_init": silent}
     if args.plot:
         plot(args.plot, xi, solution, loss, lines)
     publish(args.out, settings, stats, write, inputs_of(args, settings))

@@ -4,9 +4,10 @@
                                                                                     SPA §5.1, B.4
 
 A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed,
-prompt id, sample, position) alone, and batches depend on the prompts file alone. So the text is the
-same on one process or eight, and after a kill: finished batches lie in OUT.part*, and the same
-command goes on from there.
+prompt id, sample, position) alone, and batches are the same for any number of processes. So the
+text is the same on one process or eight, and after a kill: finished batches lie in OUT.part*, and
+the same command goes on from there. Another limit of a batch or its tokens moves the text by
+rounding at most. The stage itself is core/sampling.py: `generate`, and `draw`.
 
 Writes the prompt rows with
     responses       n texts: what judges read

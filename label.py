@@ -189,6 +189,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     path = args.pairs or args.responses
     rows, special = read_candidates(args, tokenizer)
     answered = [row for row in rows if row["answers"]]
+    if not answered:
+        fail(f"{path}: no row has a response that is not empty; has the policy collapsed?")
     rank, world, device = start_processes()
     how_read = ""
     logps = []

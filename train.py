@@ -86,7 +86,7 @@ QUIET = 0.2  # share of the steps, the first, in which nothing is flagged (SPA, 
 def threshold(log: list[dict], percentile: float) -> float:
     """τ (S11): a percentile of p̃ over the latest pairs of the log; −∞, which flags nothing, while
     it has none."""
-    window = [p for row in log[-WINDOW:] for p in row["extrapolated"]][-WINDOW:]
+    window = [p for row in log[-WINDOW:] for p in row["p_tilde"]][-WINDOW:]
     if not window:
         return -math.inf
     return torch.quantile(torch.tensor(window, dtype=torch.float64), percentile / 100).item()
@@ -164,8 +164,9 @@ def check_margins(run: Run) -> int:
     return silent
 
 
-def reference_policy(run: Run, args: argparse.Namespace) -> torch.nn.Module:
+def reference_policy(run: Run) -> torch.nn.Module:
     """π_ref, frozen, over all processes as the policy is."""
+    args = run.args
     if args.shard and run.rank > 0:
         model = load_outline(args.model)
     else:
@@ -201,18 +202,18 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     if args.anchor == "init":
         stored = torch.tensor([r["margin"] for r in run.rows], device=device)
     detect = args.alpha > 0 and args.percentile > 0
-    active = math.ceil(QUIET * run.total)                     # first step that may flag a label
-    watch = active - math.ceil(WINDOW / args.batch_size)      # p̃ from here on, to fill τ's window
+    first_flag = math.ceil(QUIET * run.total)                 # before it every label is trusted
+    first_seen = first_flag - math.ceil(WINDOW / args.batch_size)  # p̃ from here on fills τ's window
     extrapolate = detect and args.lam > 0                     # nothing else needs the model π_ref
-    policy_ref = reference_policy(run, args) if extrapolate else None
+    policy_ref = reference_policy(run) if extrapolate else None
 
-    log = resume(run)                                                   # empty, but after a kill
+    log = resume(run)                                         # empty, unless a kill left some
     bar = steps(run, log)
     for step in bar:
         started = time.perf_counter()
         batch = batch_at(run, step)                                     # B ~ D_t
-        watching = detect and step >= watch
-        flagging = detect and step >= active
+        watching = detect and step >= first_seen
+        flagging = detect and step >= first_flag
         tau = threshold(log, args.percentile) if flagging else -math.inf                 # S11, D3
         seen = {}
         for rows, tokens, scale in micro_batches(run, batch):
@@ -224,7 +225,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
                 logp, logp_tilde = run.policy(tokens, reference, args.lam)                   # S12
             logp = logp.view(-1, 2)                                     # chosen, rejected
             logp_tilde = logp_tilde.view(-1, 2)
-            # z: does the extrapolated policy doubt the label?                          S9, S11
+            # z: does the extrapolated policy doubt the label? Before `first_seen` there is no π_ref
+            # to extrapolate from, and nobody looks.                                  S9, S11
             p_tilde = torch.sigmoid(dpo_margin(logp_tilde, logp_ref[rows], args.beta))
             z = (p_tilde < tau).float()
             # L: the refined label under the worst case      S10, T2-5, D4, D5, D6
@@ -243,7 +245,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
             "batch": [run.rows[k]["id"] for k in batch],
             "flagged_share": sum(pairs["z"]) / len(batch),
             "flagged": [run.rows[k]["id"] for k, flag in zip(batch, pairs["z"]) if flag],
-            "extrapolated": pairs["p_tilde"] if watching else [],
+            "p_tilde": pairs["p_tilde"] if watching else [],
         })
         keep(run, log, bar)
 

@@ -129,7 +129,7 @@ def defences_of(run: Path, t: int) -> dict:
         if not batch:
             fail(f"{run}/round{t}/policy/log.jsonl: does not say which pairs a step saw; it was "
                  "written by an older version, train again")
-        tilde[batch] = step["extrapolated"]
+        tilde[batch] = step["p_tilde"]
         flagged[[number[i] for i in step["flagged"]]] = True
         if step["tau"] is not None:
             could[batch] = True

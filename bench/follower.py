@@ -25,7 +25,7 @@ import dro  # noqa: E402
 from core.stage import run_stage  # noqa: E402
 
 EPSILON, PIECES = 0.01, 6
-LINES = dro.tangents(dro.minus_log(PIECES), np.arange(1, PIECES + 1) / PIECES)
+LINES = dro.tangents(dro.loss_star(PIECES), np.arange(1, PIECES + 1) / PIECES)
 LOSS = dro.maximum_of(*LINES)
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import core.sampling as generate  # noqa: E402
 from core.chat import encode_prompt  # noqa: E402
-from core.models import load  # noqa: E402
+from core.models import load_model, load_tokenizer  # noqa: E402
 from core.parallel import bf16_pays, start_processes  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
 from core.training import matmul_flops, memory_gb, training_flops  # noqa: E402
@@ -100,7 +100,8 @@ def main() -> None:
     if args.only:
         *_, device = start_processes()
         dtype = torch.bfloat16 if bf16_pays(device) else torch.float32
-        model, tokenizer = load(str(ROOT / "models/smollm2"), device, dtype)
+        folder = str(ROOT / "models/smollm2")
+        model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
         prompts = make_prompts(tokenizer, args.prompts)
         run = globals()[args.only]
         run(model, tokenizer, prompts[:2], args)  # warm up

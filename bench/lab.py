@@ -4,7 +4,7 @@
 
 so that log-probs, expectations and the worth of a policy are sums, not estimates. All else is the
 project's own: labels from label.py (S7, S8), worst cases from dro.py (T2-3, T2-5), losses, noise
-flags and schedule from seed_dpo.py, core/policy.py and train.py (S6, S9 … S12, T2-6). A run takes
+flags and schedule from seed_dpo.py, core/policy.py and train.py (S6, S9 … S12, L_i). A run takes
 milliseconds, so that 200 seeds decide a hundredth; every arm of one seed sees the same prompts,
 features, seed labels and random numbers, and differences are paired.
 
@@ -251,7 +251,7 @@ def extrapolated(policy: torch.Tensor, reference: torch.Tensor, lam: float) -> t
 
 
 def follower_loss(pieces: int) -> dro.Loss:
-    return dro.maximum_of(*dro.tangents(dro.minus_log(pieces), np.arange(1, pieces + 1) / pieces))
+    return dro.maximum_of(*dro.tangents(dro.loss_star(pieces), np.arange(1, pieces + 1) / pieces))
 
 
 def worst_case(xi: np.ndarray, setting: Setting, order: torch.Tensor) -> Atoms:
@@ -334,7 +334,7 @@ def train_round(theta: torch.Tensor, pairs: Pairs, setting: Setting, t: int,
             tau[:, 0] = torch.tensor([threshold(log, PERCENTILE) for log in logs])
         flag = (p < tau).double()
         for log, own in zip(logs, p.tolist()):
-            log.append({"extrapolated": own})
+            log.append({"p_tilde": own})
         flags.append(flag)
         # refined labels under the worst case
         margin = stored[:, batch].flatten() + dpo_margin(now, ref, setting.beta)

@@ -28,7 +28,7 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import seed_dpo  # noqa: E402
-from core.models import load  # noqa: E402
+from core.models import load_model, load_tokenizer  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.chat import encode_prompt, encode_rows, pair_of  # noqa: E402
 from core.rows import read_rows, write_rows  # noqa: E402
@@ -55,7 +55,7 @@ def make_model(folder: str) -> None:
 def make_pairs(model_path: str, folder: Path, device: torch.device) -> None:
     """long and wide (256 tokens a part, give or take an eighth) and short (20 steps of the loss
     curve), with reference log-probs."""
-    model, tokenizer = load(model_path, device)
+    model, tokenizer = load_model(model_path, device), load_tokenizer(model_path)
     words = " ".join(json.loads(line)["prompt"] for line in open(ROOT / "data/prompts.jsonl"))
     ids, dice = tokenizer(words).input_ids, np.random.default_rng(0)
 
@@ -112,7 +112,8 @@ def theirs(model_path: str, pairs: str, precision: str, out: str, precomputed: b
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(model_path, device)
+    model = load_model(model_path, device).requires_grad_(True)
+    tokenizer = load_tokenizer(model_path)
     rows = read_rows(pairs, "preferences")
     rows = [rows[i] for i in np.random.default_rng([42, 0]).permutation(len(rows))]
     plain = [{"prompt": tokenizer.decode(encode_prompt(tokenizer, r["prompt"])),
@@ -160,7 +161,7 @@ def margin_noise(model_path: str, pairs: str) -> dict:
     """D8: by how much bf16 moves a margin, and the change of a margin by an update of 5e-7;
     standard deviations over pairs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(model_path, device)
+    model, tokenizer = load_model(model_path, device), load_tokenizer(model_path)
     rows = read_rows(pairs, "preferences")
     encoded = encode_rows(model.config, tokenizer, rows, pairs, pair_of)
     net, values = ResponseLogps(model), {}

@@ -43,7 +43,7 @@ define_settings() {
 
   setting N 2 "responses a prompt; the best and the worst become a pair"
   setting GOLD_N "$N" "responses a prompt of a seed that the gold judge labels"
-  setting TEMPERATURE 0.7 "of sampling"
+  setting TEMPERATURE 0.7 "of the rounds' answers; the evaluation samples at 0.7"
   setting MAX_NEW_TOKENS 300 "length limit of a response"
 
   setting BETA 0.1 "weight of the KL term, and scale of the implicit reward"
@@ -64,9 +64,9 @@ define_settings() {
   setting JUDGE_MODEL "" "that judge's model; llm without one is trained on the gold seed"
   setting BASE_URL "" "endpoint of JUDGE=openai and GOLD=openai; empty: OpenAI's own"
   setting JUDGE_TOKENS 16 "room for an answer of that endpoint; more where it reasons first"
-  setting JUDGE_LR 2e-5 "learning rate of that training"
+  setting JUDGE_LR 2e-5 "learning rate at which JUDGE=llm is trained on the seed"
   setting JUDGE_START init \
-    "which is done once, from π_init, or in each round anew, from π_{t−1} (previous)"
+    "when it is: once, from π_init (init), or in each round anew, from π_{t−1} (previous)"
   setting REFERENCE init "of the implicit reward: init, previous, none (SPA, Table 7)"
   setting LENGTH_PENALTY 0 "taken off the implicit reward, a token (S13)"
 

@@ -17,7 +17,7 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
     cli.add_argument("--lr", type=positive, default=5e-7,
                      help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
     cli.add_argument("--epochs", type=natural, default=epochs,
-                     help=f"passes over the pairs (papers: {epochs})")
+                     help=f"how often each pair is seen (papers: {epochs})")
     cli.add_argument("--batch-size", type=natural, default=32,
                      help="pairs an update, over all processes (papers: 32)")
     # Gradients of a larger norm are scaled down to this. No flag: the papers give no number, and
@@ -49,8 +49,8 @@ def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
                      help="responses sampled together, at most; at most rounding in the text")
     cli.add_argument("--sample-tokens", type=natural, default=131072,
                      help="tokens sampled together, prompts and --max-new-tokens counted: memory "
-                     "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), not text; a run may "
-                     "go on with another")
+                     "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), and at most rounding "
+                     "in the text; a run may go on with another")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of the weights while sampling")
     cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers",

@@ -1,7 +1,8 @@
 """Loading: configs, models and tokenizers from a Hugging Face folder or the hub.
 
 Weights are safetensors and complete, a folder's own code never runs, and whatever goes wrong is one
-line. What is only read needs no gradient: under autocast a copy of every weight that does is kept.
+line. A model comes frozen, and core/training.py alone thaws it: autocast keeps a bf16 copy of every
+weight that needs a gradient.
 """
 import os
 import sys
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 from core.rows import fail
-from core.stage import commit_of, hub_trouble
+from core.stage import commit_of, hub_trouble, is_hub_id
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
@@ -31,7 +32,7 @@ def reason(error: Exception) -> str:
 def check_path(path: str) -> None:
     if os.path.isdir(path):
         return
-    if path.count("/") != 1 or path.startswith((".", "/")) or os.path.exists(path):
+    if not is_hub_id(path) or os.path.exists(path):
         fail(f"{path}: no such model folder, and not the id of a model on the hub")
     if (trouble := hub_trouble()) and not commit_of(path):
         fail(f"{path}: no such model folder, nor can it be had from the hub: {trouble}")
@@ -120,8 +121,3 @@ def load_tokenizer(path: str):
         fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model "
              "folder) and an end-of-sequence token")
     return tokenizer
-
-
-def load(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
-    """(model to be trained, tokenizer)."""
-    return load_model(path, device, dtype).requires_grad_(True), load_tokenizer(path)

@@ -140,6 +140,11 @@ def bf16_pays(device: torch.device) -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
+def in_bf16(device: torch.device, precision: str) -> bool:
+    """Whether matrix products are made in bf16 under --precision."""
+    return precision == "bf16" or precision == "auto" and bf16_pays(device)
+
+
 def autocast(device: torch.device, precision: str, cache: bool = True):
     """bf16 matrix products over fp32 weights where `precision` says so; norms, log-softmax and sums
     stay in fp32 (D8).
@@ -147,5 +152,5 @@ def autocast(device: torch.device, precision: str, cache: bool = True):
     `cache` keeps the bf16 weights of a forward pass: where they are gathered from shards, that
     would be the whole model.
     """
-    enabled = precision == "bf16" or precision == "auto" and bf16_pays(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, precision),
+                          cache_enabled=cache)

@@ -42,8 +42,8 @@ def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tup
         logp = logits.log_softmax(-1).gather(-1, label)[:, 0]
         if reference is None:
             return logp, logp.detach()
-        # After logp: in backward, checkpoint computes again only up to what the gradient of logp
-        # needs, so this part is not run twice.
+        # Below logp on purpose: in backward, checkpoint stops computing again once it has what the
+        # gradient of logp needs, so this part is not run twice.
         with torch.no_grad():
             head_ref, hidden_ref = reference
             logits_ref = head_ref(hidden_ref[part]).to(logits.dtype)

@@ -12,7 +12,6 @@ gigabytes.
 """
 import contextlib
 import csv
-import gzip
 import http.client
 import importlib
 import importlib.util
@@ -30,6 +29,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from core.rows import BROKEN_GZIP, opened
 from core.stage import (
     LOOK,
     OTHER_SETTINGS,
@@ -296,22 +296,22 @@ def judge_problems(looks: list[Look]) -> list[str]:
 # --------------------------------------------------------------------------------------------- data
 
 
-def unpacked(path: str):
-    """A text file, gzipped or not, opened."""
-    opened = gzip.open if path.endswith(".gz") else open
-    return opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+# How a file's text is looked at.
+TEXT = {"mode": "rt", "encoding": "utf-8-sig", "errors": "replace", "newline": ""}
+# What reading it may raise.
+UNREADABLE = (OSError, ValueError, TypeError, csv.Error, *BROKEN_GZIP)
 
 
 def row_count(path: str) -> int | None:
     """Rows of a JSONL, JSON or CSV file; None where it cannot be read (data.prepare says why)."""
     try:
-        with unpacked(path) as file:
+        with opened(path, **TEXT) as file:
             if ".csv" in path[-7:]:
                 return sum(1 for row in csv.reader(file) if row) - 1
             if ".jsonl" in path[-9:]:
                 return sum(1 for line in file if line.strip())
             return len(json.load(file))
-    except (OSError, EOFError, ValueError, TypeError, csv.Error):
+    except UNREADABLE:
         return None
 
 
@@ -321,12 +321,12 @@ def columns(path: str) -> set[str] | None:
     if not READ_HERE.search(path) or not os.path.isfile(path):
         return None
     try:
-        with unpacked(path) as file:
+        with opened(path, **TEXT) as file:
             if ".csv" in path[-7:]:
                 return set(next(csv.reader(file), []))
             start = file.read(1 << 20).lstrip().removeprefix("[").lstrip()
             return set(json.JSONDecoder().raw_decode(start)[0])
-    except (OSError, EOFError, ValueError, TypeError, csv.Error):
+    except UNREADABLE:
         return None
 
 

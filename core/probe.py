@@ -11,7 +11,7 @@ import torch
 
 from core.chat import encode_prompt, encode_response
 from core.models import load_model, reason
-from core.parallel import autocast, bf16_pays
+from core.parallel import autocast, in_bf16
 from core.policy import ResponseLogps, can_share, score
 from core.rows import fail
 
@@ -103,8 +103,8 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
     except Exception as error:
         # A model's code raises whatever it likes.
         fail(f"{name}: {reason(error)}")
-    bf16 = precision == "bf16" or precision == "auto" and bf16_pays(device)
-    if not worst <= TOLERANCE[torch.bfloat16 if bf16 else model.dtype]:
+    dtype = torch.bfloat16 if in_bf16(device, precision) else model.dtype
+    if not worst <= TOLERANCE[dtype]:
         layout = "responses share their prompt" if shared else "one sequence a response"
         fail(f"{name}: its log-probs are {worst:.2g} nats a token off its own logits ({layout})")
 

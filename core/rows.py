@@ -41,7 +41,7 @@ OPTIONAL = [
     "temperature", "ended", "response_ids", "special_inside", "vocabulary", "chosen_ended",
     "rejected_ended", "chosen_ids", "rejected_ids", "pieces", "margin_of",
 ]
-# What makes rows of any other program's file.
+# The remedy that an error names where a file is not one of ours.
 PREPARE = "run python -m data.prepare on raw data first"
 # These hold a value for each response.
 A_RESPONSE = ["ended", "response_ids", "special_inside"]
@@ -118,6 +118,17 @@ def wrong(key: str, value: object) -> str | None:
     return None if is_number(value) else "a finite number"
 
 
+# What a packed file that is not whole raises.
+BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def opened(path: str, mode: str = "rb", **how):
+    """A file opened for reading, unpacked where its name ends in .gz; `how` is open's."""
+    if path.endswith(".gz"):
+        return gzip.open(path, mode, **how)
+    return open(path, mode, **how)
+
+
 def lines_of(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of a file. Blank lines at its end are no rows, one before a row fails."""
     blank = 0
@@ -129,7 +140,7 @@ def lines_of(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             if blank:
                 fail(f"{path}:{blank}: a blank line between rows; expected one JSON object a line")
             yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except BROKEN_GZIP as error:
         fail(f"{path}: not a whole gzip file ({error})")
 
 
@@ -137,8 +148,7 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
     """(line number, object) for every line of a JSONL file."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
-    unpacked = gzip.open if path.endswith(".gz") else open
-    with unpacked(path, "rb") as file:
+    with opened(path) as file:
         for number, line in lines_of(path, file):
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -155,12 +165,11 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
 def read_json_list(path: str, *keys: str) -> list[dict]:
     """A JSON file (.json or .json.gz) that is a list of objects which hold text under `keys`."""
     try:
-        unpacked = gzip.open if path.endswith(".gz") else open
-        with unpacked(path, "rt", encoding="utf-8-sig") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             rows = json.load(file)
         # Half of a surrogate pair is no text.
         json.dumps(rows, ensure_ascii=False).encode()
-    except (ValueError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile) as error:
+    except (ValueError, RecursionError, *BROKEN_GZIP) as error:
         fail(f"{path}: not JSON in UTF-8 ({error})")
     for number, row in enumerate(rows if isinstance(rows, list) and rows else [None], 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):

@@ -1,8 +1,8 @@
 """Sampling: y ~ π(·|x), the same on one process or eight, and after a kill.
 
 A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed,
-prompt id, sample, position) alone, and batches depend on the prompts file alone. Finished batches
-lie in OUT.part*, and the same command goes on from there.
+prompt id, sample, position) alone, and batches are the same for any number of processes. Finished
+batches lie in OUT.part*, and the same command goes on from there.
 """
 import argparse
 import glob
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from core.chat import decode_response, encode_rows, end_of_turn, is_foreign, vocabulary
 from core.models import load_config, load_model, load_tokenizer, reason
-from core.parallel import bf16_pays
+from core.parallel import in_bf16
 from core.policy import forget_length, logits_of, rope_switch
 from core.probe import (
     TOLERANCE,
@@ -285,7 +285,7 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     if is_done(args.out, settings):
         return None
     rows = read_rows(args.prompts, "prompts")
-    bf16 = args.precision == "bf16" or args.precision == "auto" and bf16_pays(device)
+    bf16 = in_bf16(device, args.precision)
     config = load_config(args.model)
     tokenizer = load_tokenizer(args.model)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -360,7 +360,8 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
                        "vocabulary": vocabulary(tokenizer)}
                 if rooms[i] < args.max_new_tokens:
                     row["answer_cut"] = True  # the context left less than --max-new-tokens
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                text = json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist)
+                file.write(text + "\n")
             file.flush()
     if world > 1:
         dist.barrier()

@@ -23,8 +23,8 @@ from core.rows import beside, fail, remove
 
 STARTED = time.time()
 
-# Two OpenMP threads that spin wait for each other on a machine where others run: a step took five
-# times as long. Read when torch is loaded, after this file.
+# OpenMP threads that spin while they wait made a step take three to five times as long beside other
+# programs. Read when torch is loaded, after this file.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # LOOK=yes: a stage only looks whether it has work. Its exit status says so: 0 none, WORK some.
@@ -33,7 +33,7 @@ WORK = 3
 OTHER_SETTINGS = "complete, of other settings"
 ABSENT = "absent"  # the fingerprint, while only looking, of what an earlier stage has yet to write
 
-# Memory, not mathematics: what is written is the same whatever they are (D11).
+# Memory, not mathematics: what is written is the same to rounding whatever they are (D11).
 MEMORY_ONLY = ("micro_tokens", "sample_tokens", "gradient_checkpointing", "shard", "save_every")
 
 
@@ -166,13 +166,18 @@ def inputs_of(args: argparse.Namespace, settings: dict) -> dict[str, str]:
 
 def is_done(out: str, settings: dict) -> bool:
     """True if `out` is complete from these very settings. A complete output of other settings is
-    never replaced unasked: what differs is named, and the program ends, unless REDO=yes is set."""
+    never replaced unasked: what differs is named, and the program ends, unless REDO=yes is set.
+    What has no stats of ours is somebody else's, and is never replaced, but for an empty folder."""
+    if not os.path.lexists(out) or os.path.isdir(out) and not os.listdir(out):
+        return False
     try:
-        old = json.loads(Path(f"{out}.stats.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError):
-        return False
-    if not os.path.exists(out):
-        return False
+        old = dict(json.loads(Path(f"{out}.stats.json").read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # A kill between the two renames of `publish` leaves the output and these.
+        if os.path.exists(f"{out}.stats.json.tmp"):
+            return False
+        fail(f"{out}: is there, and {out}.stats.json, which says what it was written from, is "
+             "missing or unreadable. It is not replaced: move it away, or name another --out (RUN)")
     changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
                if key not in MEMORY_ONLY and settings.get(key) not in (old.get(key), ABSENT)]
     first = int(os.environ.get("RANK", 0)) == 0

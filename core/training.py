@@ -185,7 +185,7 @@ def log_row(run: Run, step: int, batch: list[int], pairs: dict, norm: float, lr:
     """A step in numbers, from the `loss`, `margin` and `gain` of its pairs.
 
     `gain` is the margin against π_ref, where training starts: accuracy counts what training itself
-    did, and is ½ at step 1 whatever the margin is measured against.
+    did, and is ½ at step 1, but for rounding, whatever the margin is measured against.
     """
     if run.device.type == "cuda":
         # The device runs behind the program: this waits for the update, so that the step's time is

@@ -31,7 +31,6 @@ pairs of 60 000 (3.3 %).
 """
 import argparse
 import csv
-import gzip
 import hashlib
 import os
 import random
@@ -41,9 +40,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from core.rows import (
+    BROKEN_GZIP,
     SIDES,
     answer_turn,
     fail,
+    opened,
     read_json_lines,
     read_json_list,
     write_rows,
@@ -171,24 +172,23 @@ def read_texts(name: str, path: str, kind: str, separator: str = ",") -> Iterato
     """(where it stands in the file called `name`, row) of a JSON, JSONL or CSV file at `path`."""
     if not os.path.isfile(path):
         fail(f"{name}: no such file")
-    unpacked = gzip.open if path.endswith(".gz") else open
     if kind == "csv":
         # A response may be longer than csv's 128 kB.
         csv.field_size_limit(1 << 30)
         try:
-            with unpacked(path, "rt", encoding="utf-8-sig", newline="") as file:
+            with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file, delimiter=separator, strict=True)
                 for row in reader:
                     if None in row:
                         fail(f"{name}:{reader.line_num}: more cells than the first line names")
                     yield f"{name}:{reader.line_num}", row
-        except (ValueError, EOFError, gzip.BadGzipFile, csv.Error) as error:
+        except (ValueError, csv.Error, *BROKEN_GZIP) as error:
             fail(f"{name}: not CSV in UTF-8 ({error})")
         return
     try:
-        with unpacked(path, "rb") as file:
+        with opened(path) as file:
             start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except (EOFError, gzip.BadGzipFile) as error:
+    except BROKEN_GZIP as error:
         fail(f"{name}: not JSON in UTF-8 ({error})")
     if start.startswith(b"[") and not re.search(r"\.jsonl(\.gz)?$", name):
         for number, row in enumerate(read_json_list(path), 1):

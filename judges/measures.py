@@ -53,9 +53,11 @@ def bootstrap_interval(values: np.ndarray) -> list[float]:
 def paired_p(first: np.ndarray, second: np.ndarray) -> float:
     """Two-sided p-value of "the same mean" for two policies on the same prompts [prompts, samples]:
     signs of the prompts' differences flipped at random, 9 999 times, or in every way where there
-    are no more than that."""
+    are no more than that. NaN for a single prompt."""
     from scipy.stats import permutation_test
     difference = first.mean(axis=1) - second.mean(axis=1)
+    if len(difference) < 2:
+        return math.nan
     found = permutation_test((difference,), np.mean, permutation_type="samples", batch=500,
                              rng=np.random.default_rng(0))
     return float(found.pvalue)

@@ -22,8 +22,8 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def p_value(p: float | None) -> str | None:
-    """A p-value with a floor: what a permutation test of 9 999 draws can tell."""
-    if p is None:
+    """A p-value to three digits."""
+    if p is None or math.isnan(p):
         return None
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 

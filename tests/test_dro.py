@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from scipy.special import expit
 
 from conftest import dump, jsonl, ok, run
-from dro import Loss, gap, maximum_of, minus_log, solve_exact, average, solve_lp, tangents
+from dro import Loss, gap, maximum_of, loss_star, solve_exact, average, solve_lp, tangents
 
 CONFIDENCES = st.lists(
     st.floats(0, 1) | st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=25
@@ -22,7 +22,7 @@ RADII = st.sampled_from([0.0, 1.0, 1.5]) | st.floats(0, 0.3)
 
 
 def lines(pieces: int):
-    return tangents(minus_log(pieces), np.arange(1, pieces + 1) / pieces)
+    return tangents(loss_star(pieces), np.arange(1, pieces + 1) / pieces)
 
 
 def check(solution, xi, loss, epsilon, a, b, rounding):
@@ -87,7 +87,7 @@ def test_against_brute_force_transport(seed):
     dice = np.random.default_rng(seed)
     n, epsilon = 12, dice.uniform(0.01, 0.3)
     xi, grid = np.round(dice.random(n), 2), np.arange(0, 101) / 100
-    for loss in (maximum_of(*lines(6)), minus_log(6)):
+    for loss in (maximum_of(*lines(6)), loss_star(6)):
         plan = linprog(
             -np.tile(loss.value(grid), n) / n,
             A_ub=abs(xi[:, None] - grid).ravel()[None] / n,
@@ -122,7 +122,7 @@ def chords(loss: Loss, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.05, 1), min_size=1, max_size=30).map(np.array), st.floats(0, 0.5))
-def test_minus_log_itself_is_attained_bounded_and_sandwiched(xi, epsilon):
+def test_loss_star_itself_is_attained_bounded_and_sandwiched(xi, epsilon):
     """−log on [0.05, 1], exactly: its dual meets it, and tangents and chords through the same knots
     close in on it."""
     a, log = 0.05, Loss(lambda x: -np.log(x), lambda x: -1 / x)
@@ -142,19 +142,19 @@ def test_minus_log_itself_is_attained_bounded_and_sandwiched(xi, epsilon):
 
 
 @pytest.mark.parametrize("pieces", [1, 5, 6, 7, 50])
-def test_tangents_lie_under_minus_log_and_touch_it(pieces):
+def test_tangents_lie_under_loss_star_and_touch_it(pieces):
     x, knots, curve = np.linspace(1e-3, 1, 2000), np.arange(1, pieces + 1) / pieces, lines(pieces)
     np.testing.assert_allclose(curve[0], -pieces / np.arange(1, pieces + 1))  # s_k = −K/k
     np.testing.assert_allclose(curve[1], 1 - np.log(knots), atol=1e-12)  # c_k = 1 − log(k/K)
     assert (maximum_of(*curve).value(x) <= -np.log(x) + 1e-12).all()
     np.testing.assert_allclose(maximum_of(*curve).value(knots), -np.log(knots), atol=1e-12)
     assert maximum_of(*curve).value(np.float64(0)) == pytest.approx(1 + math.log(pieces))
-    star, above = minus_log(pieces).value(x), x >= 1 / pieces
+    star, above = loss_star(pieces).value(x), x >= 1 / pieces
     np.testing.assert_allclose(star[above], -np.log(x[above]))
     assert (star >= maximum_of(*curve).value(x) - 1e-12).all()
     assert (
         star
-        <= maximum_of(*chords(minus_log(pieces), np.concatenate([[0], knots]))).value(x) + 1e-12
+        <= maximum_of(*chords(loss_star(pieces), np.concatenate([[0], knots]))).value(x) + 1e-12
     ).all()
 
 
@@ -249,10 +249,11 @@ def test_stage_variants(tmp_path, extra):
     assert [
         {k: v for k, v in r.items() if k not in ("xi", "atoms", "pieces")} for r in worst
     ] == rows
-    assert stats["empirical_loss"] <= stats["worst_case_loss"] <= stats["leader_loss"] + 1e-12
-    leader = minus_log(worst[0]["pieces"]).value
+    under_star = stats["worst_case_loss_star"]
+    assert stats["empirical_loss"] <= stats["worst_case_loss"] <= under_star + 1e-12
+    leader = loss_star(worst[0]["pieces"]).value
     under_atoms = [w * leader(np.float64(r["xi"] - s)) for r in worst for w, s in r["atoms"]]
-    assert stats["leader_loss"] == pytest.approx(sum(under_atoms) / len(worst))
+    assert under_star == pytest.approx(sum(under_atoms) / len(worst))
     assert {r["pieces"] for r in worst} == {5 if "5" in extra else 6} and (
         tmp_path / "p.png"
     ).stat().st_size > 5000

@@ -1101,8 +1101,8 @@ def test_pictures_of_the_demo(tmp_path, monkeypatch):
     ]
     dump(run / "round1/worst.jsonl", rows)
     steps = [
-        {"batch": ["c", "a"], "extrapolated": [0.3, 0.7], "flagged": [], "tau": None},
-        {"batch": ["b", "d"], "extrapolated": [0.6, 0.4], "flagged": ["d"], "tau": 0.5},
+        {"batch": ["c", "a"], "p_tilde": [0.3, 0.7], "flagged": [], "tau": None},
+        {"batch": ["b", "d"], "p_tilde": [0.6, 0.4], "flagged": ["d"], "tau": 0.5},
     ]
     dump(run / "round1/policy/log.jsonl", steps)
     found = demo_plots.defences_of(run, 1)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 import core.sampling as stage
 from conftest import dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from core.chat import encode_prompt, encode_response, end_of_turn
-from core.models import load
+from core.models import load_model, load_tokenizer
 from core.policy import ResponseLogps, score
 from core.sampling import draw, sample, stop_tokens, uniforms
 from judges.judge import vader
@@ -281,7 +281,7 @@ def test_label_stage_by_hand(folder, other_folder, tmp_path):
         (row,) = pair_rows(out)
         logps = []
         for path in (other_folder, folder):
-            model, tokenizer = load(path, torch.device("cpu"))
+            model, tokenizer = load_model(path, torch.device("cpu")), load_tokenizer(path)
             prompt = encode_prompt(tokenizer, ask)
             logps.append(
                 [
@@ -428,7 +428,7 @@ def test_what_the_context_leaves(any_folder, tmp_path, new, most, room):
     """With --fit a prompt that leaves too little of a context of 256 tokens loses its first ones
     but BOS, and an answer what is beyond the context, both marked: against transformers' own greedy
     search. Without --fit, and in the stages that learn, it is an error."""
-    model, tokenizer = load(any_folder, torch.device("cpu"))
+    model, tokenizer = load_model(any_folder, torch.device("cpu")), load_tokenizer(any_folder)
     rows = []
     for tokens in (1, 200, 300):  # at least; 60 new ones fit beside the first alone
         text = "Say "

@@ -902,6 +902,11 @@ def test_output_folder_with_a_slash_or_behind_a_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     ok(run(*command, "--out", tmp_path / "link"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/raw.jsonl").write_text("{}")
+    refused = run(*command, "--out", tmp_path / "mine")
+    assert refused.returncode == 2 and "not replaced" in refused.stderr
+    assert (tmp_path / "mine/raw.jsonl").exists()
     assert (
         {p.name for p in (tmp_path / "out").iterdir()}
         == {p.name for p in (tmp_path / "link").iterdir()}

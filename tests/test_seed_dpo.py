@@ -27,7 +27,7 @@ from core.policy import (
     token_logps,
     tokens_of,
 )
-from core.models import load
+from core.models import load_model, load_tokenizer
 from core.training import training_flops
 from seed_dpo import dpo_loss, dpo_margin
 
@@ -319,8 +319,8 @@ def test_first_update_against_a_separate_computation(folder, tmp_path):
             tmp_path / "out",
         )
     )
-    model, tokenizer = load(folder, CPU)
-    model.double()
+    model, tokenizer = load_model(folder, CPU), load_tokenizer(folder)
+    model.double().requires_grad_(True)
     total = 0
     for row in rows:
         prompt = encode_prompt(tokenizer, row["prompt"])

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from conftest import ROOT, dump, gold_rows, gpus_for, run, warm_python
 
-from core import stage
+from core import rows, stage
 from core.models import check_path
 from judges.flags import JUDGES
 from judges.judge import RANKERS, SCORERS
@@ -257,3 +257,34 @@ def test_openmp_waits_without_spinning():
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env
         )
         assert done.stdout.strip() == found
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path, capsys):
+    """A folder, a file or a broken stats file that this program did not finish; but what a kill
+    between the two renames left is done again."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/raw.jsonl").write_text("{}\n")
+    out = str(tmp_path / "data")
+    for text in (None, "", "[]", '{"settings": null}'):
+        if text is not None:
+            (tmp_path / "data.stats.json").write_text(text)
+        with pytest.raises(SystemExit) as end:
+            stage.is_done(out, {})
+        assert end.value.code == 2 and "not replaced" in capsys.readouterr().err
+    assert (tmp_path / "data/raw.jsonl").exists()
+    (tmp_path / "data.stats.json.tmp").write_text("{}")
+    assert not stage.is_done(out, {}) and not stage.is_done(str(tmp_path / "none"), {})
+
+
+def test_an_unpacked_and_a_broken_gzip(tmp_path):
+    """Rows come out of a whole one; one whose bytes are wrong is refused like one that is cut."""
+    import gzip
+
+    packed = gzip.compress(b'{"id": "a", "prompt": [{"role": "user", "content": "x"}]}\n' * 50)
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(packed[:30] + bytes(9) + packed[39:])
+    with pytest.raises(SystemExit) as end:
+        list(rows.read_json_lines(str(path)))
+    assert end.value.code == 2
+    path.write_bytes(packed)
+    assert len(list(rows.read_json_lines(str(path)))) == 50

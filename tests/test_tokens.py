@@ -31,7 +31,7 @@ from core.chat import (
     response_in_context,
     vocabulary,
 )
-from core.models import load
+from core.models import load_model, load_tokenizer
 from core.probe import check_template
 from core.rows import read_rows
 from data import prepare
@@ -313,7 +313,7 @@ def sampled(monkeypatch, answers: list[list[int]]) -> None:
 def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, monkeypatch):
     """generate → label → dro → train, with tokens that their text does not come back as. The scores
     are those of the very ids under a plain forward pass."""
-    model, tokenizer = load(any_folder, torch.device("cpu"))
+    model, tokenizer = load_model(any_folder, torch.device("cpu")), load_tokenizer(any_folder)
     dice = np.random.default_rng(0)
     answers = [
         dice.integers(3, 384, size).tolist() + [2] * ended
@@ -588,7 +588,7 @@ def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
 def test_an_empty_system_turn_is_the_models_own(any_folder, any_tokenizer, tmp_path):
     """As if the conversation had one; a policy that is trained from the model inherits it."""
     ok(run("data/system_turn.py", "--model", any_folder, "--out", tmp_path / "model"))
-    _, tokenizer = load(str(tmp_path / "model"), torch.device("cpu"))
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
     empty, own = {"role": "system", "content": ""}, {"role": "system", "content": "Be short."}
     for chat in (ASK, [*ASK, {"role": "assistant", "content": "No."}, *ASK]):
         assert encode_prompt(tokenizer, chat) == encode_prompt(any_tokenizer, [empty, *chat])

@@ -183,9 +183,9 @@ def test_the_extra_pass_is_not_repeated_in_backward():
 
 
 def test_threshold_looks_back_on_fifty():
-    assert threshold([], 10) == threshold([{"extrapolated": []}], 10) == -math.inf
+    assert threshold([], 10) == threshold([{"p_tilde": []}], 10) == -math.inf
     assert threshold(
-        [{"extrapolated": [0.0] * 50}] + [{"extrapolated": [i / 49]} for i in range(50)], 10
+        [{"p_tilde": [0.0] * 50}] + [{"p_tilde": [i / 49]} for i in range(50)], 10
     ) == pytest.approx(0.1)
 
 
@@ -363,7 +363,7 @@ def test_killed_at_any_moment_ends_with_the_same_bits(round_rows, other_folder, 
     assert all(torch.equal(whole[n], killed[n]) for n in whole)
     logs = [
         [
-            {k: r[k] for k in ("step", "loss", "tau", "flagged", "extrapolated")}
+            {k: r[k] for k in ("step", "loss", "tau", "flagged", "p_tilde")}
             for r in jsonl(tmp_path / n / "log.jsonl")
         ]
         for n in ("whole", "killed")
