@@ -97,7 +97,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     beta = 1.0 if supervised else args.beta
     logp_ref = reference_logps(run, supervised)
 
-    log = resume(run)                                                   # empty, but after a kill
+    log = resume(run)                                         # empty, unless a kill left some
     bar = steps(run, log)
     for step in bar:
         started = time.perf_counter()

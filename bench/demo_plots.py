@@ -20,12 +20,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 from scipy.special import expit  # noqa: E402
-from scipy.stats import t as student  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.demo_measures import WOULD, would_move  # noqa: E402
-from bench.demo_table import read_runs  # noqa: E402
+from bench.demo_table import mean_and_half, read_runs, scores_of  # noqa: E402
 from core.rows import beside, fail, read_json_lines, read_rows  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
 
@@ -44,24 +43,9 @@ DIFFERENCES = [("worst", "spa", "clean seed labels", "o"),
                ("flip_worst", "flip_spa", "25 % flipped", "^")]
 
 
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % t-interval over seeds; 0 for a single seed."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), 0.0
-    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return float(np.mean(values)), float(half)
-
-
-def scores_at(runs: dict, arm: str, stage: str) -> dict[str, float]:
-    """seed → gold score."""
-    return {seed: report["policies"][stage]["score"] for seed, report in runs.get(arm, {}).items()
-            if stage in report["policies"]}
-
-
 def paired(runs: dict, one: str, other: str, stage: str) -> list[float]:
     """Differences of two arms' gold scores over their common seeds."""
-    end, start = scores_at(runs, one, stage), scores_at(runs, other, stage)
+    end, start = scores_of(runs, one, stage), scores_of(runs, other, stage)
     return [end[seed] - start[seed] for seed in end if seed in start]
 
 
@@ -83,7 +67,7 @@ def plot_stages(runs: dict, path: Path) -> None:
                                 constrained_layout=True)
     left = axes[0][0]
     for k, (arm, stages, name, color, line, marker) in enumerate(shown):
-        found = {t: list(own.values()) for t in stages if (own := scores_at(runs, arm, t))}
+        found = {t: list(own.values()) for t in stages if (own := scores_of(runs, arm, t))}
         # points of one stage side by side
         x = [list(STAGES).index(t) + 0.07 * (k - (len(shown) - 1) / 2) for t in found]
         mean, half = np.array([mean_and_half(values) for values in found.values()]).T

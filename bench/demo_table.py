@@ -18,6 +18,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from judges.report import markdown, p_value  # noqa: E402
+
 POWER = 0.8
 MOST = 10_000  # seeds beyond which nobody counts
 
@@ -82,14 +86,20 @@ GROUPS = {
 }
 
 
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % t-interval over seeds; 0 for a single seed."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), 0.0
+    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return float(np.mean(values)), float(half)
+
+
 def interval(values: list[float], sign: str = "") -> str:
     """mean ± half the width of the 95 % t-interval over seeds."""
-    n = len(values)
-    mean = f"{np.mean(values):{sign}.3f}".replace("-", "−")
-    if n < 2:
-        return f"{mean} ± ?"
-    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return f"{mean} ± {half:.3f}"
+    mean, half = mean_and_half(values)
+    shown = f"{mean:{sign}.3f}".replace("-", "−")
+    return f"{shown} ± {half:.3f}" if len(values) > 1 else f"{shown} ± ?"
 
 
 def ratio_interval(parts: list[float], wholes: list[float]) -> str:
@@ -124,18 +134,6 @@ def seeds_to_decide(gains: list[float]) -> int | None:
     return int(n[enough][0]) if enough.any() else None
 
 
-def shown_p(p: float) -> str:
-    if math.isnan(p):
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def show(heads: list[str], lines: list[list[str]]) -> None:
-    """A Markdown table."""
-    for line in (heads, ["---"] * len(heads), *lines):
-        print(f"| {' | '.join(line)} |")
-
-
 def value_line(name: str, policy: str, reports: dict[str, dict]) -> list[str]:
     """A row's cells: gold score, win rate, length, and how its self-labels were."""
     found = [report["policies"][policy] for report in reports.values()]
@@ -157,9 +155,8 @@ def value_line(name: str, policy: str, reports: dict[str, dict]) -> list[str]:
             interval(gaps, "+") if gaps else "–"]
 
 
-def scores_of(row: tuple[str, str, str], runs: dict[str, dict]) -> dict[str, float]:
-    """seed → gold score of a row's policy."""
-    arm, policy, _ = row
+def scores_of(runs: dict[str, dict], arm: str, policy: str) -> dict[str, float]:
+    """seed → gold score of an arm's policy."""
     return {seed: report["policies"][policy]["score"] for seed, report in runs.get(arm, {}).items()
             if policy in report["policies"]}
 
@@ -182,11 +179,12 @@ def print_table(title: str, rows: list, pairs: list, runs: dict[str, dict]) -> N
     if not lines:
         return
     print(f"\n**{title}**\n")
-    show(["method", "seeds", "gold score", "win rate against SFT", "characters",
-          "label accuracy by round", "wrong among flagged − among those that could be"], lines)
+    print(markdown(["method", "seeds", "gold score", "win rate against SFT", "characters",
+                    "label accuracy by round", "wrong among flagged − among those that could be"],
+                   lines))
     differences, p_values = [], []
     for one, other in pairs:
-        end, start = scores_of(rows[one], runs), scores_of(rows[other], runs)
+        end, start = scores_of(runs, *rows[one][:2]), scores_of(runs, *rows[other][:2])
         seeds = [seed for seed in end if seed in start]
         if not seeds:
             continue
@@ -194,12 +192,13 @@ def print_table(title: str, rows: list, pairs: list, runs: dict[str, dict]) -> N
         p = paired_t(gains)
         needed = seeds_to_decide(gains)
         differences.append([f"{rows[one][2]} − {rows[other][2]}", str(len(seeds)),
-                            interval(gains, "+"), shown_p(p), str(needed or "–")])
+                            interval(gains, "+"), p_value(p), str(needed or "–")])
         p_values.append(p)
     if not differences:
         return
     print()
-    show(["difference in gold score", "seeds", "mean", "p", "seeds to decide it"], differences)
+    print(markdown(["difference in gold score", "seeds", "mean", "p", "seeds to decide it"],
+                   differences))
     print_by_chance(p_values)
 
 
@@ -209,7 +208,7 @@ def compared(own: dict[str, float], base: dict[str, float]) -> tuple[list[str], 
     if not gains:
         return ["–"] * 3, math.nan
     p = paired_t(gains)
-    return [interval(gains, "+"), shown_p(p), str(seeds_to_decide(gains) or "–")], p
+    return [interval(gains, "+"), p_value(p), str(seeds_to_decide(gains) or "–")], p
 
 
 def print_tenth(title: str, rows: list, base: int, measures: dict[str, dict]) -> None:
@@ -226,7 +225,8 @@ def print_tenth(title: str, rows: list, base: int, measures: dict[str, dict]) ->
             p_values.append(p)
     if lines:
         print(f"\n**{title}: the worst tenth of the prompts**\n")
-        show(["method", "seeds", "gold score", "− SPA", "p", "seeds to decide it"], lines)
+        print(markdown(["method", "seeds", "gold score", "− SPA", "p", "seeds to decide it"],
+                       lines))
         print_by_chance(p_values)
 
 
@@ -256,8 +256,8 @@ def print_heldout(title: str, rows: list, base: int, measures: dict[str, dict]) 
                       interval([own[seed]["right"] for seed in common])])
     if lines:
         print(f"\n**{title}: worst-case loss on held-out gold pairs** (lower is better)\n")
-        show(["method", "seeds", *(f"radius {radius}" for radius in radii),
-              "share with ξ > ½"], lines)
+        print(markdown(["method", "seeds", *(f"radius {radius}" for radius in radii),
+                        "share with ξ > ½"], lines))
         print_by_chance(p_values)
 
 
@@ -280,7 +280,7 @@ def print_labels(title: str, rows: list, measures: dict[str, dict]) -> None:
         lines.append(line)
     if lines:
         print(f"\n**{title}: labels that are right** (pairs a round)\n")
-        show(["method", "seeds", *GROUPS.values()], lines)
+        print(markdown(["method", "seeds", *GROUPS.values()], lines))
 
 
 def read_runs(root: Path, name: str) -> dict[str, dict[str, dict]]:
@@ -294,8 +294,8 @@ def read_runs(root: Path, name: str) -> dict[str, dict[str, dict]]:
 
 
 def of_table(rows: list, found: dict[str, dict]) -> dict[str, dict]:
-    """What was found of the rows' arms, at the seeds at which two of them or more have run: a
-    table's means are over the same seeds, also where an arm stands in two tables."""
+    """What was found of the rows' arms, at the seeds at which two of them or more have run, so that
+    an arm that stands in two tables has in each the seeds of that table."""
     arms = {arm: found[arm] for arm, _, _ in rows if arm in found}
     ran = Counter(seed for seeds in arms.values() for seed in seeds)
     return {arm: {seed: own for seed, own in seeds.items() if ran[seed] > 1}

@@ -954,7 +954,7 @@ def test_table_over_seeds_against_scipy(tmp_path, capsys, monkeypatch):
     gains = [-0.114, 0.004, -0.052, -0.037, -0.039]
     test = ttest_1samp(gains, 0)
     assert demo_table.paired_t(gains) == pytest.approx(test.pvalue)
-    assert demo_table.shown_p(test.pvalue) == "0.067"
+    assert demo_table.p_value(test.pvalue) == "0.067"
     low, high = test.confidence_interval()
     assert demo_table.interval(gains, "+") == f"−{-np.mean(gains):.3f} ± {(high - low) / 2:.3f}"
     effect = abs(np.mean(gains)) / np.std(gains, ddof=1)
