@@ -38,9 +38,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from core.stage import (
+    exit_if_complete,
+    exit_if_looking,
     inputs_of,
-    is_done,
-    leave_if,
     natural,
     parser,
     publish,
@@ -66,7 +66,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--plot", help="picture of the worst case (PNG)")
     args = cli.parse_args()
     settings = settings_of(args, "pairs")
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 
@@ -78,7 +79,7 @@ import scipy.sparse as sp
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from core.rows import fail, foreign_margin, iterate_rows, opened
+from core.rows import fail, margin_problem, iterate_rows, opened
 
 LP_PAIRS = 1000  # how many pairs the linear program checks: about a second
 
@@ -314,7 +315,7 @@ def read_margins(path: str, used: bool) -> tuple[np.ndarray, int]:
     margins = []
     silent = 0
     for row in iterate_rows(path, "labelled"):
-        other = foreign_margin(row) if used else None
+        other = margin_problem(row) if used else None
         if other:
             fail(f"{path}: id {row['id']!r}: {other}; --epsilon above 0 moves confidences against "
                  "π_init (D1): label with judge implicit, reference init, or take --epsilon 0")

@@ -36,9 +36,9 @@ from core.rows import fail
 from core.stage import (
     about,
     fingerprint,
+    exit_if_looking,
     inputs_of,
     is_done,
-    leave_if,
     parser,
     publish,
     run_stage,
@@ -103,7 +103,9 @@ def flags() -> tuple[argparse.Namespace, dict]:
         del settings[key]  # by the content of each, below
     settings |= {name: fingerprint(path) for name, path in models.items()}
     settings |= {f"labels of {name}": fingerprint(path) for name, path in labels.items()}
-    leave_if(is_reported(args, settings))
+    if is_reported(args, settings):
+        raise SystemExit(0)
+    exit_if_looking()
     return args, settings
 
 
@@ -120,7 +122,7 @@ from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import (
     beside,
-    foreign_margin,
+    margin_problem,
     read_json_lines,
     read_json_list,
     read_rows,
@@ -278,7 +280,7 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int,
     margin = np.array([row["margin"] for row in rows])
     after = None
     log, settings = trained(policy)
-    if "beta" in settings and not any(foreign_margin(row, settings["beta"]) for row in rows):
+    if "beta" in settings and not any(margin_problem(row, settings["beta"]) for row in rows):
         tokenizer = load_tokenizer(policy)
         encoded = encode_rows(load_config(policy), tokenizer, rows, path, pair_of)
         model = load_scorer(policy, device, encoded, args.precision, tokenizer)

@@ -25,7 +25,7 @@ import argparse
 import os
 
 from core.flags import sampling_flags
-from core.stage import is_done, leave_if, parser, run_stage, settings_of
+from core.stage import exit_if_complete, exit_if_looking, parser, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -40,7 +40,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     sampling_flags(cli, n=2)
     args = cli.parse_args()
     settings = settings_of(args, "model", "prompts")
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 

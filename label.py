@@ -28,9 +28,9 @@ import os
 
 from core.rows import fail
 from core.stage import (
+    exit_if_complete,
+    exit_if_looking,
     inputs_of,
-    is_done,
-    leave_if,
     parser,
     positive,
     publish,
@@ -68,7 +68,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
         fail("--length-penalty is a part of the implicit reward; --judge implicit")
     judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
     settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 

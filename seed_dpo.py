@@ -20,7 +20,7 @@ import math
 import time
 
 from core.flags import training_flags
-from core.stage import is_done, leave_if, parser, run_stage, settings_of
+from core.stage import exit_if_complete, exit_if_looking, parser, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -31,7 +31,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      help="or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 

@@ -23,8 +23,8 @@ import time
 
 from core.flags import training_flags
 from core.stage import (
-    is_done,
-    leave_if,
+    exit_if_complete,
+    exit_if_looking,
     parser,
     ranged,
     run_stage,
@@ -47,7 +47,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 
@@ -61,7 +62,7 @@ from core.chat import from_text, pair_of
 from core.models import load_model, load_outline
 from core.parallel import distribute
 from core.policy import ResponseLogps
-from core.rows import fail, foreign_margin, is_number
+from core.rows import fail, margin_problem, is_number
 from core.training import (
     Run,
     batch_at,
@@ -157,7 +158,7 @@ def check_margins(run: Run) -> int:
         if policy not in (None, run.settings["model"]):
             fail(f"{where}its margin_of has policy {policy}, {args.model} is "
                  f"{run.settings['model']}; label.py --model must name the same policy")
-        other = foreign_margin(row, args.beta) if args.anchor == "init" else None
+        other = margin_problem(row, args.beta) if args.anchor == "init" else None
         if other:
             fail(f"{where}{other}; --anchor init adds margins against π_init at --beta {args.beta} "
                  "(D6): label with judge implicit and reference init, or take --anchor previous")

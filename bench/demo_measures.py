@@ -36,7 +36,7 @@ from core.models import load_config, load_tokenizer  # noqa: E402
 from core.parallel import start_processes  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.probe import load_scorer  # noqa: E402
-from core.rows import beside, fail, foreign_margin, read_rows  # noqa: E402
+from core.rows import beside, fail, margin_problem, read_rows  # noqa: E402
 from core.stage import fingerprint, parser, run_stage  # noqa: E402
 from evaluate import trained  # noqa: E402
 from judges.judge import SCORERS, compare  # noqa: E402
@@ -114,7 +114,7 @@ def labels_of(run: Path, name: str) -> dict[str, list[float]]:
     moved = np.array([sum(weight for weight, shift in row["atoms"] if shift) for row in rows])
     would = {}
     # another judge's margins are no confidences against π_init
-    if not any(foreign_margin(row) for row in rows):
+    if not any(margin_problem(row) for row in rows):
         xi = expit(np.array([row["margin"] for row in rows]))
         would = {f"would {epsilon}": would_move(xi, epsilon) for epsilon in WOULD}
     return label_counts(right, flagged, moved, would)

