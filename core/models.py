@@ -4,6 +4,7 @@ Weights are safetensors and complete, a folder's own code never runs, and whatev
 line. A model comes frozen, and core/training.py alone thaws it: autocast keeps a bf16 copy of every
 weight that needs a gradient.
 """
+import math
 import os
 import sys
 
@@ -46,6 +47,19 @@ def load_config(path: str):
     except Exception as error:
         # Also what a config's own checks raise.
         fail(f"{path}: cannot load the model: {reason(error)}")
+
+
+def context_of(config) -> float:
+    """Tokens that a model takes, ∞ where its config names no limit. One more would be past its last
+    position, or would rotate *every* position of its pass otherwise (longrope, dynamic rope)."""
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    # There may be one for each type of layer.
+    for part in (rope, *rope.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limit = min(limit, part["original_max_position_embeddings"])
+    return limit
 
 
 def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
