@@ -41,8 +41,30 @@ def test_draw_at_the_ends():
     assert greedy.tolist() == [1, 1, 1, 1]
 
 
-def test_sampling_equals_uncached_one_at_a_time():
+@pytest.mark.parametrize(
+    "size, spread, count", [(384, 3.0, 25000), (1000, 0.0, 2000), (30001, 4.0, 100), (49152, 8.0, 100)])
+def test_draw_is_the_inverse_of_the_cumulative_distribution(size, spread, count):
+    """Against numpy's sums in float64, token by token: at random, at borders and beside them."""
+    dice = np.random.default_rng(size)
+    logits = torch.tensor(dice.normal(0, spread, (4, size)), dtype=torch.float32)
+    heat = torch.tensor([0.7, 1.0, 1.3, 0.2])
+    p = (logits / heat[:, None]).softmax(-1).numpy().astype(np.float64)
+    for row in range(4):
+        borders = p[row].cumsum()
+        at = (borders / borders[-1])[dice.integers(0, size, count // 10)]
+        beside = [at + step for step in (0, 1e-16, -1e-16, 1e-9, -1e-9, 1e-7, -1e-7, 1e-6, -1e-6)]
+        u = np.concatenate([dice.random(count), *beside, [0, 1 - 2**-53]]).clip(0, 1 - 2**-53)
+        point = np.minimum(u * borders[-1], np.nextafter(borders[-1], 0))
+        expected = np.searchsorted(borders, point, side="right")
+        many = len(u)
+        tokens = draw(logits[row].expand(many, size), torch.tensor(u), heat[row].expand(many))
+        assert tokens.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("room", [2, 64])
+def test_sampling_equals_uncached_one_at_a_time(room, monkeypatch):
     """Against whole forward passes of one sequence: no padding, cache, sharing or compaction."""
+    monkeypatch.setattr(core.sampling, "ROOM", room)
     model = make_model()
     prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
     u = np.concatenate([uniforms(0, str(i), 2, 30) for i in range(3)])
