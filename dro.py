@@ -34,6 +34,7 @@ Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5
 import argparse
 import os
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 from core.stage import (
@@ -111,7 +112,7 @@ def tangents(pieces: int) -> tuple[np.ndarray, np.ndarray]:
 
 def maximum_of(slopes: np.ndarray, intercepts: np.ndarray, x: np.ndarray) -> np.ndarray:
     """max_k (s_k x + c_k) at every x: ℓ̃(x), where the lines are the tangents. ℓ̃(0) = 1 + log K."""
-    return np.max([s * x + c for s, c in zip(slopes, intercepts)], axis=0)
+    return reduce(np.maximum, (s * x + c for s, c in zip(slopes, intercepts)))
 
 
 def dual_value(xi: np.ndarray, losses: np.ndarray, at_zero: float, price: float,
