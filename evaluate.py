@@ -282,7 +282,8 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int,
     log, settings = trained(policy)
     if "beta" in settings and not any(margin_problem(row, settings["beta"]) for row in rows):
         tokenizer = load_tokenizer(policy)
-        encoded = encode_rows(load_config(policy), tokenizer, rows, path, pair_of)
+        encoded = encode_rows(load_config(policy), tokenizer, rows,
+                              [pair_of(row) for row in rows], path)
         model = load_scorer(policy, device, encoded, args.precision, tokenizer)
         logps = np.array(score(ResponseLogps(model), encoded, args.precision, device, rank, world,
                                "confidence"))

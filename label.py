@@ -86,7 +86,7 @@ import numpy as np
 import torch
 
 from core.chat import encode_rows, from_text, pair_of, vocabulary
-from core.models import load_config, load_tokenizer
+from core.models import check_same_tokens, load_config, load_tokenizer
 from core.parallel import in_bf16, start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
@@ -99,6 +99,7 @@ LEFT_OUT = {
     "special_inside": "responses with special tokens inside",
     "cut": "cut responses beside two that ended",
     "fewer_than_two": "rows with fewer than two responses",
+    "unwritten": "rows that the chat template does not write in full",
     "identical": "rows of identical responses",
     "ties": "ties",
 }
@@ -191,6 +192,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     path = args.pairs or args.responses
     left_out = dict.fromkeys(LEFT_OUT, 0)
     rows, candidates = read_candidates(args, tokenizer, left_out)
+    prompts = len(rows) + left_out["fewer_than_two"]
     if not rows:
         fail(f"{path}: no row has two responses to compare{counted(left_out)}; has the policy "
              "collapsed?")
@@ -198,8 +200,13 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     how_read = ""
     logps = []
     if args.model:
-        how_read = f", {from_text(tokenizer, rows, candidates)}"
         encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
+        written = [trio for trio in zip(rows, candidates, encoded) if trio[2] is not None]
+        left_out["unwritten"] = len(rows) - len(written)
+        if not written:
+            fail(f"{path}: the chat template writes no row's responses in full")
+        rows, candidates, encoded = zip(*written)
+        how_read = f", {from_text(tokenizer, rows, candidates)}"
         # From here on an answer's ids are those that are scored: they are what is learnt.
         candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
                       for answers, (_, ys) in zip(candidates, encoded)]
@@ -211,6 +218,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         reference = [[0.0] * len(ys) for _, ys in encoded]
         if args.reference != "none":
             # It reads the policy's tokens: a base model has no chat template.
+            check_same_tokens(tokenizer, args.reference_model, encoded)
             reference = score_by(args.reference_model, args, None, encoded, rank, world, device)
         reward = [implicit_reward(p, r, args.beta, list(map(len, ys)), args.length_penalty)
                   for p, r, (_, ys) in zip(logps, reference, encoded)]                  # S7, S13
@@ -250,7 +258,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         return
 
     margins = sorted(row["margin"] for row in labelled)
-    stats = {"prompts": len(rows) + left_out["fewer_than_two"], "labelled": len(labelled),
+    stats = {"prompts": prompts, "labelled": len(labelled),
              **left_out,
              "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
              **behaviour}
