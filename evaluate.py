@@ -121,7 +121,7 @@ from core.parallel import start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import (
-    beside,
+    atomic_path,
     margin_problem,
     read_json_lines,
     read_json_list,
@@ -282,7 +282,8 @@ def judge_labels(args, path: str, policy: str, rank: int, world: int,
     log, settings = trained(policy)
     if "beta" in settings and not any(margin_problem(row, settings["beta"]) for row in rows):
         tokenizer = load_tokenizer(policy)
-        encoded = encode_rows(load_config(policy), tokenizer, rows, path, pair_of)
+        encoded = encode_rows(load_config(policy), tokenizer, rows,
+                              [pair_of(row) for row in rows], path)
         model = load_scorer(policy, device, encoded, args.precision, tokenizer)
         logps = np.array(score(ResponseLogps(model), encoded, args.precision, device, rank, world,
                                "confidence"))
@@ -316,10 +317,9 @@ def write_alpaca_eval(args, answers: dict, annotations: dict) -> None:
         for kind, content in (("model_outputs", outputs), ("annotations", annotations.get(name))):
             if content:
                 path = f"{args.out}/eval/{name}.{kind}.json"
-                with beside(path) as tmp:
+                with atomic_path(path) as tmp:
                     text = json.dumps(content, indent=1, ensure_ascii=False)
                     Path(tmp).write_text(text + "\n", encoding="utf-8")
-                    os.replace(tmp, path)
 
 
 def explanations(args, policies: dict, quality: dict, ratings: dict, count: int) -> list[str]:
@@ -391,9 +391,8 @@ def write_report(args, settings: dict, models: dict[str, str], answers: dict, po
     if ratings:
         tables.append(mt_bench_table(ratings))
     logs = {name: log for name, path in models.items() if (log := trained(path)[0])}
-    with beside(f"{args.out}/report.png") as tmp:
+    with atomic_path(f"{args.out}/report.png") as tmp:
         plot(tmp, policies, quality, confidences, logs, ratings)
-        os.replace(tmp, f"{args.out}/report.png")
     count = len(next(iter(answers.values()), []))
     report = f"{args.out}/report.md"
     labels = {f"labels of {name}": path for name, path in named(args.labels, "--labels").items()}

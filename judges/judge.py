@@ -95,12 +95,13 @@ def llm(args, comparisons: list[Comparison], rank: int, world: int,
     tokenizer = load_tokenizer(args.judge_model)
     rows = [{"id": str(i), "prompt": option_prompt(*c)} for i, c in enumerate(comparisons)]
     letters = [("A", False, None), ("B", False, None)]
-    encoded = encode_rows(load_config(args.judge_model), tokenizer, rows, "comparisons",
-                          lambda row: letters)
+    encoded = encode_rows(load_config(args.judge_model), tokenizer, rows, [letters] * len(rows),
+                          "comparisons")
     # the template may write something before a letter, Qwen3's a think block; it is the same for
     # both
-    for _, (a, b) in encoded:
-        if len(a) == len(b) and (a[:-1] == b[:-1]).all() and a[-1] != b[-1]:
+    for pair in encoded:
+        a, b = pair[1] if pair else (np.zeros(0), np.zeros(0))
+        if pair and len(a) == len(b) and (a[:-1] == b[:-1]).all() and a[-1] != b[-1]:
             continue
         fail(f"{args.judge_model}: its tokenizer does not write A and B as one token each")
     model = load_scorer(args.judge_model, device, encoded, args.precision, tokenizer)
