@@ -4,6 +4,7 @@ Weights are safetensors and complete, a folder's own code never runs, and whatev
 line. A model comes frozen, and core/training.py alone thaws it: autocast keeps a bf16 copy of every
 weight that needs a gradient.
 """
+import math
 import os
 import sys
 
@@ -46,6 +47,11 @@ def load_config(path: str):
     except Exception as error:
         # Also what a config's own checks raise.
         fail(f"{path}: cannot load the model: {reason(error)}")
+
+
+def context_of(config) -> float:
+    """Tokens that a model's context holds; ∞ where it has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
