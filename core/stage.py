@@ -194,7 +194,7 @@ def is_done(out: str, settings: dict) -> bool:
     return False
 
 
-def exit_if_complete(out: str, settings: dict) -> None:
+def exit_if_complete(out: str, settings: dict, *beside: str) -> None:
     """Ends the program where `out` is complete from these very settings."""
     if is_done(out, settings):
         raise SystemExit(0)
