@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from core.rows import fail
-from core.stage import commit_of, hub_trouble, is_hub_id
+from core.folder import commit_of, hub_trouble, is_hub_id
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
