@@ -1,6 +1,7 @@
 """What every stage stands on. Imports nothing but its own room.
 
-Being stopped and a missing package are one line each, also while a stage still loads its libraries.
+Being stopped, a missing package and a file that cannot be read are one line each, also before a
+stage has loaded its libraries.
 """
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ def end_in_one_line(kind: type[BaseException], error: BaseException,
         print(f"error: the package {package} is not installed for {sys.executable}; the project's "
               "packages are in .venv, which `bash run.sh` makes once: source .venv/bin/activate",
               file=sys.stderr)
+        raise SystemExit(2)
+    if isinstance(error, OSError) and error.filename:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2)
     sys.__excepthook__(kind, error, trace)
 

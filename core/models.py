@@ -10,8 +10,8 @@ import sys
 import torch
 import transformers
 
-from core.rows import fail
 from core.folder import commit_of, hub_trouble, is_hub_id
+from core.rows import fail
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()

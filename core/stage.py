@@ -9,9 +9,10 @@ command again has nothing to do, and a changed one says what changed. While a st
     OUT.unfinished/stats.json   there once new/ is whole: the next start too may put it in place
     OUT.unfinished/old/         what stood there, until the new stands
 
-LOOK=yes: a stage looks whether it has work, writes nothing, and prints `state<TAB>OUT<TAB>bytes`:
-complete (exit status 0); to do, changed, or follows (3), which is complete but made from what will
-be written anew; anything wrong is an error (2). core/folder.py reads what earlier stages promise.
+LOOK=yes: a stage looks whether it has work, writes nothing, and prints its state, OUT, the bytes it
+will write and a note if it has one, parted by tabs. States are complete (exit status 0); to do,
+changed, or follows (3), which is complete but made from what will be written anew; anything wrong
+is an error (2). core/folder.py reads what earlier stages promise.
 """
 import argparse
 import contextlib
@@ -47,8 +48,8 @@ WORK = 3
 
 # What decides no output: where things lie, and what only memory notices, for what is written is the
 # same to rounding whatever it is (D11).
-NOT_SETTINGS = ("out", "plot", "base_url", "micro_tokens", "sample_tokens",
-                "gradient_checkpointing", "shard", "save_every")
+NOT_SETTINGS = ("out", "plot", "micro_tokens", "sample_tokens", "gradient_checkpointing", "shard",
+                "save_every")
 
 # What lies in OUT.unfinished.
 UNFINISHED = {"lock", "new", "stats.tmp", "stats.json", "old"}
@@ -99,9 +100,6 @@ def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
     settings = {}
     for key, value in vars(args).items():
         if key in NOT_SETTINGS:
-            continue
-        # Only judges behind an endpoint write an answer.
-        if key == "judge_tokens" and args.judge != "openai":
             continue
         if key in inputs and value:
             kind = "model" if key.endswith("model") else "dataset" if key == "data" else "file"
@@ -157,10 +155,10 @@ def refuse_foreign(out: str, beside: tuple[str, ...]) -> None:
     foreign = []
     if record is None:
         foreign += [f"{out}.stats.json"] if is_empty(out) else [out]
+    work = unfinished(out)
     for name in beside:
         if record is None or f"../{name}" not in record.get("files", {}):
-            foreign.append(os.path.join(os.path.dirname(out), name))
-    work = unfinished(out)
+            foreign.append(os.path.join(os.path.dirname(work), name))
     if not os.path.isdir(work) or set(os.listdir(work)) - UNFINISHED:
         foreign.append(work)
     for path in foreign:
@@ -169,12 +167,17 @@ def refuse_foreign(out: str, beside: tuple[str, ...]) -> None:
                  "It is not replaced: move it away, or name another --out (RUN)")
 
 
-def exit_if_complete(out: str, settings: dict, *beside: str) -> None:
+def print_look(state: str, out: str, count: int, note: str) -> None:
+    """The line of a stage that only looks."""
+    print(state, out, count, *filter(None, [note]), sep="\t")
+
+
+def exit_if_complete(out: str, settings: dict, *beside: str, note: str = "") -> None:
     """Ends the program where `out` is complete from these very settings.
 
     A complete output of other settings, or whose files have other sizes now, is never replaced
     unasked: what differs is named, and the program ends, unless REDO=yes is set. Nor is what this
-    program did not write, at `out` or at one of the names `beside` it.
+    program did not write, at `out` or at the names `beside` it that `publish` will write too.
     """
     refuse_foreign(out, beside)
     record = record_of(out)
@@ -192,7 +195,7 @@ def exit_if_complete(out: str, settings: dict, *beside: str) -> None:
     if not changed:
         follows = pending or ABSENT in settings.values()
         if is_looking():
-            print("follows" if follows else "complete", out, size_of(out), sep="\t")
+            print_look("follows" if follows else "complete", out, size_of(out), note)
             raise SystemExit(WORK if follows else 0)
         if first:
             if os.path.exists(unfinished(out)):
@@ -202,16 +205,17 @@ def exit_if_complete(out: str, settings: dict, *beside: str) -> None:
         raise SystemExit(0)
     if os.environ.get("REDO") != "yes":
         if is_looking():
-            print("changed", out, size_of(out), sep="\t")
+            print_look("changed", out, size_of(out), note)
         fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
              "replaces it and all that follows from it; another --out (RUN) keeps both")
     if first and not is_looking():
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
 
 
-def exit_if_looking(out: str, writes: int = 0, passing: int = 0) -> None:
+def exit_if_looking(out: str, writes: int = 0, note: str = "", passing: int = 0) -> None:
     """Ends the program where LOOK=yes: it has work, and it only looks. In any case `out` can be
-    written, and there is room for it: `writes` bytes that stay, and `passing` that go again."""
+    written, and there is room for it: `writes` bytes that stay, and `passing` that go again. `note`
+    is for run.sh to read."""
     check_place(out)
     # What other stages write before it takes room too.
     ahead = [count for path, count in promises().items() if not os.path.exists(path)]
@@ -221,7 +225,7 @@ def exit_if_looking(out: str, writes: int = 0, passing: int = 0) -> None:
         fail(f"{out}: needs {needed / 1e9:.3g} GB, with what comes before it; {free / 1e9:.3g} GB "
              "are free there: make room, or name another --out (RUN)")
     if is_looking():
-        print("to do" if is_empty(out) else "changed", out, writes, sep="\t")
+        print_look("to do" if is_empty(out) else "changed", out, writes, note)
         raise SystemExit(WORK)
 
 
@@ -276,9 +280,8 @@ def hold(out: str) -> None:
     locks[out] = lock
     if os.path.exists(f"{work}/stats.json"):
         put_in_place(out)
-    for name in os.listdir(work):
-        if name != "lock":
-            remove(f"{work}/{name}")
+    for name in UNFINISHED - {"lock"}:
+        remove(f"{work}/{name}")
 
 
 def release() -> None:
