@@ -39,6 +39,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
+from core.folder import hub_trouble
 from core.rows import (
     BROKEN_GZIP,
     SIDES,
@@ -51,7 +52,6 @@ from core.rows import (
     wrong,
 )
 from core.stage import (
-    hub_trouble,
     exit_if_complete,
     exit_if_looking,
     inputs_of,
