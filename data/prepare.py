@@ -95,7 +95,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
         fail("--select farthest needs --model")
     settings = settings_of(args, "data", "model")
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    exit_if_looking(args.out)
     return args, settings
 
 

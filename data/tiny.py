@@ -34,7 +34,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
         args.tokenizer = "sentencepiece" if args.architecture in SENTENCEPIECE else "bytes"
     settings = settings_of(args)
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    exit_if_looking(args.out)
     return args, settings
 
 

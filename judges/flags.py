@@ -10,7 +10,8 @@ import urllib.request
 from pathlib import Path
 
 from core.rows import fail
-from core.stage import fingerprint, is_hub_id, natural, settings_of, snapshot_of
+from core.folder import fingerprint, is_hub_id, snapshot_of
+from core.stage import natural, settings_of
 
 JUDGES = ("vader", "reward-model", "pairrm", "llm", "openai")  # who they are: judges/judge.py
 PACKAGES = {"vader": "vaderSentiment", "openai": "openai"}
