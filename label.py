@@ -138,9 +138,9 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
 
 def score_candidates(args: argparse.Namespace, tokenizer, rows: list[dict], rank: int, world: int,
                      device: torch.device) -> tuple[list[dict], list[list[list[float]]]]:
-    """The rows whose responses the chat template writes in full, and log π of every answer, by --model and by the reference if there is one, one
-    model in memory after the other. From here on the rows carry the ids that were scored: they are
-    what is learnt."""
+    """The rows whose responses the chat template writes in full, and log π of their answers, by
+    --model and by the reference if there is one, one model in memory after the other. From here on
+    the rows carry the ids that were scored: they are what is learnt."""
     models = [args.model]
     if args.judge == "implicit" and args.reference != "none":
         models.append(args.reference_model)
