@@ -13,7 +13,15 @@ import argparse
 import os
 from pathlib import Path
 
-from core.stage import exit_if_complete, exit_if_looking, inputs_of, parser, publish, run_stage, settings_of
+from core.stage import (
+    exit_if_complete,
+    exit_if_looking,
+    inputs_of,
+    parser,
+    publish,
+    run_stage,
+    settings_of,
+)
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
