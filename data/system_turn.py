@@ -13,7 +13,6 @@ import argparse
 import os
 from pathlib import Path
 
-from core.folder import check_model, check_tokenizer
 from core.stage import (
     exit_if_complete,
     exit_if_looking,
@@ -33,9 +32,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "model")
     exit_if_complete(args.out, settings)
-    check_model(args.model)
-    check_tokenizer(args.model)
-    exit_if_looking(args.out)
+    exit_if_looking()
     return args, settings
 
 
