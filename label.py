@@ -193,25 +193,26 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     left_out = dict.fromkeys(LEFT_OUT, 0)
     rows, candidates = read_candidates(args, tokenizer, left_out)
     prompts = len(rows) + left_out["fewer_than_two"]
-    if not rows:
-        fail(f"{path}: no row has two responses to compare{counted(left_out)}; has the policy "
-             "collapsed?")
-    rank, world, device = start_processes()
     how_read = ""
-    logps = []
     if args.model:
         encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
-        written = [trio for trio in zip(rows, candidates, encoded) if trio[2] is not None]
+        written = [k for k, pair in enumerate(encoded) if pair is not None]
         left_out["unwritten"] = len(rows) - len(written)
-        if not written:
-            fail(f"{path}: the chat template writes no row's responses in full")
-        rows, candidates, encoded = zip(*written)
+        rows, candidates, encoded = [[part[k] for k in written]
+                                     for part in (rows, candidates, encoded)]
         how_read = f", {from_text(tokenizer, rows, candidates)}"
         # From here on an answer's ids are those that are scored: they are what is learnt.
         candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
                       for answers, (_, ys) in zip(candidates, encoded)]
         for row in rows:
             row["vocabulary"] = vocabulary(tokenizer)
+    if not rows:
+        fail(f"{path}: no row has two responses to compare{counted(left_out)}; has the policy "
+             "collapsed?")
+
+    rank, world, device = start_processes()
+    logps = []
+    if args.model:
         logps = score_by(args.model, args, tokenizer, encoded, rank, world, device)
     if args.judge == "implicit":
         behaviour = {}

@@ -114,7 +114,7 @@ def labels_of(run: Path, name: str) -> dict[str, list[float]]:
     moved = np.array([sum(weight for weight, shift in row["atoms"] if shift) for row in rows])
     would = {}
     # another judge's margins are no confidences against π_init
-    if not any(margin_problem(row) for row in rows):
+    if not any(margin_problem(row, row.get("margin_of", {}).get("beta", 0)) for row in rows):
         xi = expit(np.array([row["margin"] for row in rows]))
         would = {f"would {epsilon}": would_move(xi, epsilon) for epsilon in WOULD}
     return label_counts(right, flagged, moved, would)
