@@ -16,7 +16,8 @@ from core.parallel import hand_out
 from core.policy import ResponseLogps, pack, score, shares_prompt
 from core.probe import check_scores, check_template, check_tokens, load_scorer
 from core.sampling import check_samples, draw, sample
-from data.tiny import make_tokenizer, tiny_model
+from data.tiny import make_tokenizer
+from families import tiny_model
 
 CPU = torch.device("cpu")
 ROWS = [
