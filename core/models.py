@@ -48,6 +48,11 @@ def load_config(path: str):
         fail(f"{path}: cannot load the model: {reason(error)}")
 
 
+def context_of(config) -> float:
+    """The longest sequence that a model reads as it was made to; ∞ where there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
 def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
     """A frozen model of an Auto class of transformers, dropout off; every weight is in the folder.
 

@@ -194,15 +194,19 @@ def is_done(out: str, settings: dict) -> bool:
     return False
 
 
-def exit_if_complete(out: str, settings: dict) -> None:
-    """Ends the program where `out` is complete from these very settings."""
+def exit_if_complete(out: str, settings: dict, note: str = "") -> None:
+    """Ends the program where `out` is complete from these very settings; `note` is one more field
+    of the line that a look prints."""
     if is_done(out, settings):
         raise SystemExit(0)
 
 
-def exit_if_looking(out: str = "", writes: int = 0) -> None:
-    """Ends the program where LOOK=yes: it has work, and it only looks."""
+def exit_if_looking(out: str = "", writes: int = 0, note: str = "") -> None:
+    """Ends the program where LOOK=yes: it has work, and it only looks. It says what it will write,
+    how many bytes, and what else there is to note."""
     if os.environ.get(LOOK) == "yes":
+        if note:
+            print("to do", out, writes, note, sep="\t")
         raise SystemExit(WORK)
 
 
