@@ -60,7 +60,6 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of matrix products, as in training")
     args = cli.parse_args()
-    check_judge(args)
     implicit = args.judge == "implicit"
     if implicit and not (args.model and (args.reference_model or args.reference == "none")):
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
@@ -69,6 +68,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
     settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
     exit_if_complete(args.out, settings)
+    check_judge(args)
     exit_if_looking()
     return args, settings
 
