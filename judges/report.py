@@ -99,7 +99,7 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
     if "ended" in p:
         clauses.append(f"{100 * p['ended']:.0f} % of its answers end")
     sentences = [f"{spoken(last)} {'; '.join(clauses)}"]
-    for key, text in (("score", "its mean gold score"), ("second_score", "by a second lexicon")):
+    for key, text in (("score", "its mean gold score"), ("second_score", "its mean by a second lexicon")):
         if key in p and last != first:
             sentences.append(f"{text} is {p[key]:.2f}, {spoken(first)}'s {policies[first][key]:.2f}")
     for name, quality in labels.items():
@@ -192,9 +192,11 @@ def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
              "scores": any("score" in p for p in policies.values()),
              "lengths": True, "training": bool(logs), "labels": bool(labels)}
     shown = [kind for kind, there in kinds.items() if there]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.75), squeeze=False,
-                                constrained_layout=True)
-    for kind, axis in zip(shown, axes[0]):
+    columns = min(3, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure = plt.figure(figsize=(4.7 * columns, 3.75 * lines), constrained_layout=True)
+    for place, kind in enumerate(shown, 1):
+        axis = figure.add_subplot(lines, columns, place)
         if kind == "wins":
             first = next(iter(policies))
             plot_measures(axis, policies, {"win_rate": "win rate",
@@ -206,7 +208,8 @@ def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
             axis.set(title="scores of the answers")
         elif kind == "lengths":
             plot_measures(axis, policies, {"characters": "characters"})
-            axis.set(title="length of the answers", ylim=(0, None))
+            longest = max(p["characters"] for p in policies.values())
+            axis.set(title="length of the answers", ylim=(0, 1.2 * longest + 1))
         elif kind == "training":
             plot_training(axis, logs, [record["settings"] for _, record in trainings.values()
                                        if record])
