@@ -28,6 +28,7 @@ import importlib.util
 import os
 
 from core.flags import sampling_flags
+from core.folder import check_model, check_tokenizer
 from core.rows import fail
 from core.stage import exit_if_complete, exit_if_looking, parser, run_stage, settings_of
 
@@ -48,8 +49,6 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      "gets what the context leaves (MT-Bench's second turns, as in FastChat)")
     sampling_flags(cli, n=2)
     args = cli.parse_args()
-    if args.out.endswith(".gz"):
-        fail(f"--out {args.out}: rows are written unpacked; name a file without .gz")
     if args.n > 1 and args.temperature == 0:
         fail(f"--temperature 0 would draw the same answer {args.n} times (-n {args.n}): give a "
              "temperature above 0 (TEMPERATURE), or -n 1")
@@ -60,6 +59,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
              f"pip install '{VLLM}'")
     if args.backend == "vllm" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
+    check_model(args.model)
+    check_tokenizer(args.model)
     exit_if_looking(args.out)
     return args, settings
 

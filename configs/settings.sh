@@ -198,7 +198,7 @@ look() {  # a stage that looks says STATE, OUT, BYTES and, of data, pairs or pro
   answer=$(LOOK=yes PROMISED=$promised "$python" "$@" 2>&1) || status=$?
   IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer") || true
   count=$((count + 1))
-  holds=${kind:-$holds}
+  holds=${holds:-$kind}
   plan+=$(printf '  %-9s %-18s → %s' "${state:-WRONG}" "$program" "${out#"$RUN"/}")$'\n'
   if (( status == 3 )); then
     pending=yes
@@ -235,6 +235,7 @@ on_all_processes() {
     --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" "$@"
 }
 holds_prompts_alone() {  # whether DATA has no preferences, as data.prepare has found
+  [[ $pass == look || ! -f $RUN/data/seed_prompts.jsonl ]] || holds=prompts
   [[ -z $SEED_POLICY && $holds == prompts ]] || return 1
   [[ $GOLD != none ]] || stop "DATA=$DATA holds prompts alone: GOLD must name who labels the seed"
 }
