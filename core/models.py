@@ -5,13 +5,15 @@ line. A model comes frozen, and core/training.py alone thaws it: autocast keeps 
 weight that needs a gradient.
 """
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 import transformers
 
 from core.rows import fail
-from core.stage import commit_of, hub_trouble, is_hub_id
+from core.stage import commit_of, hub_trouble, is_hub_id, snapshot_of
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
@@ -121,3 +123,21 @@ def load_tokenizer(path: str):
         fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model "
              "folder) and an end-of-sequence token")
     return tokenizer
+
+
+# The files that a tokenizer is made of.
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template*", "additional_chat_templates/*", "generation_config.json",
+)
+
+
+def copy_tokenizer(source: str, folder: str) -> None:
+    """The tokenizer of a model folder or hub id, file by file, into another folder."""
+    origin = Path(source) if os.path.isdir(source) else snapshot_of(source)
+    for pattern in TOKENIZER_FILES:
+        for file in origin.glob(pattern):
+            target = Path(folder, file.relative_to(origin))
+            target.parent.mkdir(exist_ok=True)
+            if file.is_file():
+                shutil.copyfile(file, target)

@@ -215,18 +215,29 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
         fail(f"{path}: holds no rows")
 
 
-def margin_problem(row: dict, beta: float | None = None) -> str | None:
-    """Why a row's margin is no log-ratio against π_init at this β, or None (D10). A row that does
-    not say what its margin is, another program's perhaps, is taken as one."""
+def margin_problem(row: dict, beta: float | None = None, policy: str | None = None,
+                   precision: str | None = None) -> str | None:
+    """Why a row's log-probs or margin cannot be used, or None (D10). A row that does not say what
+    its margin is, another program's perhaps, is taken as it is.
+
+    `beta`: the margin must be a log-ratio against π_init at this β. `policy` and `precision`: the
+    log-probs must be of the model with this fingerprint, at this precision.
+    """
     of = row.get("margin_of")
     if of is None:
         return None
-    wanted = {"judge": "implicit", "reference": "init", "length_penalty": 0}
+    wanted = {}
+    if beta is not None or policy is None:
+        wanted = {"judge": "implicit", "reference": "init", "length_penalty": 0}
     if beta is not None:
         wanted["beta"] = beta
+    if policy is not None and of.get("policy") is not None:
+        wanted["policy"] = policy
+    if precision is not None and "precision" in of:
+        wanted["precision"] = precision
     for key, value in wanted.items():
-        if of[key] != value:
-            return f"its margin_of has {key} {of[key]!r}, where {value!r} is needed"
+        if of.get(key) != value:
+            return f"its margin_of has {key} {of.get(key)!r}, where {value!r} is needed"
     return None
 
 
