@@ -20,6 +20,7 @@ import math
 import time
 
 from core.flags import training_flags
+from core.folder import check_model, check_tokenizer, checkpoint_bytes, policy_bytes
 from core.stage import exit_if_complete, exit_if_looking, run_stage, settings_of
 
 
@@ -33,7 +34,10 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    check_model(args.model)
+    check_tokenizer(args.model)
+    exit_if_looking(args.out, policy_bytes(args.model),
+                    passing=checkpoint_bytes(args.model, args.out))
     return args, settings
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
-from core.chat import encode_rows, from_text, pair_of
+from core.chat import encode_rows, from_text, pair_of, usable
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.models import copy_tokenizer, load_config, load_model, load_outline, load_tokenizer
 from core.parallel import autocast, distribute, in_bf16, merge, model_of, start_processes
@@ -57,7 +57,9 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     if args.shard and world == 1:
         fail("--shard needs several processes: torchrun --nproc_per_node=N …")
     tokenizer = load_tokenizer(args.model)
-    encoded = encode_rows(load_config(args.model), tokenizer, rows, args.pairs, pair_of)
+    encoded = encode_rows(load_config(args.model), tokenizer, rows, list(map(pair_of, rows)),
+                          args.pairs)
+    rows, encoded = usable(rows, encoded, args.pairs)
     if args.shard and rank > 0:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
@@ -69,7 +71,7 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     policy = distribute(ResponseLogps(model), device, world, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
-        args, settings, rows, from_text(tokenizer, rows, pair_of), encoded, shared, policy,
+        args, settings, rows, from_text(tokenizer, rows, list(map(pair_of, rows))), encoded, shared, policy,
         optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
         autocast=autocast(device, args.precision, cache=not args.shard),
