@@ -22,8 +22,7 @@ import statistics
 import sys
 import time
 
-from core.flags import training_flags
-from core.folder import check_model, check_tokenizer, checkpoint_bytes, policy_bytes
+from core.flags import check_policy, training_bytes, training_flags
 from core.stage import exit_if_complete, exit_if_looking, ranged, run_stage, settings_of
 
 
@@ -43,10 +42,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     exit_if_complete(args.out, settings)
-    check_model(args.model)
-    check_tokenizer(args.model)
-    exit_if_looking(args.out, policy_bytes(args.model),
-                    passing=checkpoint_bytes(args.model, args.out))
+    check_policy(args.model)
+    exit_if_looking(args.out, **training_bytes(args))
     return args, settings
 
 

@@ -71,7 +71,7 @@ def make_model(folder: str) -> None:
 
 
 def encoded_pairs(model, tokenizer, rows: list[dict]) -> list:
-    return encode_rows(model.config, tokenizer, rows, "bench", pair_of)
+    return encode_rows(model.config, tokenizer, rows, [pair_of(row) for row in rows], "bench")
 
 
 def make_pairs(model_path: str, folder: str) -> dict:

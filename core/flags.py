@@ -2,6 +2,7 @@
 import argparse
 import os
 
+from core.folder import check_model, check_tokenizer, checkpoint_bytes, policy_bytes
 from core.stage import natural, parser, positive, ranged
 
 
@@ -37,6 +38,19 @@ def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
     cli.add_argument("--save-every", type=ranged(float, 0), default=10.0,
                      help="minutes between checkpoints to go on from after a kill; 0: none")
     return cli
+
+
+def check_policy(path: str) -> None:
+    """Ends the program where `path` is no model with a tokenizer and chat template, as far as its
+    files show."""
+    check_model(path)
+    check_tokenizer(path)
+
+
+def training_bytes(args: argparse.Namespace) -> dict[str, int]:
+    """What training writes: the policy, which stays, and checkpoints, which go again."""
+    passing = checkpoint_bytes(args.model, args.out) if args.save_every else 0
+    return {"writes": policy_bytes(args.model), "passing": passing}
 
 
 def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:

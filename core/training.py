@@ -23,12 +23,19 @@ from tqdm import tqdm
 
 from core.chat import encode_rows, from_text, pair_of, usable
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.models import copy_tokenizer, load_config, load_model, load_outline, load_tokenizer
+from core.models import (
+    check_copy,
+    copy_tokenizer,
+    load_config,
+    load_model,
+    load_outline,
+    load_tokenizer,
+)
 from core.parallel import autocast, distribute, in_bf16, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
 from core.rows import fail, read_rows, write_rows
-from core.stage import clean, inputs_of, publish
+from core.stage import inputs_of, publish
 
 
 class Run(NamedTuple):
@@ -57,9 +64,12 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     if args.shard and world == 1:
         fail("--shard needs several processes: torchrun --nproc_per_node=N …")
     tokenizer = load_tokenizer(args.model)
-    encoded = encode_rows(load_config(args.model), tokenizer, rows, list(map(pair_of, rows)),
+    if rank == 0:
+        check_copy(args.model)  # what is published has its files
+    encoded = encode_rows(load_config(args.model), tokenizer, rows, [pair_of(row) for row in rows],
                           args.pairs)
     rows, encoded = usable(rows, encoded, args.pairs)
+    read_as = from_text(tokenizer, rows, [pair_of(row) for row in rows])
     if args.shard and rank > 0:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
@@ -71,8 +81,7 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     policy = distribute(ResponseLogps(model), device, world, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
-        args, settings, rows, from_text(tokenizer, rows, list(map(pair_of, rows))), encoded, shared, policy,
-        optimizer,
+        args, settings, rows, read_as, encoded, shared, policy, optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
         autocast=autocast(device, args.precision, cache=not args.shard),
         device=device, rank=rank, world=world,
@@ -263,7 +272,8 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
         try:
             model.save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
         except SafetensorError as error:
-            fail(f"{args.out}: cannot be written; is the disk full? ({error})")
+            fail(f"{args.out}: cannot be written; is the disk full? A checkpoint, if there is one, "
+                 f"is kept: make room, and the same command goes on ({error})")
         copy_tokenizer(args.model, tmp)
         write_rows(f"{tmp}/log.jsonl", log)
     last = log[-(len(log) // args.epochs):]
@@ -272,5 +282,4 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
     stats |= {"pairs": len(run.rows), "steps": len(log)}
     if run.rank == 0:
         publish(args.out, run.settings, stats, write, inputs_of(args, run.settings))
-        clean(args.out)
     return stats

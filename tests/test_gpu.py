@@ -138,7 +138,7 @@ def test_a_mask_is_formed_on_the_device():
 def test_batches_are_bounded_by_tokens_and_by_responses():
     dice = np.random.default_rng(0)
     lengths = dice.integers(1, 200, 300).tolist()
-    batches = batches_of(lengths, 2, 50, 16, 2000)
+    batches = batches_of(lengths, [50] * 300, 2, 16, 2000)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     sizes = [
         (2 * len(batch), 2 * len(batch) * (max(lengths[i] for i in batch) + 50))
@@ -149,9 +149,11 @@ def test_batches_are_bounded_by_tokens_and_by_responses():
     order = [lengths[i] for batch in batches for i in batch]
     assert order == sorted(lengths, reverse=True)  # a card that is too small shows at once
     # a prompt beyond a limit is a batch of its own; no budget: as many as are asked for
-    assert batches_of([5000, 10, 10], 2, 50, 16, 2000) == [[0], [1, 2]]
-    assert batches_of([3, 2, 1], 4, 5, 2, 1000) == [[0], [1], [2]]
-    assert list(map(len, batches_of([7] * 10, 2, 50, 8, math.inf))) == [4, 4, 2]
+    assert batches_of([5000, 10, 10], [50] * 3, 2, 16, 2000) == [[0], [1, 2]]
+    assert batches_of([3, 2, 1], [5] * 3, 4, 2, 1000) == [[0], [1], [2]]
+    assert list(map(len, batches_of([7] * 10, [50] * 10, 2, 8, math.inf))) == [4, 4, 2]
+    # answers of other lengths are batches of their own
+    assert batches_of([7, 9, 8], [50, 40, 50], 2, 8, math.inf) == [[2, 0], [1]]
 
 
 def test_text_does_not_depend_on_the_budget_of_tokens(folder, tmp_path):

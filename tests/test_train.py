@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import dump, jsonl, launch, make_model, ok, run
+from core.folder import fingerprint
 from core.policy import ResponseLogps, pack, response_hidden, token_logps
-from core.stage import fingerprint
 from core.training import gather, log_row
 from seed_dpo import dpo_margin
 from train import atoms_of, leader_loss, loss_star, threshold
