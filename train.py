@@ -205,7 +205,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
                     p_tilde=pairs["p_tilde"] if watching else [])
 
     flagged = sum(len(row["flagged"]) for row in log)
-    stats = save_policy(run, log, anchor=args.anchor, flagged=flagged,
+    untrained = leader_loss(margin_init, torch.zeros_like(margin_init), weight, shift, 0.0, pieces)
+    stats = save_policy(run, log, untrained.mean().item(), anchor=args.anchor, flagged=flagged,
                         margins_taken_as_against_init=unstated)
     if run.rank == 0:
         taken = ""
@@ -213,7 +214,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
             taken = f", {unstated} margins taken as against π_init"
         print(f"train: {len(run.rows)} pairs, {run.read_as}, {len(log)} steps, anchor "
               f"{args.anchor}; last epoch: accuracy {stats['accuracy']:.2f}, margin "
-              f"{stats['margin']:.3f}; {flagged} labels flagged as noise{taken} → {args.out}")
+              f"{stats['margin']:.3f}; {flagged} labels flagged as noise{taken}"
+              f"{stats['diverged']} → {args.out}")
 
 
 if __name__ == "__main__":

@@ -76,10 +76,13 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
         place = torch.device("cpu") if args.shard else device
         # loaded frozen, and asked: is it read rightly?
         model = load_scorer(args.model, place, encoded, args.precision, tokenizer)
-    model.requires_grad_(True)  # π_θ
+    # π_θ is what the loss reaches: a vision tower beside the decoder stays as it is.
+    model.get_decoder().requires_grad_(True)
+    model.get_output_embeddings().requires_grad_(True)
     shared = shares_prompt(model, encoded)
     policy = distribute(ResponseLogps(model), device, world, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
         args, settings, rows, read_as, encoded, shared, policy, optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
@@ -258,10 +261,14 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def save_policy(run: Run, log: list[dict], **stats) -> dict:
+def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> dict:
     """Publish a Hugging Face folder: weights as one safetensors file in fp32, the parent's
     tokenizer, log.jsonl. Returns its stats; `loss`, `accuracy` and `margin` are means over the last
-    epoch."""
+    epoch.
+
+    `untrained_loss` is that of a policy that learnt nothing. Where the loss is twice as large,
+    `diverged` says so in words; else it is empty.
+    """
     args, model = run.args, model_of(run.policy)
     on_rank_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=on_rank_0)
@@ -279,7 +286,10 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
     last = log[-(len(log) // args.epochs):]
     for key in ("loss", "accuracy", "margin"):
         stats[key] = sum(row[key] for row in last) / len(last)
-    stats |= {"pairs": len(run.rows), "steps": len(log)}
+    stats |= {"pairs": len(run.rows), "steps": len(log), "diverged": ""}
+    if stats["loss"] > 2 * untrained_loss:
+        stats["diverged"] = (f"; DIVERGED: its loss is {stats['loss']:.3g}, that of a policy that "
+                             f"learnt nothing {untrained_loss:.3g}; lower --lr (LR)")
     if run.rank == 0:
         publish(args.out, run.settings, stats, write, inputs_of(args, run.settings))
     return stats

@@ -1,5 +1,6 @@
 """Response log-probabilities and their layout, the DPO loss, the learning rate and the loop."""
 import argparse
+import json
 import math
 import re
 import shlex
@@ -27,6 +28,7 @@ from core.policy import (
     token_logps,
     tokens_of,
 )
+from families import tiny_model
 from seed_dpo import dpo_loss, dpo_margin
 
 CPU = torch.device("cpu")
@@ -162,9 +164,9 @@ def test_learning_rate_schedule():
 @pytest.fixture
 def command(folder, tmp_path):
     """command(name, 'flags …', pairs): the seed stage on that many gold pairs, to tmp_path/name."""
-    def of(name: str, flags: str = "", pairs: int = 6) -> list:
+    def of(name: str, flags: str = "", pairs: int = 6, model: str = folder) -> list:
         path = dump(tmp_path / f"seed{pairs}.jsonl", gold_rows(pairs))
-        return ["seed_dpo.py", "--pairs", path, "--model", folder, "--lr", "1e-3",
+        return ["seed_dpo.py", "--pairs", path, "--model", model, "--lr", "1e-3",
                 *shlex.split(flags), "--out", tmp_path / name]
     return of
 
@@ -192,6 +194,22 @@ def test_seed_stage_learns_and_one_process_equals_two(folder, command, tmp_path)
     assert log[-1]["loss"] < log[0]["loss"]
     for row in log:
         assert row["confidence"] == sorted(row["confidence"]) and row["memory_gb"] > 0.1
+
+
+def test_a_vision_tower_is_left_alone(command, tokenizer, tmp_path):
+    """On two processes as well: DDP waits for the gradient of everything that it is given."""
+    tower = tmp_path / "tower"
+    tiny_model("gemma3").save_pretrained(tower)
+    tokenizer.save_pretrained(tower)
+    flags = "--epochs 1 --precision fp32 --save-every 1e-9"
+    ok(launch(command("copied", flags, model=tower),
+              command("sharded", f"{flags} --shard", model=tower)))
+    before = weights_of(tower)
+    for name in ("copied", "sharded"):
+        after = weights_of(tmp_path / name)
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert before.keys() == after.keys() and moved
+        assert moved == {key for key in before if "language_model" in key or "lm_head" in key}
 
 
 def test_gradient_checkpointing_recomputes_each_layer_and_changes_nothing():
@@ -241,6 +259,14 @@ def test_nan_stops_before_weights_are_saved(command, tmp_path):
     done = run(*command("out", "--lr 1e30 --batch-size 2"))
     assert done.returncode == 2 and "No weights are saved" in done.stderr
     assert "rows g" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_divergence_short_of_nan_is_said(command, tmp_path):
+    calm = ok(run(*command("calm", "--epochs 1"))).stdout
+    wild = ok(run(*command("wild", "--lr 5 --epochs 1 --batch-size 4", 20))).stdout
+    assert "DIVERGED" in wild and "DIVERGED" not in calm
+    stats = [json.loads((tmp_path / f"{name}.stats.json").read_text()) for name in ("calm", "wild")]
+    assert stats[0]["diverged"] == "" and "lower --lr" in stats[1]["diverged"]
 
 
 def test_the_stages_name_the_flags_that_they_share():

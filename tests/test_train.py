@@ -307,7 +307,6 @@ def test_killed_at_any_moment_ends_with_the_same_bits(command, rows_of_a_round, 
     logs = [[[row[key] for key in keys] for row in jsonl(tmp_path / name / "log.jsonl")]
             for name in ("whole", "killed")]
     assert logs[0] == logs[1]
-    (tmp_path / "killed.checkpoint").write_text("as if killed before it was removed")
     assert "complete, skipped" in ok(run(*again)).stdout
     # a finished run leaves no checkpoint
     assert {p.name for p in tmp_path.glob("killed*")} == {"killed", "killed.stats.json"}
