@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from core.chat import encode_rows, from_text, pair_of, usable
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.models import copy_tokenizer, load_config, load_model, load_outline, load_tokenizer
+from core.models import check_copy, copy_tokenizer, load_config, load_model, load_outline, load_tokenizer
 from core.parallel import autocast, distribute, in_bf16, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
@@ -66,6 +66,8 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
         place = torch.device("cpu") if args.shard else device
         # loaded frozen, and asked: is it read rightly?
         model = load_scorer(args.model, place, encoded, args.precision, tokenizer)
+    if rank == 0:
+        check_copy(args.model)
     model.requires_grad_(True)  # π_θ
     shared = shares_prompt(model, encoded)
     policy = distribute(ResponseLogps(model), device, world, args)
