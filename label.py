@@ -29,6 +29,7 @@ import math
 import os
 from typing import NamedTuple
 
+from core.folder import check_model, check_tokenizer
 from core.rows import fail
 from core.stage import (
     exit_if_complete,
@@ -39,9 +40,8 @@ from core.stage import (
     publish,
     ranged,
     run_stage,
-    settings_of,
 )
-from judges.flags import check_judge, judge_flags
+from judges.flags import check_judge, judge_flags, judge_settings
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -66,15 +66,18 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of matrix products, as in training")
     args = cli.parse_args()
-    check_judge(args)
     implicit = args.judge == "implicit"
     if implicit and not (args.model and (args.reference_model or args.reference == "none")):
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
-    if args.length_penalty and not implicit:
-        fail("--length-penalty is a part of the implicit reward; --judge implicit")
-    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
-    settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
+    if not implicit and (args.length_penalty or args.reference != "init"):
+        fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
+    settings = judge_settings(args, "model", "reference_model", "responses", "pairs")
     exit_if_complete(args.out, settings)
+    check_judge(args)
+    for model in filter(None, (args.model, args.reference_model)):
+        check_model(model)
+    if args.model:
+        check_tokenizer(args.model)
     exit_if_looking(args.out)
     return args, settings
 

@@ -19,7 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.chat import encode_prompt, encode_rows, pair_of, vocabulary  # noqa: E402
 from core.rows import iterate_rows, read_rows  # noqa: E402
-from data.tiny import make_tokenizer, tiny_config  # noqa: E402
+from data.tiny import make_tokenizer  # noqa: E402
+from tests.families import tiny_config  # noqa: E402
 
 N, PROMPT, RESPONSE, VOCABULARY = 60_000, 200, 256, 32_000
 

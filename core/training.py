@@ -34,7 +34,7 @@ from tqdm import tqdm
 from core.chat import encode_rows, pair_of, usable
 from core.models import load_config, load_outline, load_tokenizer
 from core.parallel import autocast, distribute, merge, model_of, start_processes
-from core.policy import ResponseLogps, deal, pack, rope_switch, shares_prompt, tokens_of
+from core.policy import ResponseLogps, deal, pack, shares_prompt, tokens_of
 from core.probe import load_scorer
 from core.rows import fail, read_rows, remove, write_rows
 from core.stage import clean, inputs_of, publish
@@ -75,11 +75,6 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
         # loaded frozen, and asked: is it read rightly?
         model = load_scorer(args.model, place, encoded, args.precision, tokenizer)
     model.requires_grad_(True)  # π_θ
-    limit, _ = rope_switch(model.config)
-    if args.shard and any(len(prompt) + len(y) > limit for prompt, ys in encoded for y in ys):
-        fail(f"{args.pairs}: a row passes {limit} tokens, beyond which {model.config.model_type} "
-             "needs a pass a response; processes that share weights must make equally many. Leave "
-             "out such rows or --shard")
     shared = shares_prompt(model, encoded)
     policy = distribute(ResponseLogps(model), device, world, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)

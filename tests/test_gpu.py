@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import core.models as models
 import core.parallel as parallel
 import core.sampling as sampling
+import generate
 from bench import cost
 from conftest import ROOT, dump, gold_rows, gpus_for, jsonl, make_model, ok, run
-from core.flags import sampling_flags
 from core.policy import ResponseLogps, pack
-from core.sampling import batches_of, draw, sample, tensor_parallel, uniforms
+from core.sampling import batches_of, draw, sample, uniforms
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -136,7 +136,7 @@ def test_a_mask_is_formed_on_the_device():
 def test_batches_are_bounded_by_tokens_and_by_responses():
     dice = np.random.default_rng(0)
     lengths = dice.integers(1, 200, 300).tolist()
-    batches = batches_of(lengths, 2, 50, 16, 2000)
+    batches = batches_of(lengths, [50] * 300, 2, 16, 2000)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     sizes = [
         (2 * len(batch), 2 * len(batch) * (max(lengths[i] for i in batch) + 50))
@@ -147,9 +147,11 @@ def test_batches_are_bounded_by_tokens_and_by_responses():
     order = [lengths[i] for batch in batches for i in batch]
     assert order == sorted(lengths, reverse=True)  # a card that is too small shows at once
     # a prompt beyond a limit is a batch of its own; no budget: as many as are asked for
-    assert batches_of([5000, 10, 10], 2, 50, 16, 2000) == [[0], [1, 2]]
-    assert batches_of([3, 2, 1], 4, 5, 2, 1000) == [[0], [1], [2]]
-    assert list(map(len, batches_of([7] * 10, 2, 50, 8, math.inf))) == [4, 4, 2]
+    assert batches_of([5000, 10, 10], [50] * 3, 2, 16, 2000) == [[0], [1, 2]]
+    assert batches_of([3, 2, 1], [5] * 3, 4, 2, 1000) == [[0], [1], [2]]
+    assert list(map(len, batches_of([7] * 10, [50] * 10, 2, 8, math.inf))) == [4, 4, 2]
+    # answers of other lengths are batches of their own
+    assert batches_of([7, 9, 8], [50, 40, 50], 2, 8, math.inf) == [[2, 0], [1]]
 
 
 def test_text_does_not_depend_on_the_budget_of_tokens(folder, tmp_path, monkeypatch):
@@ -164,7 +166,7 @@ def test_text_does_not_depend_on_the_budget_of_tokens(folder, tmp_path, monkeypa
         seen.append(len(prompts))
         return sample(model, prompts, *rest)
 
-    monkeypatch.setattr(sampling, "sample", watched)
+    monkeypatch.setattr(generate, "sample", watched)
     command = [
         "generate.py",
         "--model",
@@ -221,78 +223,6 @@ def test_draw_sums_in_float64():
     expected = np.searchsorted(p.cumsum(), u * p.sum(), side="right")
     tokens = draw(logits.expand(16, size), torch.tensor(u), torch.ones(16))
     assert len(set(tokens.tolist())) == 16 and tokens.tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize(
-    "heads, kv, vocabulary, gpus, size",
-    [
-        (32, 8, 32000, 8, 8),  # Mistral
-        (32, 8, 32000, 6, 4),  # a power of two
-        (40, 10, 32064, 8, 2),  # Phi-3-medium: 5 would divide its heads, and not its vocabulary
-        (32, 32, 51200, 8, 8),  # Phi-2
-        (9, 3, 49152, 4, 1),  # SmolLM2
-        (32, 8, 32001, 8, 8),  # an odd vocabulary is padded
-        (32, 8, 32000, 0, 1),
-    ],
-)
-def test_vllm_splits_over_powers_of_two(heads, kv, vocabulary, gpus, size):
-    config = SimpleNamespace(
-        num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocabulary
-    )
-    assert tensor_parallel(config, gpus) == size
-    assert heads % size == kv % size == math.ceil(vocabulary / 64) * 64 % size == 0
-
-
-def test_one_vllm_engine_a_process(folder, tmp_path, monkeypatch):
-    """Five policies: five processes, each by the command line that generate.py understands."""
-    prompts = dump(
-        tmp_path / "prompts.jsonl", [{"id": "a", "prompt": [{"role": "user", "content": "Write."}]}]
-    )
-    engines, commands = [], []
-
-    class LLM:
-        def __init__(self, model, dtype, tensor_parallel_size):
-            engines.append((model, dtype, tensor_parallel_size))
-
-        def generate(self, prompts, settings, use_tqdm):
-            return [
-                SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5] * own["max_tokens"])])
-                for own in settings
-            ]
-
-    real = subprocess.run
-
-    def process(command, **known):
-        if command[0] == "git":
-            return real(command, **known)
-        commands.append(command)
-        assert command[:2] == [sys.executable, str(ROOT / "generate.py")]
-        with monkeypatch.context() as child:
-            fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **known: known)
-            child.setitem(sys.modules, "vllm", fake)
-            return run("generate.py", *command[2:])
-
-    monkeypatch.setattr(subprocess, "run", process)
-    cli = argparse.ArgumentParser()
-    sampling_flags(cli, n=1)
-    args = cli.parse_args(["--backend", "vllm", "--max-new-tokens", "9", "-n", "3", "--seed", "7"])
-    for k in range(5):
-        rows = sampling.respond(
-            folder,
-            prompts,
-            str(tmp_path / f"{k}.jsonl"),
-            args,
-            0,
-            1,
-            torch.device("cpu"),
-            max_new_tokens=4,
-        )
-        assert len(rows[0]["responses"]) == 3
-    assert len(commands) == len(engines) == 5
-    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=2))
-    with pytest.raises(SystemExit) as stop:
-        sampling.respond(folder, prompts, str(tmp_path / "x"), args, 0, 1, torch.device("cpu"))
-    assert stop.value.code == 2
 
 
 # ------------------------------------------------------------------------------------------- launch

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import dump, jsonl, launch, make_model, ok, run
-from core.stage import fingerprint
+from core.folder import fingerprint
 from core.policy import ResponseLogps, pack, response_hidden, token_logps
 from core.training import log_row
 from seed_dpo import dpo_margin
