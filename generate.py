@@ -97,7 +97,7 @@ def encode_prompts(args: argparse.Namespace, config, tokenizer,
     if args.fit and limit < math.inf:
         # This leaves an answer all its tokens, or half the context.
         most = limit - min(args.max_new_tokens, limit // 2)
-    encoded = encode_rows(config, tokenizer, rows, args.prompts, lambda row: [], most)
+    encoded = encode_rows(config, tokenizer, rows, [[]] * len(rows), args.prompts, most)
     prompts = [prompt.tolist() for prompt, _ in encoded]
     longest = max(prompts, key=len)
     if not args.fit and len(longest) + args.max_new_tokens > limit:

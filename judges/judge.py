@@ -107,7 +107,7 @@ def llm(args, comparisons: list[Comparison], *place) -> list[float]:
     encode_chats(path, tokenizer, prompts, chats, room=1)
     rows = [{"id": str(i), "prompt": messages} for i, messages in enumerate(chats)]
     letters = [("A", False, None), ("B", False, None)]
-    encoded = encode_rows(load_config(path), tokenizer, rows, path, lambda row: letters)
+    encoded = encode_rows(load_config(path), tokenizer, rows, [letters] * len(rows), path)
     # The template may write something before a letter, Qwen3's a think block; it is the same for
     # both.
     for _, (a, b) in encoded:
