@@ -130,6 +130,20 @@ def test_ties_are_ties_alone(tmp_path):
     assert "two responses to compare, 1 rows with fewer than two" in done.stderr
 
 
+def test_a_new_label_takes_the_old_ones_place(tmp_path):
+    """Log-probs, ids and worst case of a pair that another judge turned round are not its own."""
+    row = {"id": "x", "prompt": ASK, "chosen": "Terrible!", "rejected": "Good.", "margin": 0.0,
+           "chosen_logp": -1.0, "rejected_logp": -2.0, "rejected_ids": [5], "xi": 0.5, "pieces": 6,
+           "atoms": [[1.0, 0.0]], "extra": 1}
+    pairs = dump(tmp_path / "pairs.jsonl", [row])
+    done = ok(run("label.py", "--judge", "vader", "--pairs", pairs, "--out", tmp_path / "l.jsonl"))
+    assert "agreement with gold 0.000" in done.stdout
+    (new,) = pair_rows(tmp_path / "l.jsonl")
+    assert (new["chosen"], new["rejected"], new["chosen_ids"]) == ("Good.", "Terrible!", [5])
+    assert new["margin"] > 0 and new["extra"] == 1
+    assert not {"chosen_logp", "rejected_logp", "rejected_ids", "xi", "pieces", "atoms"} & set(new)
+
+
 def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path):
     """Gold, labelled and worst-case rows: DPOTrainer reads them from the file, its tokens of a gold
     pair are ours, and its first loss is ln 2."""
