@@ -84,7 +84,8 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
             trainings: dict[str, tuple]) -> str:
     """The run in sentences: the last policy against the first and the one before it, its scores, how
     right the self-labels were, and what diverged."""
-    first, *_, before, last = [*list(policies)[:1], *policies]  # one policy is all three
+    names = list(policies)
+    first, before, last = names[0], names[-2:][0], names[-1]
     p = policies[last]
     clauses = []
     if "win_rate" in p:
@@ -225,20 +226,21 @@ def plot_measures(axis, policies: dict, kinds: dict[str, str]) -> None:
     names = list(policies)
     for key, text in kinds.items():
         known = [k for k, name in enumerate(names) if key in policies[name]]
-        values = np.array([policies[names[k]][key] for k in known])
-        low, high = np.array([interval_of(policies[names[k]], key) for k in known]).T
-        axis.errorbar(known, values, [values - low, high - values], marker="o", capsize=3,
-                      clip_on=False, label=text)
+        if known:
+            bars = [bar_of(policies[names[k]], key) for k in known]
+            value, low, high = np.array(bars).T
+            axis.errorbar(known, value, [value - low, high - value], marker="o", capsize=3,
+                          clip_on=False, label=text)
     axis.set(xticks=range(len(names)), xticklabels=names, ylabel="mean, bars: 95 %")
     axis.margins(x=0.1, y=0.1)
 
 
-def interval_of(p: dict, key: str) -> tuple[float, float]:
-    """95 % interval of a measure."""
+def bar_of(p: dict, key: str) -> tuple[float, float, float]:
+    """(a measure, the ends of its 95 % interval)."""
     if key == "win_rate":
-        return p["interval"]
+        return p[key], *p["interval"]
     error = np.nan_to_num(p.get(f"{key}_error", 0.0))
-    return p[key] - 1.96 * error, p[key] + 1.96 * error
+    return p[key], p[key] - 1.96 * error, p[key] + 1.96 * error
 
 
 def plot_training(axis, logs: dict[str, list[dict]], settings: list[dict]) -> None:
