@@ -79,15 +79,14 @@ if __name__ == "__main__":
 import torch
 
 from core.chat import (
-    check_range,
     encode_rows,
     from_text,
     is_foreign,
-    own_ids,
     pair_of,
+    same_vocabulary,
     vocabulary,
 )
-from core.models import load_config, load_tokenizer
+from core.models import check_same_tokens, load_config, load_tokenizer
 from core.parallel import start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
@@ -121,7 +120,6 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
     path = args.pairs or args.responses
     rows = read_rows(path, "preferences" if args.pairs else "responses")
     special = 0
-    config = load_config(args.model) if args.model else None
     for row in rows:
         if args.pairs:
             row["answers"] = pair_of(row)
@@ -130,9 +128,7 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
         ended = row.pop("ended", [True] * len(texts))
         ids = row.pop("response_ids", [None] * len(texts))
         inside = row.pop("special_inside", [False] * len(texts))
-        if tokenizer and own_ids(tokenizer, row) and ids[0] is not None:
-            for own in ids:
-                check_range(config, own, path, row)
+        if tokenizer and same_vocabulary(tokenizer, row) and ids[0] is not None:
             inside = [is_foreign(tokenizer, own.tolist(), e) for own, e in zip(ids, ended)]
         row["answers"] = [answer for *answer, out in zip(texts, ended, ids, inside)
                           if answer[0].strip() and not out]
@@ -141,28 +137,35 @@ def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], in
 
 
 def score_candidates(args: argparse.Namespace, tokenizer, rows: list[dict], rank: int, world: int,
-                     device: torch.device) -> list[list[list[float]]]:
-    """log π of every answer to every prompt, by --model and by the reference if there is one, one
-    model in memory after the other. From here on the rows carry the ids that were scored: they are
-    what is learnt."""
+                     device: torch.device) -> tuple[list[dict], list[list[list[float]]]]:
+    """The rows whose responses the chat template writes in full, and log π of their answers, by
+    --model and by the reference if there is one, one model in memory after the other. From here on
+    the rows carry the ids that were scored: they are what is learnt."""
     models = [args.model]
     if args.judge == "implicit" and args.reference != "none":
         models.append(args.reference_model)
     # Both models read what the policy's tokenizer wrote: a base model as the reference has no
     # chat template.
-    encoded = encode_rows(load_config(args.model), tokenizer, rows, args.pairs or args.responses,
-                          lambda row: row["answers"])
+    encoded = encode_rows(load_config(args.model), tokenizer, rows,
+                          [row["answers"] for row in rows], args.pairs or args.responses)
+    written = [k for k, pair in enumerate(encoded) if pair is not None]
+    if not written:
+        fail(f"{args.pairs or args.responses}: the chat template writes no row's responses in full")
+    rows = [rows[k] for k in written]
+    encoded = [encoded[k] for k in written]
     for row, (_, ys) in zip(rows, encoded):
         row["answers"] = [(text, ended, ids) for (text, ended, _), ids in zip(row["answers"], ys)]
         row["vocabulary"] = vocabulary(tokenizer)
     logps = []
     for path in models:
+        if path != args.model:
+            check_same_tokens(tokenizer, path, encoded)
         model = load_scorer(path, device, encoded, args.precision,
                             tokenizer if path == args.model else None)
         logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world,
                            f"score {path}"))
         del model
-    return logps
+    return rows, logps
 
 
 def implicit_rewards(args: argparse.Namespace, rows: list[dict],
@@ -196,8 +199,11 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     how_read = ""
     logps = []
     if args.model:
-        how_read = f", {from_text(tokenizer, answered, lambda row: row['answers'])}"
-        logps = score_candidates(args, tokenizer, answered, rank, world, device)
+        how_read = f", {from_text(tokenizer, answered, [row['answers'] for row in answered])}"
+        candidates = len(answered)
+        answered, logps = score_candidates(args, tokenizer, answered, rank, world, device)
+        if len(answered) < candidates:
+            how_read += f", {candidates - len(answered)} rows that the template does not write"
     if args.judge == "implicit":
         reward, behaviour = implicit_rewards(args, answered, logps), {}
     else:

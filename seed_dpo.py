@@ -121,8 +121,9 @@ def main(args: argparse.Namespace, settings: dict) -> None:
 
     stats = save_policy(run, log)
     if run.rank == 0:
+        pairs = [pair_of(row) for row in run.rows]
         print(f"seed_dpo: {len(run.rows)} {'responses' if supervised else 'gold pairs'}, "
-              f"{from_text(run.tokenizer, run.rows, pair_of)}, "
+              f"{from_text(run.tokenizer, run.rows, pairs)}, "
               f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f} → {args.out}")
 

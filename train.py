@@ -256,7 +256,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         taken = ""
         if silent and args.anchor == "init":
             taken = f", {silent} margins taken as against π_init"
-        print(f"train: {len(run.rows)} pairs, {from_text(run.tokenizer, run.rows, pair_of)}, "
+        pairs = [pair_of(row) for row in run.rows]
+        print(f"train: {len(run.rows)} pairs, {from_text(run.tokenizer, run.rows, pairs)}, "
               f"{len(log)} steps, anchor {args.anchor}; "
               f"loss {log[0]['loss']:.3f} → {log[-1]['loss']:.3f}, "
               f"{flagged} labels flagged as noise{taken} → {args.out}")

@@ -132,8 +132,8 @@ def logps_of(path: str, digest: str, answers: Path, cache: Path,
         fail(f"{path}: without its weights, or not the policy of the run's report")
     rows = read_rows(str(answers), "responses")
     tokenizer = load_tokenizer(path)
-    encoded = encode_rows(load_config(path), tokenizer, rows, str(answers), lambda row: list(
-        zip(row["responses"], row["ended"], row["response_ids"])))
+    sampled = [list(zip(row["responses"], row["ended"], row["response_ids"])) for row in rows]
+    encoded = encode_rows(load_config(path), tokenizer, rows, sampled, str(answers))
     model = load_scorer(path, device, encoded, precision, tokenizer)
     logps = score(ResponseLogps(model), encoded, precision, device, title=f"score {path}")
     write_json(kept, logps)

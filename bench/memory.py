@@ -49,7 +49,7 @@ def weigh(kind: str, path: str) -> float:
     before = resident()
     if kind == "arrays":
         rows = read_rows(path, "preferences")
-        held = [rows, encode_rows(config, tokenizer, rows, path, pair_of)]
+        held = [rows, encode_rows(config, tokenizer, rows, [pair_of(row) for row in rows], path)]
     else:
         dice = np.random.default_rng(1)
         held = []

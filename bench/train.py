@@ -68,7 +68,7 @@ def make_pairs(model_path: str, folder: Path, device: torch.device) -> None:
     for name, count, length in sizes:
         rows = [{"id": str(i), "prompt": [{"role": "user", "content": text(length)}],
                  "chosen": text(length), "rejected": text(length)} for i in range(count)]
-        encoded = encode_rows(model.config, tokenizer, rows, name, pair_of)
+        encoded = encode_rows(model.config, tokenizer, rows, [pair_of(row) for row in rows], name)
         for precision in ("fp32", "bf16"):
             logps = score(ResponseLogps(model), encoded, precision, device)
             write_rows(str(folder / f"{name}_{precision}.jsonl"), [
@@ -118,7 +118,7 @@ def theirs(model_path: str, pairs: str, precision: str, out: str, precomputed: b
     rows = [rows[i] for i in np.random.default_rng([42, 0]).permutation(len(rows))]
     plain = [{"prompt": tokenizer.decode(encode_prompt(tokenizer, r["prompt"])),
               "chosen": r["chosen"], "rejected": r["rejected"]} for r in rows]
-    encoded = encode_rows(model.config, tokenizer, rows, pairs, pair_of)
+    encoded = encode_rows(model.config, tokenizer, rows, [pair_of(row) for row in rows], pairs)
     total = len(rows) // BATCH
 
     class InOrder(DPOTrainer):
@@ -163,7 +163,7 @@ def margin_noise(model_path: str, pairs: str) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(model_path, device), load_tokenizer(model_path)
     rows = read_rows(pairs, "preferences")
-    encoded = encode_rows(model.config, tokenizer, rows, pairs, pair_of)
+    encoded = encode_rows(model.config, tokenizer, rows, [pair_of(row) for row in rows], pairs)
     net, values = ResponseLogps(model), {}
     for moment in ("before", "after"):
         for precision in ("fp32", "bf16"):

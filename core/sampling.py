@@ -291,7 +291,7 @@ def generate(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     # What --fit keeps of a prompt leaves an answer all its tokens, or half the context.
     most = limit - min(args.max_new_tokens, limit // 2) if args.fit and limit < math.inf else None
-    pairs = encode_rows(config, tokenizer, rows, args.prompts, lambda row: [], most)
+    pairs = encode_rows(config, tokenizer, rows, [[]] * len(rows), args.prompts, most)
     encoded = [prompt.tolist() for prompt, _ in pairs]
     longest = max(map(len, encoded))
     if longest + args.max_new_tokens > limit and not args.fit:

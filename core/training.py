@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from core.chat import encode_rows, pair_of
+from core.chat import encode_rows, pair_of, usable
 from core.models import load_config, load_outline, load_tokenizer
 from core.parallel import autocast, distribute, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, rope_switch, shares_prompt, tokens_of
@@ -65,7 +65,9 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     if args.shard and world == 1:
         fail("--shard needs several processes: torchrun --nproc_per_node=N …")
     tokenizer = load_tokenizer(args.model)
-    encoded = encode_rows(load_config(args.model), tokenizer, rows, args.pairs, pair_of)
+    encoded = encode_rows(load_config(args.model), tokenizer, rows, [pair_of(row) for row in rows],
+                          args.pairs)
+    rows, encoded = usable(rows, encoded, args.pairs)
     if args.shard and rank > 0:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:

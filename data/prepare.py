@@ -430,7 +430,7 @@ def embed(rows: list[dict], path: str, source: str) -> torch.Tensor:
     vectors = torch.empty(len(rows), width, dtype=torch.float16, device=device)
     for start in tqdm(range(0, len(rows), 1024), desc="embed", unit="block"):
         block = rows[start:start + 1024]
-        encoded = encode_rows(model.config, tokenizer, block, source, lambda row: [])
+        encoded = encode_rows(model.config, tokenizer, block, [[]] * len(block), source)
         # The position that predicts a response of one token.
         encoded = [(prompt, [[0]]) for prompt, _ in encoded]
         for batch in deal(encoded, range(len(encoded)), False, budget, 1)[0]:
