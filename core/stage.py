@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from core.rows import beside, fail, remove
+from core.rows import atomic_path, fail, remove
 
 STARTED = time.time()
 
@@ -241,15 +241,13 @@ def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None],
     another output."""
     whole = {**stats, "about": about(inputs or {}), "settings": settings}
     text = json.dumps(whole, indent=1, ensure_ascii=False)
-    with beside(out) as tmp, beside(f"{out}.stats.json") as tmp_stats:
+    with atomic_path(f"{out}.stats.json") as tmp_stats, atomic_path(out) as tmp:
         write(tmp)
         Path(tmp_stats).write_text(text + "\n", encoding="utf-8")
         remove(f"{out}.stats.json")
         # A file is replaced at once.
         if os.path.isdir(out):
             remove(out)
-        os.replace(tmp, out)
-        os.replace(tmp_stats, f"{out}.stats.json")
 
 
 def run_stage(main: Callable[..., None], *given) -> None:
