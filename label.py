@@ -39,9 +39,8 @@ from core.stage import (
     publish,
     ranged,
     run_stage,
-    settings_of,
 )
-from judges.flags import check_judge, judge_flags
+from judges.flags import check_judge, judge_flags, judge_settings
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -66,15 +65,14 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of matrix products, as in training")
     args = cli.parse_args()
-    check_judge(args)
     implicit = args.judge == "implicit"
     if implicit and not (args.model and (args.reference_model or args.reference == "none")):
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
     if args.length_penalty and not implicit:
         fail("--length-penalty is a part of the implicit reward; --judge implicit")
-    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
-    settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
+    settings = judge_settings(args, "model", "reference_model", "responses", "pairs")
     exit_if_complete(args.out, settings)
+    check_judge(args)
     exit_if_looking(args.out)
     return args, settings
 

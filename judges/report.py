@@ -8,12 +8,13 @@ from core.stage import about
 from judges.history import command_of, history
 
 SIDE_BY_SIDE = 3  # prompts shown from the top, and as many of the last policy's worst
-# Where nothing is learnt, DPO's loss is 0.69, and the worst case's at most 1 + log K: 2.8 for K = 6.
+# A mean loss beyond this has diverged: where nothing is learnt DPO's is 0.69, and the worst case's
+# at most 1 + log K, 2.8 for K = 6.
 DIVERGED = 10.0
 
-COLUMNS = """Win rate: how often the judge prefers the policy's answer to that of the first policy, \
-ties ½, with a 95 % bootstrap interval over prompts (at 0 and 1 an exact one); p: the paired test of \
-that win rate against the line above (the first: against ½); at equal length: the win rate by a \
+COLUMNS = """Win rate: how often the judge prefers the policy's answer to the first policy's, \
+ties ½, with a 95 % bootstrap interval over prompts (at 0 and 1 an exact one); p: the paired test \
+of that win rate against the line above (the first: against ½); at equal length: the win rate by a \
 regression on lengths that is symmetric in the two policies; ± one standard error over prompts. \
 Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows (pip install \
 textblob); nothing was trained on it, so that where the gold score rises and it does not, a policy \
@@ -82,8 +83,8 @@ def spoken(name: str) -> str:
 
 def opening(policies: dict[str, dict], labels: dict[str, dict],
             trainings: dict[str, tuple]) -> str:
-    """The run in sentences: the last policy against the first and the one before it, its scores, how
-    right the self-labels were, and what diverged."""
+    """The run in sentences: the last policy against the first and the one before it, its scores,
+    how right the self-labels were, and what diverged."""
     names = list(policies)
     first, before, last = names[0], names[-2:][0], names[-1]
     p = policies[last]
@@ -100,9 +101,10 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
     if "ended" in p:
         clauses.append(f"{100 * p['ended']:.0f} % of its answers end")
     sentences = [f"{spoken(last)} {'; '.join(clauses)}"]
-    for key, text in (("score", "its mean gold score"), ("second_score", "its mean by a second lexicon")):
+    for key, text in (("score", "gold score"), ("second_score", "score by a second lexicon")):
         if key in p and last != first:
-            sentences.append(f"{text} is {p[key]:.2f}, {spoken(first)}'s {policies[first][key]:.2f}")
+            sentences.append(f"its mean {text} is {p[key]:.2f}, that of {spoken(first)} "
+                             f"{policies[first][key]:.2f}")
     for name, quality in labels.items():
         sentences.append(f"the judge agrees with {100 * quality['accuracy']:.0f} % of the "
                          f"self-labels of {spoken(name)}")
@@ -123,10 +125,10 @@ def notes(policies: dict, labels: dict) -> list[str]:
         if p["special_inside"]:
             lines.append(f"`{name}`: special tokens stand inside {p['special_inside']} answers; "
                          "what is judged is their text without these.")
-    for name, found in [*policies.items(), *labels.items()]:
-        if found.get("no_verdict"):
-            lines.append(f"`{name}`: {found['no_verdict']} answers of the judge held no verdict and "
-                         "count ½.")
+    for name, measures in [*policies.items(), *labels.items()]:
+        if measures.get("no_verdict"):
+            lines.append(f"`{name}`: {measures['no_verdict']} answers of the judge held no verdict "
+                         "and count ½.")
     return lines
 
 

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import CORPUS, ROOT, dump, jsonl, make_model, ok, run
+from conftest import CORPUS, ROOT, dump, jsonl, ok, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ from judges.measures import (
     length_controlled,
     mean_and_error,
     paired_p,
-    win_measures,
+    text_measures,
     wins,
 )
 
@@ -59,6 +59,16 @@ def test_label_quality_by_hand():
     none = np.zeros(5, bool)
     quality = label_quality(preference, none, none)
     assert quality["wrong_among_flagged"] is None and quality["wrong"] is None
+
+
+def test_a_second_lexicon_is_a_mean_over_words():
+    """TextBlob's: words that it does not know and length change nothing."""
+    pytest.importorskip("textblob")
+    rows = [{"responses": ["great", "great table great"]}, {"responses": ["terrible", "table"]}]
+    measures = text_measures(rows, second_lexicon=True)
+    assert measures["second_score"] == pytest.approx((0.8 + 0.8 - 1.0 + 0.0) / 4)
+    assert measures["second_score_error"] == pytest.approx(0.65)
+    assert "second_score" not in text_measures(rows, second_lexicon=False)
 
 
 def test_rates_of_zero_and_one_have_an_exact_interval():
@@ -167,7 +177,8 @@ def test_length_control_at_its_ends():
     for seed in range(5):
         rate, error = length_controlled(*few_wins(50, 1, seed))
         assert 0 < rate < 0.05 and 0 < error < 0.05
-    assert all(map(math.isnan, length_controlled(np.zeros(2), np.array([0.0, 1.0]), np.zeros(2, int))))
+    one_prompt = length_controlled(np.zeros(2), np.array([0.0, 1.0]), np.zeros(2, int))
+    assert all(map(math.isnan, one_prompt))
 
 
 def test_symmetric_fit_against_a_separate_optimiser():
@@ -218,8 +229,8 @@ def test_scores_by_hand():
     counts = ("n_wins", "n_wins_base", "n_draws", "n_total", "n_missing", "avg_length")
     assert [score[key] for key in counts] == [2, 1, 2, 5, 2, 3]
     # four samples of each prompt are no more prompts
-    four = [annotation(q, "a", "bcd", instruction=str(i)) for i, q in enumerate((1, 2, 1.5)) for _ in range(4)]
-    assert scores(four)["standard_error"] == pytest.approx(scores(four[::4])["standard_error"])
+    one = [annotation(q, "a", "bcd", instruction=str(i)) for i, q in enumerate((1, 2, 1.5))]
+    assert scores(one * 4)["standard_error"] == pytest.approx(scores(one)["standard_error"])
 
 
 @official
@@ -269,7 +280,8 @@ def test_bad_annotations_are_one_line(content, words, tmp_path):
 
 def test_annotations_command(tmp_path):
     """A row a model; losing everywhere has no error at equal length."""
-    rows = [annotation(1.0 + (i % 4) / 3, "x" * (9 + i), "y" * 20, instruction=str(i)) for i in range(20)]
+    rows = [annotation(1.0 + (i % 4) / 3, "x" * (9 + i), "y" * 20, instruction=str(i))
+            for i in range(20)]
     with gzip.open(tmp_path / "a.json.gz", "wt") as file:
         json.dump(rows, file)
     lost = [annotation(1.0, "x", "y", "other", str(i)) for i in range(50)]
@@ -381,14 +393,16 @@ def test_mt_bench_in_two_turns(wide, tmp_path, monkeypatch):
     }
     assert asked[0][1]["content"] == f"Q 1+1? A {one} R two"
     assert asked[1][1]["content"] == f"Q 1+1? A {one} Q Twice that? A {two} R two four"
-    assert asked[3][1]["content"].startswith("Q Write. A ") and "Again {now}." in asked[3][1]["content"]
+    last = asked[3][1]["content"]
+    assert last.startswith("Q Write. A ") and "Again {now}." in last
     rows = jsonl(judgements)
     assert [row["score"] for row in rows] == [8, 2.5, -1, 10]
     assert [row["judge"][1] for row in rows] == [
         "single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
     assert "| unrated | 1 |" in printed and "| average | 6.833 |" in printed
     done = mt_bench_step(bench, tmp_path / "x.jsonl", "--answers", answers[1])
-    assert done.returncode == 2 and "needs one answer (generate.py -n 1) to '1 turn 1'" in done.stderr
+    assert done.returncode == 2
+    assert "needs one answer (generate.py -n 1) to '1 turn 1'" in done.stderr
 
 
 def test_mt_bench_cuts_second_turns_alone(folder, tmp_path, monkeypatch):
@@ -398,7 +412,7 @@ def test_mt_bench_cuts_second_turns_alone(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(mt_bench, "check_judge", lambda args: None)
     long = "abcdefgh " * 40
     turns = [["1+1?", "Twice that?"], ["Write.", long], ["Say.", long]]
-    asked = [{"question_id": k, "category": "math", "turns": both} for k, both in enumerate(turns, 1)]
+    asked = [{"question_id": k + 1, "category": "math", "turns": turns[k]} for k in range(3)]
     bench = mt_bench_folder(tmp_path / "bench", asked)
     for new, cut in ((20, 0), (150, 2)):
         files = [tmp_path / f"{new}.{t}.jsonl" for t in (1, 2)]
@@ -424,10 +438,10 @@ def test_mt_bench_cuts_second_turns_alone(folder, tmp_path, monkeypatch):
 
 
 def write_answers(path, answers: list[list[str]], **more) -> str:
-    rows = [
-        {"id": str(i), "prompt": [{"role": "user", "content": f"say {i}"}], "responses": texts, **more}
-        for i, texts in enumerate(answers)
-    ]
+    rows = []
+    for i, texts in enumerate(answers):
+        prompt = [{"role": "user", "content": f"say {i}"}]
+        rows.append({"id": str(i), "prompt": prompt, "responses": texts, **more})
     return dump(path, rows)
 
 
@@ -451,11 +465,14 @@ def test_the_stage_against_plain_loops(tmp_path):
     dump(policy / "log.jsonl", log)
     made = {"command": "train.py --out policy", "seconds": 2.0, "processes": 2, "commit": "abc",
             "machine": "m", "inputs": {}}
-    record = {"settings": {"anchor": "init", "lr": 5.0}, "about": made, "loss": 648.1, "accuracy": 0.0}
+    record = {"settings": {"anchor": "init", "lr": 5.0}, "about": made}
+    record |= {"loss": 648.1, "accuracy": 0.0}
     (tmp_path / "policy.stats.json").write_text(json.dumps(record))
     sampled = {**made, "command": "generate.py", "inputs": {"model": str(policy)}}
-    (tmp_path / "round1.jsonl.stats.json").write_text(json.dumps({"settings": {}, "about": sampled}))
-    pairs = [{"id": str(i), "prompt": [{"role": "user", "content": "?"}], "chosen": a, "rejected": b,
+    sampled = {"settings": {}, "about": sampled}
+    (tmp_path / "round1.jsonl.stats.json").write_text(json.dumps(sampled))
+    ask = [{"role": "user", "content": "?"}]
+    pairs = [{"id": str(i), "prompt": ask, "chosen": a, "rejected": b,
               "margin": 0.5, "chosen_logp": -1.0, "rejected_logp": -2.0}
              for i, (a, b) in enumerate([("good", "bad"), ("bad", "good"), ("bad", "joy")])]
     labels = dump(tmp_path / "worst.jsonl", pairs)
@@ -476,7 +493,8 @@ def test_the_stage_against_plain_loops(tmp_path):
         np.array([1.0, 0, 0]), np.array([False, False, True]), np.array([False, True, True]))
     text = (tmp_path / "run/report.md").read_text()
     assert text.split("\n\n")[1] in printed and "| round1 |" in printed
-    assert "The training of round 1 diverged: its last epoch has loss 648 and accuracy 0.00." in text
+    diverged = "The training of round 1 diverged: its last epoch has loss 648 and accuracy 0.00."
+    assert diverged in text
     assert "--nproc_per_node 2 train.py --out policy\n" in text and "anchor init, lr 5.0" in text
     assert (tmp_path / "run/report.png").stat().st_size > 10_000
     worst = text.partition("does worst by the judge")[2]
@@ -492,8 +510,9 @@ def test_the_report_opens_with_sentences():
     text = report.opening(policies, {"round2": {"accuracy": 0.75}}, {})
     assert text == (
         "Round 2 is preferred to init on 85 % of the prompts [80, 90]; against round 1 p = 0.28; "
-        "81 % of its answers end. Its mean gold score is 0.87, init's 0.47. Its mean by a second "
-        "lexicon is 0.31, init's 0.30. The judge agrees with 75 % of the self-labels of round 2.")
+        "81 % of its answers end. Its mean gold score is 0.87, that of init 0.47. Its mean score "
+        "by a second lexicon is 0.31, that of init 0.30. The judge agrees with 75 % of the "
+        "self-labels of round 2.")
     assert report.opening({"init": first}, {}, {}) == "Init answers in 200 characters."
 
 
@@ -557,8 +576,8 @@ def test_how_a_run_came_about(tmp_path):
             "drawn": {"model": "seed", "prompts": "data/p.jsonl"}, "pairs": {"responses": "drawn"},
             "policy": {"model": "seed", "pairs": "pairs"}, "answers": {"model": "policy"}}
     for k, (out, inputs) in enumerate(made.items()):
-        about = {"command": f"{out}.py", "seconds": 1.0, "processes": 1 + k % 2, "inputs": {
-            key: name if "." in name[-5:-1] else f"{tmp_path}/{name}" for key, name in inputs.items()}}
+        inputs = {key: f"{tmp_path}/{name}" for key, name in inputs.items()}
+        about = {"command": f"{out}.py", "seconds": 1.0, "processes": 1 + k % 2, "inputs": inputs}
         (tmp_path / f"{out}.stats.json").write_text(json.dumps({"about": about, "settings": {}}))
     (tmp_path / "other.stats.json").write_text("[1]")
     stages = history([f"{tmp_path}/other", f"{tmp_path}/answers", f"{tmp_path}/seed"])
