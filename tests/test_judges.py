@@ -562,7 +562,12 @@ def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, mo
     monkeypatch.setattr(Endpoint, "minds", CORPUS[0])
     command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--responses"]
     command += [responses_file(tmp_path, 8), "--out", tmp_path / "l.jsonl", "--base-url"]
-    assert ", 2 without verdict" in ok(run(*command, endpoint)).stdout
+    printed = ok(run(*command, endpoint)).stdout
+    cached = [row for row in jsonl(tmp_path / "l.jsonl.judge_cache.jsonl")]
+    refused = [row for row in cached if json.dumps(CORPUS[0])[1:-1] in row["request"]]
+    assert [row["answer"] for row in refused] == ["", ""]
+    # a random model may answer nothing too
+    assert f", {sum(not row['answer'] for row in cached)} without verdict" in printed
     assert {key for _, key in Endpoint.asked} == {"Bearer sk-secret-word"}
     asked, rows = len(Endpoint.asked), jsonl(tmp_path / "l.jsonl")
     assert asked == 16 and rows and "0" not in [row["id"] for row in rows]
