@@ -29,6 +29,7 @@ import math
 import os
 from typing import NamedTuple
 
+from core.folder import check_model, check_tokenizer
 from core.rows import fail
 from core.stage import (
     exit_if_complete,
@@ -68,11 +69,15 @@ def flags() -> tuple[argparse.Namespace, dict]:
     implicit = args.judge == "implicit"
     if implicit and not (args.model and (args.reference_model or args.reference == "none")):
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
-    if args.length_penalty and not implicit:
-        fail("--length-penalty is a part of the implicit reward; --judge implicit")
+    if not implicit and (args.length_penalty or args.reference != "init"):
+        fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
     settings = judge_settings(args, "model", "reference_model", "responses", "pairs")
     exit_if_complete(args.out, settings)
     check_judge(args)
+    for model in filter(None, (args.model, args.reference_model)):
+        check_model(model)
+    if args.model:
+        check_tokenizer(args.model)
     exit_if_looking(args.out)
     return args, settings
 

@@ -36,7 +36,8 @@ from core.parallel import start_processes  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.probe import load_scorer  # noqa: E402
 from core.rows import atomic_path, fail, margin_problem, read_rows  # noqa: E402
-from core.stage import fingerprint, parser, run_stage  # noqa: E402
+from core.folder import fingerprint  # noqa: E402
+from core.stage import parser, run_stage  # noqa: E402
 from evaluate import trained  # noqa: E402
 from judges.judge import SCORERS, compare  # noqa: E402
 from label import best_and_worst, implicit_reward  # noqa: E402

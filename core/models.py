@@ -17,8 +17,8 @@ import transformers
 from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
+from core.folder import commit_of, hub_trouble, is_hub_id, snapshot_of
 from core.rows import fail
-from core.stage import commit_of, hub_trouble, is_hub_id, snapshot_of
 
 # A tokenizer, its chat templates, and where its model's answers end.
 TOKENIZER_FILES = [

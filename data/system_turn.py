@@ -13,6 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
+from core.folder import check_model, check_tokenizer, policy_bytes
 from core.stage import (
     exit_if_complete,
     exit_if_looking,
@@ -32,7 +33,9 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "model")
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    check_model(args.model)
+    check_tokenizer(args.model)
+    exit_if_looking(args.out, writes=policy_bytes(args.model))
     return args, settings
 
 
