@@ -6,8 +6,9 @@
 A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed,
 prompt id, sample, position) alone, and batches are the same for any number of processes. So the
 text is the same on one process or eight, and after a kill: finished batches lie in OUT.part*, and
-the same command goes on from there. Another limit of a batch or its tokens moves the text by
-rounding at most. The stage itself is core/sampling.py: `generate`, and `draw`.
+the same command goes on from there; those of other settings are kept, and named. Another limit of
+a batch or its tokens moves the text by rounding at most. How a batch is drawn is in
+core/sampling.py.
 
 Writes the prompt rows with
     responses       n texts: what judges read
@@ -16,16 +17,25 @@ Writes the prompt rows with
     ended           False where the length limit cut a response off
     special_inside  True where special tokens stand inside an answer (multi-channel templates write
                     some), so that its text is not all of it: label.py leaves it out
+    prompt_cut, answer_cut    what --fit took from a prompt, and whether the context cut the answers
 
     python generate.py --model pi_0 --prompts prompts_1.jsonl --out responses.jsonl -n 4
     torchrun --nproc_per_node=8 generate.py --model pi_0 --prompts prompts_1.jsonl \\
         --out responses.jsonl
 """
 import argparse
+import importlib.util
 import os
 
 from core.flags import sampling_flags
+from core.folder import check_model, check_tokenizer
+from core.rows import fail
 from core.stage import exit_if_complete, exit_if_looking, parser, run_stage, settings_of
+
+# It needs the torch of requirements.txt; 0.33 would replace it.
+VLLM = "vllm>=0.30,<0.33"
+# Responses that vLLM is given at once; it makes batches of its own.
+VLLM_RESPONSES = 4096
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -39,21 +49,202 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      "gets what the context leaves (MT-Bench's second turns, as in FastChat)")
     sampling_flags(cli, n=2)
     args = cli.parse_args()
+    if args.n > 1 and args.temperature == 0:
+        fail(f"--temperature 0 would draw the same answer {args.n} times (-n {args.n}): give a "
+             "temperature above 0 (TEMPERATURE), or -n 1")
     settings = settings_of(args, "model", "prompts")
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    if args.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        fail("--backend vllm needs the vllm package, of a version made for this torch: "
+             f"pip install '{VLLM}'")
+    if args.backend == "vllm" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
+    check_model(args.model)
+    check_tokenizer(args.model)
+    exit_if_looking(args.out)
     return args, settings
 
 
 if __name__ == "__main__":
     args, settings = flags()  # here already: what is imported below takes seconds to load
 
-from core.parallel import start_processes
-from core.sampling import generate
+import glob
+import hashlib
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from core.chat import decode_response, encode_rows, is_foreign, vocabulary
+from core.models import context_of, load_config, load_model, load_tokenizer
+from core.parallel import in_bf16, start_processes
+from core.probe import check_samples, check_template, check_tokens
+from core.rows import read_rows, write_rows
+from core.sampling import batches_of, sample, stop_tokens, uniforms
+from core.stage import inputs_of, publish
+
+
+def encode_prompts(args: argparse.Namespace, config, tokenizer,
+                   rows: list[dict]) -> tuple[list[list[int]], list[int]]:
+    """Token ids of every prompt, and how many new tokens its answers may have."""
+    limit = context_of(config)
+    most = None
+    if args.fit and limit < math.inf:
+        # This leaves an answer all its tokens, or half the context.
+        most = limit - min(args.max_new_tokens, limit // 2)
+    encoded = encode_rows(config, tokenizer, rows, [[]] * len(rows), args.prompts, most)
+    prompts = [prompt.tolist() for prompt, _ in encoded]
+    longest = max(prompts, key=len)
+    if not args.fit and len(longest) + args.max_new_tokens > limit:
+        i = prompts.index(longest)
+        fail(f"{args.prompts}: id {rows[i]['id']!r} has {len(longest)} tokens, with "
+             f"--max-new-tokens {args.max_new_tokens} more to come; the model's context is {limit}."
+             " Lower it, or leave out long prompts (data.prepare --model does)")
+    return prompts, [min(args.max_new_tokens, limit - len(prompt)) for prompt in prompts]
+
+
+def read_parts(paths: list[str]) -> dict[str, dict]:
+    """id → row of every row that is finished. A line that a kill has cut is skipped."""
+    rows = {}
+    for path in paths:
+        # A kill may cut a character too.
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    rows[row["id"]] = row
+                except ValueError:
+                    pass
+    return rows
+
+
+def answered_row(row: dict, answers: list[list[int]], stop: torch.Tensor, tokenizer) -> dict:
+    """A prompt's row with its sampled answers."""
+    ended = [bool(ids) and ids[-1] in stop for ids in answers]
+    pairs = list(zip(answers, ended))
+    return {**row,
+            "responses": [decode_response(tokenizer, *pair) for pair in pairs],
+            "response_ids": answers, "ended": ended,
+            "special_inside": [is_foreign(tokenizer, *pair) for pair in pairs],
+            "vocabulary": vocabulary(tokenizer)}
+
+
+def start_vllm(path: str, bf16: bool):
+    """A vllm.LLM over all GPUs of this machine."""
+    import vllm  # heavy, and needed for --backend vllm alone
+    return vllm.LLM(path, dtype="bfloat16" if bf16 else "float32",
+                    tensor_parallel_size=max(1, torch.cuda.device_count()))
+
+
+def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: torch.Tensor,
+                stop: torch.Tensor) -> list[list[int]]:
+    """As `sample`, by a vllm.LLM; the first uniform number of a response seeds its request."""
+    import vllm
+    n = len(u) // len(prompts)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(n)]
+    settings = [
+        vllm.SamplingParams(temperature=heat, max_tokens=u.shape[1], seed=int(first * 2 ** 31),
+                            stop_token_ids=stop.tolist(), detokenize=False)
+        for heat, first in zip(temperature.tolist(), u[:, 0].tolist())
+    ]
+    done = engine.generate(asked, settings, use_tqdm=False)
+    return [list(request.outputs[0].token_ids) for request in done]
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:
-    generate(args, *start_processes())
+    rank, world, device = start_processes()
+    rows = read_rows(args.prompts, "prompts")
+    config = load_config(args.model)
+    tokenizer = load_tokenizer(args.model)
+    prompts, rooms = encode_prompts(args, config, tokenizer, rows)
+    lengths = [len(prompt) for prompt in prompts]
+    stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
+    bf16 = in_bf16(device, args.precision)
+    if rank == 0:
+        check_template(args.model, tokenizer)
+    if args.backend == "vllm":
+        model = start_vllm(args.model, bf16)
+        batches = batches_of(lengths, rooms, args.n, VLLM_RESPONSES, math.inf)
+    else:
+        model = load_model(args.model, device, torch.bfloat16 if bf16 else torch.float32)
+        if rank == 0:
+            check_tokens(args.model, model, [(prompt, []) for prompt in prompts], tokenizer)
+            check_samples(args.model, model, prompts, max(map(sum, zip(lengths, rooms))))
+        batches = batches_of(lengths, rooms, args.n, args.batch_size, args.sample_tokens)
+
+    # The name of what is finished holds a digest of its settings: others neither use nor remove it.
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    all_parts = f"{glob.escape(args.out)}.part*"
+    parts = f"{all_parts}-{digest}"
+    before = read_parts(glob.glob(parts))
+    todo = [batch for batch in batches if any(rows[i]["id"] not in before for i in batch)]
+    if rank == 0:
+        if before:
+            print(f"generate: {len(before)} of {len(rows)} prompts were done before; going on")
+        if others := set(glob.glob(all_parts)) - set(glob.glob(parts)):
+            print(f"note: kept, of other settings: {', '.join(sorted(others))}", file=sys.stderr)
+    # Nobody writes until everybody has read.
+    if world > 1:
+        dist.barrier()
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    started = time.perf_counter()
+    with open(f"{args.out}.part{rank}-{digest}", "a", encoding="utf-8") as part:
+        # A kill may have cut the last line.
+        part.write("\n")
+        for batch in tqdm(todo[rank::world], desc="generate", unit="batch",
+                          disable=None if rank == 0 else True):
+            room = rooms[batch[0]]
+            asked = [prompts[i] for i in batch]
+            u = np.concatenate([uniforms(args.seed, rows[i]["id"], args.n, room) for i in batch])
+            u = torch.tensor(u, device=device)
+            heats = [rows[i].get("temperature", args.temperature)
+                     for i in batch for _ in range(args.n)]
+            heats = torch.tensor(heats, device=device)
+            try:
+                if args.backend == "vllm":
+                    drawn = sample_vllm(model, asked, u, heats, stop)
+                else:
+                    drawn = sample(model, asked, u, heats, stop)
+            except FloatingPointError as error:
+                fail(f"{args.model}: {error} while it answers {args.prompts}, id "
+                     f"{rows[batch[0]]['id']!r} or one sampled with it; are its weights sound? "
+                     "--precision fp32 has more range")
+            for k, i in enumerate(batch):
+                answers = drawn[k * args.n:(k + 1) * args.n]
+                row = answered_row(rows[i], answers, stop, tokenizer)
+                if room < args.max_new_tokens:
+                    row["answer_cut"] = True
+                part.write(json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist) + "\n")
+            part.flush()
+
+    if world > 1:
+        dist.barrier()
+    seconds = time.perf_counter() - started
+    if rank == 0:
+        done = read_parts(glob.glob(parts))
+        answers = [text for row in done.values() for text in row["responses"]]
+        # Of this start of the program, over all processes.
+        tokens = sum(len(ids) for row in done.values() if row["id"] not in before
+                     for ids in row["response_ids"])
+        stats = {"prompts": len(rows), "n": args.n,
+                 "mean_characters": sum(map(len, answers)) / len(answers),
+                 "ended": sum(sum(row["ended"]) for row in done.values()) / len(answers),
+                 "special_inside": sum(sum(row["special_inside"]) for row in done.values()),
+                 "tokens_per_s": tokens / seconds}
+        publish(args.out, settings, stats,
+                lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)),
+                inputs_of(args, settings))
+        for path in glob.glob(parts):
+            os.remove(path)
+        print(f"generate: {len(rows)} prompts × {args.n} responses, "
+              f"{stats['mean_characters']:.0f} characters on average, "
+              f"{stats['ended']:.0%} ended by themselves, {stats['special_inside']} with special "
+              f"tokens inside, {stats['tokens_per_s']:.0f} tokens/s → {args.out}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 import argparse
 import os
 
-from core.stage import natural, positive, ranged
+from core.stage import natural, parser, positive, ranged
 
 
-def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
-    """The flags that seed_dpo.py and train.py share."""
+def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
+    """A parser with the flags that seed_dpo.py and train.py share; `doc` heads its help."""
+    cli = parser(doc)
     cli.add_argument("--model", required=True,
                      help="where training starts, and the reference: a folder or hub id")
     cli.add_argument("--pairs", required=True, help="rows with chosen and rejected (JSONL)")
@@ -35,6 +36,7 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
                      help="split weights, gradients and Adam over the processes (FSDP2)")
     cli.add_argument("--save-every", type=ranged(float, 0), default=10.0,
                      help="minutes between checkpoints to go on from after a kill; 0: none")
+    return cli
 
 
 def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:

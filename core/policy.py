@@ -15,7 +15,6 @@ import os
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -64,7 +63,7 @@ def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tup
 
 def sum_by_response(values: torch.Tensor, tokens: dict) -> torch.Tensor:
     """Sums [R] of per-token values [M] over each response."""
-    return torch.stack([own.sum() for own in values.split(tokens["lengths"])])
+    return torch.stack([part.sum() for part in values.split(tokens["lengths"])])
 
 
 class ResponseLogps(torch.nn.Module):
@@ -93,25 +92,22 @@ class ResponseLogps(torch.nn.Module):
 
 @torch.no_grad()
 def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0,
-          world: int = 1, title: str = "score",
-          shared: bool | None = None) -> list[list[float]]:
+          world: int = 1, title: str = "score") -> list[list[float]]:
     """log-probs of every response of every row, on all processes; the rows are dealt out to them.
-    Whether prompts are `shared` is asked of the model, unless it is given.
 
     A weight is used once a pass, so its bf16 copy is not kept: those of 14 B weights are 28 GB.
     """
-    if shared is None:
-        shared = shares_prompt(model_of(net), encoded)
+    shared = shares_prompt(model_of(net), encoded)
     # Tokens that keep the device busy.
     budget = 16384 if device.type == "cuda" else 2048
     passes = deal(encoded, range(len(encoded)), shared, budget, world)[rank]
     mine = {}
-    for rows in tqdm(passes, desc=title, unit="batch", disable=None if rank == 0 else True):
+    for indices in tqdm(passes, desc=title, unit="batch", disable=None if rank == 0 else True):
         with autocast(device, precision, cache=False):
             # Row 0 where a pass is empty: with sharded weights all processes take part in each.
-            logp, _ = net(pack([encoded[i] for i in rows or [0]], shared, device))
+            logp, _ = net(pack([encoded[i] for i in indices or [0]], shared, device))
         values = iter(logp.tolist())
-        mine.update({i: [next(values) for _ in encoded[i][1]] for i in rows})
+        mine.update({i: [next(values) for _ in encoded[i][1]] for i in indices})
     if isinstance(net, FSDPModule):
         # What the last forward pass gathered.
         net.reshard()
@@ -124,39 +120,13 @@ def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.dev
 
 def response_hidden(model, tokens: dict) -> torch.Tensor:
     """Last hidden states [M, H] at the positions that predict response tokens. Prompt tokens never
-    count.
-
-    Where a sequence passes the length that changes the rotation of a whole pass, each sequence has
-    a pass of its own.
-    """
-    ids = tokens["input_ids"]
-    mask = tokens["attention_mask"]
-    limit, _ = rope_switch(model.config)
-    if mask is not None:
-        hidden = read(model, ids, position_ids=tokens["position_ids"], attention_mask=mask)
-    elif limit < math.inf and tokens["position_ids"].max() >= limit:
-        lengths = (tokens["position_ids"].max(-1).values + 1).tolist()
-        hidden = torch.cat([
-            F.pad(read(model, ids[b:b + 1, :length]), (0, 0, 0, ids.shape[1] - length))
-            for b, length in enumerate(lengths)])
-    else:
-        # Without siblings each sequence is read as by anyone: from position 0, causally.
-        hidden = read(model, ids)
-    return hidden.flatten(0, 1)[tokens["where"]]
-
-
-def read(model, ids: torch.Tensor, **layout) -> torch.Tensor:
-    """Last hidden states [B, T, H] of tokens [B, T]."""
-    if rope_switch(model.config)[1]:
-        forget_length(model)
-    return model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state
-
-
-def forget_length(model) -> None:
-    """Make dynamic rope take its angles from the next pass, not from the longest one before it."""
-    for module in model.modules():
-        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-            setattr(module, name, 0)
+    count."""
+    # Without siblings each sequence is read as by anyone: from position 0, causally.
+    layout = {}
+    if tokens["attention_mask"] is not None:
+        layout = {key: tokens[key] for key in ("position_ids", "attention_mask")}
+    out = model.get_decoder()(input_ids=tokens["input_ids"], use_cache=False, **layout)
+    return out.last_hidden_state.flatten(0, 1)[tokens["where"]]
 
 
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -238,26 +208,26 @@ def tokens_of(row: tuple, shared: bool) -> int:
     return len(ys) * (len(prompt) + max(map(len, ys), default=1) - 1)
 
 
-def deal(encoded: list, rows: list[int], shared: bool, budget: int,
+def deal(encoded: list, indices: list[int], shared: bool, budget: int,
          world: int) -> list[list[list[int]]]:
-    """The forward passes of each process for `rows`: dealt out by length, cut where padded tokens
-    would exceed `budget`.
+    """The forward passes of each process for the rows `indices`: dealt out by length, cut where
+    padded tokens would exceed `budget`.
 
     Similar lengths share a pass, so little is padding. A row longer than the budget has a pass of
     its own. Every process gets as many passes as the others, the last ones empty: with sharded
     weights a pass is a collective.
     """
-    order = sorted(rows, key=lambda i: (-tokens_of(encoded[i], shared), i))
+    order = sorted(indices, key=lambda i: (-tokens_of(encoded[i], shared), i))
     passes: list[list[list[int]]] = [[] for _ in range(world)]
-    for rank, own in enumerate(passes):
-        # The first row of a pass is its longest.
+    for rank, mine in enumerate(passes):
         for i in order[rank::world]:
-            if own and (len(own[-1]) + 1) * tokens_of(encoded[own[-1][0]], shared) <= budget:
-                own[-1].append(i)
+            # The first row of a pass is its longest.
+            if mine and (len(mine[-1]) + 1) * tokens_of(encoded[mine[-1][0]], shared) <= budget:
+                mine[-1].append(i)
             else:
-                own.append([i])
+                mine.append([i])
     most = max(map(len, passes))
-    return [own + [[]] * (most - len(own)) for own in passes]
+    return [mine + [[]] * (most - len(mine)) for mine in passes]
 
 
 # Families whose attention follows a given mask and given positions and nothing else: one sequence
@@ -269,48 +239,22 @@ SHARES_PROMPT = {
 }
 
 
-def can_share(model, encoded: list) -> bool:
+def shares_prompt(model, encoded: list) -> bool:
     """Whether the responses of a row may share their prompt's forward pass: in a plain-attention
-    family, where no row passes a sliding window or the context that its positions were made for."""
+    family, where no row passes a sliding window. Where not, every response is a sequence of its
+    own, which is said once."""
     config = model.config.get_text_config()
     longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
     plain = config.model_type in SHARES_PROMPT and config._attn_implementation == "sdpa"
-    return plain and longest <= window_of(config)
-
-
-def shares_prompt(model, encoded: list) -> bool:
-    """As `can_share`; where not, every response is a sequence of its own, which is said once."""
-    shared = can_share(model, encoded)
-    if not shared:
-        config = model.config.get_text_config()
-        say_apart(config.model_type, window_of(config))
-    return shared
+    window = getattr(config, "sliding_window", None) or math.inf
+    if plain and longest <= window:
+        return True
+    note_unshared_prompts(config.model_type, window)
+    return False
 
 
 @functools.cache
-def say_apart(family: str, window: float) -> None:
+def note_unshared_prompts(family: str, window: float) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {family}, attention window {window}: one sequence a response, prompts are "
               "not shared", file=sys.stderr)
-
-
-def window_of(config) -> float:
-    """Tokens within which every layer sees all that came before."""
-    return min(getattr(config, "sliding_window", None) or math.inf, rope_switch(config)[0])
-
-
-def rope_switch(config) -> tuple[float, bool]:
-    """(length, dynamic): one position beyond `length` has *every* position of its forward pass
-    rotated otherwise; if `dynamic`, by angles that depend on how far beyond. (∞, False): none does.
-    """
-    config = config.get_text_config()
-    given = getattr(config, "rope_parameters", None) or {}
-    # There may be one for each type of layer.
-    ropes = [given, *(rope for rope in given.values() if isinstance(rope, dict))]
-    switch = math.inf, False
-    for rope in ropes:
-        if rope.get("rope_type") == "longrope":
-            switch = min(switch, (rope["original_max_position_embeddings"], False))
-        elif rope.get("rope_type") == "dynamic":
-            switch = min(switch, (config.max_position_embeddings, True))
-    return switch

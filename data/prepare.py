@@ -45,10 +45,30 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from core.rows import BROKEN_GZIP, SIDES, answer_turn, fail, opened, read_json_lines
-from core.rows import read_json_list, text_of, write_rows
-from core.stage import LOOK, exit_if_complete, exit_if_looking, hub_trouble, inputs_of
-from core.stage import natural, parser, publish, ranged, run_stage, settings_of, share
+from core.folder import check_model, check_tokenizer, hub_trouble, is_looking, is_promised
+from core.rows import (
+    BROKEN_GZIP,
+    SIDES,
+    answer_turn,
+    fail,
+    opened,
+    read_json_lines,
+    read_json_list,
+    text_of,
+    write_rows,
+)
+from core.stage import (
+    exit_if_complete,
+    exit_if_looking,
+    inputs_of,
+    natural,
+    parser,
+    publish,
+    ranged,
+    run_stage,
+    settings_of,
+    share,
+)
 
 # Files that are read here, without `datasets`.
 TEXT_FILE = re.compile(r"\.(jsonl|json|csv|tsv|txt)(\.gz)?$")
@@ -116,9 +136,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
     settings = settings_of(args, "data", "model")
     alone = os.path.exists(f"{args.out}/seed_prompts.jsonl")
     exit_if_complete(args.out, settings, note="prompts" if alone else "pairs")
-    if os.environ.get(LOOK) == "yes":
-        # A prompt and two responses take about 4 KB.
-        exit_if_looking(args.out, 4096 * (args.seed_size + sum(args.rounds)), look(args))
+    if args.model:
+        check_model(args.model)
+        check_tokenizer(args.model)
+    # What an earlier stage has yet to write cannot be looked at.
+    kind = look(args) if is_looking() and not is_promised(args.data) else ""
+    # A prompt and two responses take about 4 KB.
+    exit_if_looking(args.out, writes=4096 * (args.seed_size + sum(args.rounds)), note=kind)
     return args, settings
 
 
@@ -402,9 +426,6 @@ def look(args: argparse.Namespace) -> str:
     """Whether the first rows are "pairs" or "prompts" alone. Of a file that is read here the others
     are counted: too few end the program."""
     is_text = is_local_text(args.data)
-    if is_text and not os.path.exists(args.data):
-        # An earlier stage will write it, and those write pairs.
-        return "pairs"
     source = load_any(args.data, most=LOOK_ROWS)
     rows, left, _ = collect(itertools.islice(source, LOOK_ROWS), args.prompts_alone)
     if is_text:

@@ -49,7 +49,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "pairs")
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    exit_if_looking(args.out)
     return args, settings
 
 

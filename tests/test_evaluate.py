@@ -19,7 +19,7 @@ import evaluate
 from bench import demo_measures, demo_plots, demo_table
 from core.chat import vocabulary
 from core.models import load_tokenizer
-from core.stage import fingerprint
+from core.folder import fingerprint
 from judges import judge, mt_bench, report
 from judges.history import history, settings_by_name, stage_table
 from judges.judge import wins

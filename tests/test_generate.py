@@ -1,0 +1,253 @@
+"""Sampling: distribution, seeding, stop tokens; and its stage: processes, resuming, rows."""
+
+import copy
+import importlib.machinery
+import json
+import sys
+import types
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM
+
+import core.sampling
+import generate
+from conftest import dump, jsonl, make_model, ok, run
+from core.chat import encode_prompt, encode_response, encode_rows, end_of_turn
+from core.models import load_model, load_tokenizer
+from core.sampling import draw, sample, stop_tokens, uniforms
+from data.tiny import tiny_config
+
+CPU = torch.device("cpu")
+
+
+def test_draw_follows_the_distribution():
+    logits, n = torch.tensor([0.0, 1.0, 2.0, -1.0]), 20000
+    u = torch.tensor(np.random.default_rng(0).random(n))
+    tokens = draw(logits.expand(n, 4), u, torch.full((n,), 0.7))
+    counts = torch.bincount(tokens, minlength=4).numpy()
+    expected = (logits / 0.7).softmax(-1).numpy() * n
+    assert chisquare(counts, expected, sum_check=False).pvalue > 1e-3
+
+
+def test_draw_at_the_ends():
+    logits = torch.tensor([[-1e9, 0.0, 0.0, -1e9]]).expand(4, 4)
+    u = torch.tensor([0.0, 0.49, 0.51, 1 - 1e-12])
+    assert draw(logits, u, torch.ones(4)).tolist() == [1, 1, 2, 2]
+    greedy = draw(torch.tensor([[0.0, 3.0, 3.0]]).expand(4, 3), u, torch.zeros(4))
+    assert greedy.tolist() == [1, 1, 1, 1]
+
+
+def test_sampling_equals_uncached_one_at_a_time():
+    """Against whole forward passes of one sequence: no padding, cache, sharing or compaction."""
+    model = make_model()
+    prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    u = np.concatenate([uniforms(0, str(i), 2, 30) for i in range(3)])
+    # Enough stop tokens that rows end at different times.
+    stop = torch.tensor([2, 7, 40, 41, 42, 43, 99, 100, 300, 310])
+    heat = torch.tensor([0.7, 0.7, 0.0, 1.0, 0.7, 0.2])
+    ours = sample(model, prompts, torch.tensor(u), heat, stop)
+    for k, tokens in enumerate(ours):
+        ids = list(prompts[k // 2])
+        for t in range(30):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1:]
+            ids.append(draw(logits, torch.tensor(u[k, t:t + 1]), heat[k:k + 1]).item())
+            if ids[-1] in stop:
+                break
+        assert tokens == ids[len(prompts[k // 2]):]
+    assert len({len(t) for t in ours}) > 2
+
+
+def test_uniforms_differ_by_id_sample_and_seed():
+    drawn = {uniforms(seed, i, 2, 3)[j].tobytes()
+             for seed in (0, 1) for i in ("a", "b") for j in (0, 1)}
+    assert len(drawn) == 8
+    assert (uniforms(0, "a", 1, 3)[0] == uniforms(0, "a", 5, 3)[0]).all()
+
+
+def test_a_turn_ends_as_the_template_says(tokenizer, folder):
+    """Phi-3's way: the template writes another token after a turn than the tokenizer's end of
+    sequence."""
+    phi = copy.deepcopy(tokenizer)
+    phi.eos_token = "<|pad|>"
+    assert end_of_turn(tokenizer) == 2 and end_of_turn(phi) == 2 != phi.eos_token_id
+    ask = [{"role": "user", "content": "?"}]
+    assert encode_response(phi, ask, "x")[-1] == 2 != encode_response(phi, ask, "x", False)[-1]
+    assert stop_tokens(folder, None, phi) == [0, 2]
+    phi = copy.deepcopy(phi)
+    phi.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert end_of_turn(phi) == phi.eos_token_id
+    assert encode_response(phi, ask, "x") == phi("x").input_ids + [phi.eos_token_id]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_stop_tokens_without_a_generation_config(tokenizer, tmp_path, architecture):
+    """They are in config.json; in that of the text model where there are several."""
+    config = tiny_config(architecture)
+    config.get_text_config().eos_token_id = [2, 7]
+    assert stop_tokens(str(tmp_path), config, tokenizer) == [2, 7]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": "word " * (i % 5) + str(i)}],
+             "extra": i} for i in range(11)]
+    return dump(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
+
+
+FLAGS = ["--max-new-tokens", "12", "-n", "2", "--batch-size", "4", "--precision", "fp32"]
+
+
+def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path):
+    command = ["generate.py", "--model", folder, "--prompts", prompts, *FLAGS]
+    ok(run(*command, "--out", tmp_path / "one.jsonl"))
+    rows = jsonl(tmp_path / "one.jsonl")
+    assert [row["extra"] for row in rows] == list(range(11))
+    assert all(len(row["responses"]) == 2 for row in rows)
+    ok(run(*command, "--out", tmp_path / "two.jsonl", processes=2))
+    assert jsonl(tmp_path / "two.jsonl") == rows and not list(tmp_path.glob("*.part*"))
+
+
+def test_what_a_kill_leaves(folder, prompts, tmp_path, monkeypatch):
+    """Finished rows and a line cut in a character are gone on from; other settings' are kept."""
+    command = ["generate.py", "--model", folder, "--prompts", prompts, *FLAGS]
+    ok(run(*command, "--out", tmp_path / "one.jsonl"))
+    rows = jsonl(tmp_path / "one.jsonl")
+    killed = [*command, "--out", tmp_path / "killed.jsonl"]
+    calls = []
+
+    def deadly(*batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(*batch)
+
+    monkeypatch.setattr(generate, "sample", deadly)
+    assert run(*killed, "--seed", "1").returncode == 130
+    (other,) = tmp_path.glob("*.part*")
+    calls.clear()
+    assert run(*killed).returncode == 130
+    (part,) = set(tmp_path.glob("*.part*")) - {other}
+    text = other.read_bytes()
+    with open(part, "ab") as file:
+        file.write('{"id": "p0", "responses": ["é'.encode()[:-1])
+    monkeypatch.setattr(generate, "sample", sample)
+    done = ok(run(*killed))
+    assert "4 of 11 prompts were done before" in done.stdout
+    assert jsonl(tmp_path / "killed.jsonl") == rows
+    assert other.name in done.stderr and list(tmp_path.glob("*.part*")) == [other]
+    assert other.read_bytes() == text
+
+
+def test_flags_that_cannot_be_meant(folder, prompts, tmp_path):
+    command = ["generate.py", "--model", folder, "--prompts", prompts]
+    for flags, word in ((["--out", tmp_path / "o.jsonl.gz"], "without .gz"),
+                        (["--out", tmp_path / "o.jsonl", "--temperature", "0"], "-n 1")):
+        done = run(*command, *flags)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ended_says_whether_the_model_stopped(folder, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "sample", lambda model, prompts, u, *rest: [
+        [50, 51, 2] if k % 2 else [50, 51] for k in range(len(u))])
+    command = ["generate.py", "--model", folder, "--prompts", prompts, *FLAGS]
+    ok(run(*command, "--out", tmp_path / "o.jsonl"))
+    row = jsonl(tmp_path / "o.jsonl")[0]
+    assert row["ended"] == [False, True] and row["responses"][0] == row["responses"][1]
+
+
+def test_vllm_backend_writes_the_same_rows(folder, prompts, tmp_path, monkeypatch):
+    """A stand-in with vLLM's interface that is transformers' own greedy search."""
+    asked = []
+
+    class LLM:
+        def __init__(self, model, dtype, tensor_parallel_size):
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+
+        def generate(self, prompts, settings, use_tqdm):
+            for prompt, own in zip(prompts, settings, strict=True):
+                ids = torch.tensor([prompt["prompt_token_ids"]])
+                out = self.model.generate(ids, do_sample=False, max_new_tokens=own.max_tokens,
+                                          eos_token_id=own.stop_token_ids, pad_token_id=0)
+                asked.append(own)
+                answer = SimpleNamespace(token_ids=tuple(out[0, ids.shape[1]:].tolist()))
+                yield SimpleNamespace(outputs=[answer])
+
+    flags = ["--model", folder, "--prompts", prompts, "-n", "1", "--max-new-tokens", "12",
+             "--temperature", "0", "--precision", "fp32"]
+    vllm = ["generate.py", *flags, "--backend", "vllm", "--out", tmp_path / "vllm.jsonl"]
+    error = run(*vllm)
+    assert error.returncode == 2 and error.stderr.endswith("pip install 'vllm>=0.30,<0.33'\n")
+    package = types.ModuleType("vllm")
+    package.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    package.LLM, package.SamplingParams = LLM, SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    ok(run(*vllm))
+    ok(run("generate.py", *flags, "--out", tmp_path / "own.jsonl"))
+    assert jsonl(tmp_path / "vllm.jsonl") == jsonl(tmp_path / "own.jsonl")
+    assert {params.temperature for params in asked} == {0.0}
+    assert len({params.seed for params in asked}) == len(asked) == len(jsonl(prompts))
+    assert all(params.stop_token_ids == [2] for params in asked)
+
+
+@pytest.mark.parametrize("new, most, room", [(60, 196, 60), (200, 128, 128)])
+def test_what_the_context_leaves(any_folder, tmp_path, new, most, room):
+    """With --fit a prompt that leaves too little of a context of 256 tokens loses its first ones
+    but BOS, and an answer what is beyond the context, both marked: against transformers' own greedy
+    search. Without --fit, and in the stages that learn, it is an error."""
+    model, tokenizer = load_model(any_folder, CPU), load_tokenizer(any_folder)
+    rows = []
+    for tokens in (1, 200, 300):  # at least; 60 new ones fit beside the first alone
+        text = "Say "
+        while len(encode_prompt(tokenizer, [{"role": "user", "content": text}])) < tokens:
+            text += "abc"
+        rows.append({"id": f"{tokens}", "prompt": [{"role": "user", "content": text}]})
+    out = tmp_path / "o.jsonl"
+    command = ["generate.py", "--model", any_folder, "--precision", "fp32", "--max-new-tokens", new,
+               "--out", out, "-n", "1", "--temperature", "0", "--prompts"]
+    for count, words in ((3, "id '300'"), (2, "id '200'")):
+        done = run(*command, dump(tmp_path / "p.jsonl", rows[:count]))
+        assert done.returncode == 2 and words in done.stderr
+        assert "the model's context is 256" in done.stderr
+    ok(run(*command, dump(tmp_path / "p.jsonl", rows), "--fit"))
+    stops = stop_tokens(any_folder, model.config, tokenizer)
+    for row in jsonl(out):
+        ids = encode_prompt(tokenizer, row["prompt"])
+        cut = max(0, len(ids) - most)
+        if cut:
+            bos = [i for i in tokenizer("a").input_ids[:1] if i == tokenizer.bos_token_id]
+            ids = bos + ids[-most:][len(bos):]
+        length = room if cut else min(new, 256 - len(ids))
+        expected = model.generate(
+            torch.tensor([ids]), max_new_tokens=length, do_sample=False, eos_token_id=stops)
+        assert row["response_ids"] == [expected[0, len(ids):].tolist()]
+        assert row.get("prompt_cut", 0) == cut and row.get("answer_cut", False) == (length < new)
+    assert ["prompt_cut" in row for row in jsonl(out)] == [False, True, True]
+    label = ["label.py", "--model", any_folder, "--reference-model", any_folder]
+    done = run(*label, "--responses", out, "--out", tmp_path / "l.jsonl")
+    assert done.returncode == 2 and "a prompt cut to the context" in done.stderr
+    ok(run(*command, dump(tmp_path / "s.jsonl", rows[:1])))
+    assert "prompt_cut" not in jsonl(out)[0] and "answer_cut" not in jsonl(out)[0]
+
+
+def test_nan_while_sampling_is_one_line(folder, tmp_path, monkeypatch):
+    """Logits that become NaN in mid-answer, greedy or not, end the stage with the model's name."""
+    def broken(logits, u, temperature):
+        if len(u) == 5:  # the stage's batch; the model itself is sound
+            logits = logits.clone()
+            logits[1, 7] = float("nan")
+        return draw(logits, u, temperature)
+
+    monkeypatch.setattr(core.sampling, "draw", broken)
+    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": "Say."}]} for i in range(5)]
+    command = ["generate.py", "--model", folder, "--prompts", dump(tmp_path / "p.jsonl", rows),
+               "-n", "1", "--out", tmp_path / "o.jsonl", "--max-new-tokens", "8", "--temperature"]
+    for temperature in ("0", "0.7"):
+        done = run(*command, temperature)
+        assert done.returncode == 2 and f"{folder}: its logits are not numbers" in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "o.jsonl").exists()
