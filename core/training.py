@@ -23,7 +23,14 @@ from tqdm import tqdm
 
 from core.chat import encode_rows, from_text, pair_of, usable
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.models import check_copy, copy_tokenizer, load_config, load_model, load_outline, load_tokenizer
+from core.models import (
+    check_copy,
+    copy_tokenizer,
+    load_config,
+    load_model,
+    load_outline,
+    load_tokenizer,
+)
 from core.parallel import autocast, distribute, in_bf16, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer

@@ -11,8 +11,8 @@ from conftest import CORPUS, dump
 
 from bench import demo_measures, demo_plots, demo_table
 from core.chat import vocabulary
-from core.models import load_tokenizer
 from core.folder import fingerprint
+from core.models import load_tokenizer
 
 
 def test_table_over_seeds_against_scipy(tmp_path, capsys, monkeypatch):

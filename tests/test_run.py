@@ -7,7 +7,6 @@ import socket
 import subprocess
 
 import pytest
-
 from conftest import ROOT, dump, gold_rows, gpus_for, jsonl, warm_python
 
 

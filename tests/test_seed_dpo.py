@@ -7,12 +7,12 @@ import shlex
 import pytest
 import torch
 import transformers
+from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import seed_dpo
-from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
 from core.chat import encode_prompt, encode_response
 from core.models import load_model, load_tokenizer
 from core.parallel import distribute
