@@ -80,8 +80,8 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     policy = distribute(ResponseLogps(model), device, world, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
-        args, settings, rows, from_text(tokenizer, rows, list(map(pair_of, rows))), encoded, shared, policy,
-        optimizer,
+        args, settings, rows, from_text(tokenizer, rows, list(map(pair_of, rows))), encoded, shared,
+        policy, optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
         autocast=autocast(device, args.precision, cache=not args.shard),
         device=device, rank=rank, world=world,

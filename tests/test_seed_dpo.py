@@ -128,7 +128,7 @@ def test_rows_are_dealt_once_within_the_budget(lengths, shared, budget, world):
     assert max(counts) - min(counts) <= 1
 
 
-# --------------------------------------------------------------------------------- loss and schedule
+# -------------------------------------------------------------------------------- loss and schedule
 
 
 def test_dpo_loss_by_hand():
