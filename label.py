@@ -93,7 +93,7 @@ from core.models import check_same_tokens, load_config, load_tokenizer
 from core.parallel import in_bf16, start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import answer_turn, read_rows, scored_digest, write_rows
+from core.rows import WORST_CASE, answer_turn, read_rows, scored_digest, write_rows
 from judges.judge import rewards
 
 # What is left out, each counted by itself: answers, then rows.
@@ -183,7 +183,10 @@ def score_by(path: str, args: argparse.Namespace, tokenizer, encoded: list, rank
 
 
 def add_sides(row: dict, chosen: Candidate, rejected: Candidate) -> None:
-    """Write two of a prompt's answers into its row, as its chosen and its rejected side."""
+    """Write two of a prompt's answers into its row, as its chosen and its rejected side. What an
+    earlier label said of the pair goes."""
+    for key in ("chosen_ids", "rejected_ids", "chosen_logp", "rejected_logp", *WORST_CASE):
+        row.pop(key, None)
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         row |= {side: answer_turn(answer.text), f"{side}_ended": answer.ended}
         if answer.ids is not None:
@@ -262,8 +265,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         return
 
     margins = sorted(row["margin"] for row in labelled)
-    stats = {"prompts": prompts, "labelled": len(labelled),
-             **left_out,
+    stats = {"prompts": prompts, "labelled": len(labelled), **left_out,
              "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
              **behaviour}
     notes = ""

@@ -1,4 +1,5 @@
-"""Flags that several stages share. Needs no torch: a stage reads its flags before it loads it."""
+"""Flags that both training stages share, and what they look at before any work. Needs no torch: a
+stage reads its flags before it loads it."""
 import argparse
 import os
 
@@ -51,25 +52,3 @@ def training_bytes(args: argparse.Namespace) -> dict[str, int]:
     """What training writes: the policy, which stays, and checkpoints, which go again."""
     passing = checkpoint_bytes(args.model, args.out) if args.save_every else 0
     return {"writes": policy_bytes(args.model), "passing": passing}
-
-
-def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
-    """The flags that decide what is sampled; evaluate.py has them too."""
-    cli.add_argument("-n", type=natural, default=n, help="responses a prompt (papers: 2)")
-    cli.add_argument("--temperature", type=ranged(float, 0), default=0.7,
-                     help="sampling temperature (papers: 0.7; 0: greedy), unless a prompt row has "
-                     "a `temperature` of its own")
-    cli.add_argument("--max-new-tokens", type=natural, default=300,
-                     help="length limit of a response in tokens (papers: 300)")
-    cli.add_argument("--batch-size", type=natural, default=128,
-                     help="responses sampled together, at most; at most rounding in the text")
-    cli.add_argument("--sample-tokens", type=natural, default=131072,
-                     help="tokens sampled together, prompts and --max-new-tokens counted: memory "
-                     "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), and at most rounding "
-                     "in the text; a run may go on with another")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of the weights while sampling")
-    cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers",
-                     help="vllm: if installed; all GPUs of one machine, no torchrun")
-    cli.add_argument("--seed", type=ranged(int, 0), default=42,
-                     help="decides the text, together with the prompt's id")

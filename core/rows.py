@@ -245,7 +245,7 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
         line_of_id[row["id"]] = number
         if kind == "labelled" and any(key in row for key in WORST_CASE) and not is_worst_case(row):
             fail(f"{where}: xi, pieces and atoms must be the worst case of its margin: all three, "
-                 "xi = σ(margin), no shift above xi; run dro.py again")
+                 "xi = σ(margin), no shift above xi; take them out and run dro.py again")
         for side in SIDES:
             if side in ROWS[kind]:
                 row[side] = text_of(row[side])

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import dump, gold_rows, jsonl, ok, pair_rows, run
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from conftest import dump, gold_rows, jsonl, ok, pair_rows, run
 from core.chat import encode_prompt, encode_response
 from core.models import load_model, load_tokenizer
 from core.policy import ResponseLogps, score
@@ -128,6 +128,20 @@ def test_ties_are_ties_alone(tmp_path):
     done = run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "m")
     assert done.returncode == 2
     assert "two responses to compare, 1 rows with fewer than two" in done.stderr
+
+
+def test_a_new_label_takes_the_old_ones_place(tmp_path):
+    """Log-probs, ids and worst case of a pair that another judge turned round are not its own."""
+    row = {"id": "x", "prompt": ASK, "chosen": "Terrible!", "rejected": "Good.", "margin": 0.0,
+           "chosen_logp": -1.0, "rejected_logp": -2.0, "rejected_ids": [5], "xi": 0.5, "pieces": 6,
+           "atoms": [[1.0, 0.0]], "extra": 1}
+    pairs = dump(tmp_path / "pairs.jsonl", [row])
+    done = ok(run("label.py", "--judge", "vader", "--pairs", pairs, "--out", tmp_path / "l.jsonl"))
+    assert "agreement with gold 0.000" in done.stdout
+    (new,) = pair_rows(tmp_path / "l.jsonl")
+    assert (new["chosen"], new["rejected"], new["chosen_ids"]) == ("Good.", "Terrible!", [5])
+    assert new["margin"] > 0 and new["extra"] == 1
+    assert not {"chosen_logp", "rejected_logp", "rejected_ids", "xi", "pieces", "atoms"} & set(new)
 
 
 def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path):
