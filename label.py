@@ -12,8 +12,10 @@ row: it is the training reference, so train.py needs no reference forward for it
 memory at a time.
 
 Other judges (judges/judge.py) write the same rows; give them --model too if train.py is to follow.
-Identical responses or equal rewards carry no preference: such rows are dropped and counted.
-`--pairs` judges the two sides of gold pairs again and reports how often the judge agrees with them.
+Fewer than two responses, identical ones or equal rewards carry no preference: such rows are left
+out, and each reason is counted. `--prefer-ended` keeps answers that the length limit cut from
+competing with answers that ended. `--pairs` judges the two sides of gold pairs again and reports
+how often the judge agrees with them.
 
     python label.py --model pi_0 --reference-model pi_init --responses responses.jsonl \\
         --out labelled.jsonl
@@ -25,7 +27,9 @@ Identical responses or equal rewards carry no preference: such rows are dropped 
 import argparse
 import math
 import os
+from typing import NamedTuple
 
+from core.folder import check_model, check_tokenizer
 from core.rows import fail
 from core.stage import (
     exit_if_complete,
@@ -36,9 +40,8 @@ from core.stage import (
     publish,
     ranged,
     run_stage,
-    settings_of,
 )
-from judges.flags import check_judge, judge_flags
+from judges.flags import check_judge, judge_flags, judge_settings
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -57,42 +60,59 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      help="α of S13, a token (papers: 0.001 to 0.01)")
     cli.add_argument("--beta", type=positive, default=0.1,
                      help="scale of the implicit reward; the same as in training")
+    cli.add_argument("--prefer-ended", action="store_true",
+                     help="where two answers to a prompt or more ended by themselves, only those "
+                     "compete (papers: off)")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of matrix products, as in training")
     args = cli.parse_args()
-    check_judge(args)
     implicit = args.judge == "implicit"
     if implicit and not (args.model and (args.reference_model or args.reference == "none")):
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
-    if args.length_penalty and not implicit:
-        fail("--length-penalty is a part of the implicit reward; --judge implicit")
-    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
-    settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
+    if not implicit and (args.length_penalty or args.reference != "init"):
+        fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
+    settings = judge_settings(args, "model", "reference_model", "responses", "pairs")
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    check_judge(args)
+    for model in filter(None, (args.model, args.reference_model)):
+        check_model(model)
+    if args.model:
+        check_tokenizer(args.model)
+    exit_if_looking(args.out)
     return args, settings
 
 
 if __name__ == "__main__":
     args, settings = flags()  # here already: what is imported below takes seconds to load
 
+import numpy as np
 import torch
 
-from core.chat import (
-    check_range,
-    encode_rows,
-    from_text,
-    is_foreign,
-    own_ids,
-    pair_of,
-    vocabulary,
-)
-from core.models import load_config, load_tokenizer
-from core.parallel import start_processes
+from core.chat import encode_rows, from_text, pair_of, vocabulary
+from core.models import check_same_tokens, load_config, load_tokenizer
+from core.parallel import in_bf16, start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import answer_turn, read_rows, write_rows
+from core.rows import WORST_CASE, answer_turn, read_rows, scored_digest, write_rows
 from judges.judge import rewards
+
+# What is left out, each counted by itself: answers, then rows.
+LEFT_OUT = {
+    "empty": "empty responses",
+    "special_inside": "responses with special tokens inside",
+    "cut": "cut responses beside two that ended",
+    "fewer_than_two": "rows with fewer than two responses",
+    "unwritten": "rows that the chat template does not write in full",
+    "identical": "rows of identical responses",
+    "ties": "ties",
+}
+
+
+class Candidate(NamedTuple):
+    """A response that competes."""
+    text: str
+    ended: bool               # False where the length limit cut it
+    ids: np.ndarray | None    # its tokens, where they are known
 
 
 def implicit_reward(policy: list[float], reference: list[float], beta: float, lengths: list[int],
@@ -112,127 +132,140 @@ def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[int, int] | 
     return best, worst
 
 
-def read_candidates(args: argparse.Namespace, tokenizer) -> tuple[list[dict], int]:
-    """Rows with `answers` (text, ended, ids or None), from --responses or from the two sides of
-    --pairs, and how many responses were left out because special tokens stand inside them.
-
-    An empty response is no candidate either.
-    """
+def read_candidates(args: argparse.Namespace, tokenizer,
+                    left_out: dict[str, int]) -> tuple[list[dict], list[list[Candidate]]]:
+    """Rows of --responses with the responses that compete, or of --pairs with their two sides. Rows
+    with fewer than two are left out."""
     path = args.pairs or args.responses
-    rows = read_rows(path, "preferences" if args.pairs else "responses")
-    special = 0
-    config = load_config(args.model) if args.model else None
-    for row in rows:
-        if args.pairs:
-            row["answers"] = pair_of(row)
-            continue
+    if args.pairs:
+        rows = read_rows(path, "preferences")
+        return rows, [[Candidate(*answer) for answer in pair_of(row)] for row in rows]
+    rows = []
+    candidates = []
+    for row in read_rows(path, "responses"):
         texts = row.pop("responses")
-        ended = row.pop("ended", [True] * len(texts))
-        ids = row.pop("response_ids", [None] * len(texts))
-        inside = row.pop("special_inside", [False] * len(texts))
-        if tokenizer and own_ids(tokenizer, row) and ids[0] is not None:
-            for own in ids:
-                check_range(config, own, path, row)
-            inside = [is_foreign(tokenizer, own.tolist(), e) for own, e in zip(ids, ended)]
-        row["answers"] = [answer for *answer, out in zip(texts, ended, ids, inside)
-                          if answer[0].strip() and not out]
-        special += sum(inside)
-    return rows, special
+        count = len(texts)
+        ended = row.pop("ended", [True] * count)
+        ids = row.pop("response_ids", [None] * count)
+        special_inside = row.pop("special_inside", [False] * count)
+        usable = []
+        for candidate, special in zip(map(Candidate, texts, ended, ids), special_inside):
+            if special:
+                left_out["special_inside"] += 1
+            elif not candidate.text.strip():
+                left_out["empty"] += 1
+            else:
+                usable.append(candidate)
+        complete = [candidate for candidate in usable if candidate.ended]
+        if args.prefer_ended and len(complete) >= 2:
+            left_out["cut"] += len(usable) - len(complete)
+            usable = complete
+        if len(usable) < 2:
+            left_out["fewer_than_two"] += 1
+            continue
+        rows.append(row)
+        candidates.append(usable)
+    return rows, candidates
 
 
-def score_candidates(args: argparse.Namespace, tokenizer, rows: list[dict], rank: int, world: int,
-                     device: torch.device) -> list[list[list[float]]]:
-    """log π of every answer to every prompt, by --model and by the reference if there is one, one
-    model in memory after the other. From here on the rows carry the ids that were scored: they are
-    what is learnt."""
-    models = [args.model]
-    if args.judge == "implicit" and args.reference != "none":
-        models.append(args.reference_model)
-    # Both models read what the policy's tokenizer wrote: a base model as the reference has no
-    # chat template.
-    encoded = encode_rows(load_config(args.model), tokenizer, rows, args.pairs or args.responses,
-                          lambda row: row["answers"])
-    for row, (_, ys) in zip(rows, encoded):
-        row["answers"] = [(text, ended, ids) for (text, ended, _), ids in zip(row["answers"], ys)]
-        row["vocabulary"] = vocabulary(tokenizer)
-    logps = []
-    for path in models:
-        model = load_scorer(path, device, encoded, args.precision,
-                            tokenizer if path == args.model else None)
-        logps.append(score(ResponseLogps(model), encoded, args.precision, device, rank, world,
-                           f"score {path}"))
-        del model
-    return logps
+def counted(left_out: dict[str, int]) -> str:
+    """What was left out, for a line: the reasons that occur, each with its number."""
+    return "".join(f", {count} {LEFT_OUT[reason]} left out"
+                   for reason, count in left_out.items() if count)
 
 
-def implicit_rewards(args: argparse.Namespace, rows: list[dict],
-                     logps: list[list[list[float]]]) -> list[list[float]]:
-    """S7 of every answer to every prompt."""
-    policy, *others = logps
-    reference = others[0] if others else [[0.0] * len(own) for own in policy]
-    lengths = [[len(ids) for _, _, ids in row["answers"]] for row in rows]
-    return [implicit_reward(p, r, args.beta, n, args.length_penalty)
-            for p, r, n in zip(policy, reference, lengths)]
+def score_by(path: str, args: argparse.Namespace, tokenizer, encoded: list, rank: int, world: int,
+             device: torch.device) -> list[list[float]]:
+    """log π of every answer to every prompt by the model in `path`, which is freed again."""
+    model = load_scorer(path, device, encoded, args.precision, tokenizer)
+    return score(ResponseLogps(model), encoded, args.precision, device, rank, world,
+                 f"score {path}")
 
 
-def preference(row: dict, best: int, worst: int) -> dict:
-    """The row with two of its answers as its chosen and rejected side, in the place of all."""
-    answers = row.pop("answers")
-    for side, (text, ended, ids) in (("chosen", answers[best]), ("rejected", answers[worst])):
-        row |= {side: answer_turn(text), f"{side}_ended": ended}
-        if ids is not None:
-            row[f"{side}_ids"] = ids
-    return row
+def add_sides(row: dict, chosen: Candidate, rejected: Candidate) -> None:
+    """Write two of a prompt's answers into its row, as its chosen and its rejected side. What an
+    earlier label said of the pair goes."""
+    for key in ("chosen_ids", "rejected_ids", "chosen_logp", "rejected_logp", *WORST_CASE):
+        row.pop(key, None)
+    for side, answer in (("chosen", chosen), ("rejected", rejected)):
+        row |= {side: answer_turn(answer.text), f"{side}_ended": answer.ended}
+        if answer.ids is not None:
+            row[f"{side}_ids"] = answer.ids
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:
     tokenizer = load_tokenizer(args.model) if args.model else None
     path = args.pairs or args.responses
-    rows, special = read_candidates(args, tokenizer)
-    answered = [row for row in rows if row["answers"]]
-    if not answered:
-        fail(f"{path}: no row has a response that is not empty; has the policy collapsed?")
-    rank, world, device = start_processes()
+    left_out = dict.fromkeys(LEFT_OUT, 0)
+    rows, candidates = read_candidates(args, tokenizer, left_out)
+    prompts = len(rows) + left_out["fewer_than_two"]
     how_read = ""
+    if args.model:
+        encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
+        written = [k for k, pair in enumerate(encoded) if pair is not None]
+        left_out["unwritten"] = len(rows) - len(written)
+        rows, candidates, encoded = [[part[k] for k in written]
+                                     for part in (rows, candidates, encoded)]
+        how_read = f", {from_text(tokenizer, rows, candidates)}"
+        # From here on an answer's ids are those that are scored: they are what is learnt.
+        candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
+                      for answers, (_, ys) in zip(candidates, encoded)]
+        for row in rows:
+            row["vocabulary"] = vocabulary(tokenizer)
+    if not rows:
+        fail(f"{path}: no row has two responses to compare{counted(left_out)}; has the policy "
+             "collapsed?")
+
+    rank, world, device = start_processes()
     logps = []
     if args.model:
-        how_read = f", {from_text(tokenizer, answered, lambda row: row['answers'])}"
-        logps = score_candidates(args, tokenizer, answered, rank, world, device)
+        logps = score_by(args.model, args, tokenizer, encoded, rank, world, device)
     if args.judge == "implicit":
-        reward, behaviour = implicit_rewards(args, answered, logps), {}
+        behaviour = {}
+        reference = [[0.0] * len(ys) for _, ys in encoded]
+        if args.reference != "none":
+            # It reads the policy's tokens: a base model has no chat template.
+            check_same_tokens(tokenizer, args.reference_model, encoded)
+            reference = score_by(args.reference_model, args, None, encoded, rank, world, device)
+        reward = [implicit_reward(p, r, args.beta, list(map(len, ys)), args.length_penalty)
+                  for p, r, (_, ys) in zip(logps, reference, encoded)]                  # S7, S13
     else:
-        judged = [{**row, "responses": [text for text, *_ in row["answers"]]} for row in answered]
+        judged = [row | {"responses": [answer.text for answer in answers]}
+                  for row, answers in zip(rows, candidates)]
         reward, behaviour = rewards(args, judged, rank, world, device)
-    if not all(math.isfinite(r) for own in reward for r in own):
+    if not all(math.isfinite(r) for each in reward for r in each):
         fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
-    # What the margin is (D10).
+    # What the margin and the log-probs are (D10).
+    precision = "bf16" if in_bf16(device, args.precision) else "fp32"
     margin_of = {"judge": args.judge,
                  "reference": args.reference if args.judge == "implicit" else None,
                  "beta": args.beta, "length_penalty": args.length_penalty,
-                 "policy": settings["model"]}
+                 "policy": settings["model"], "precision": precision if logps else None}
     labelled, agreement = [], []
-    for k, (row, own) in enumerate(zip(answered, reward)):
-        pair = best_and_worst([text for text, *_ in row["answers"]], own)
+    for k, (row, answers) in enumerate(zip(rows, candidates)):
+        texts = [answer.text for answer in answers]
+        pair = best_and_worst(texts, reward[k])
         # With --pairs, gold's choice stands first.
         agreement.append(0.5 if pair is None else float(pair[0] == 0))
         if pair is None:
+            left_out["ties" if len(set(texts)) > 1 else "identical"] += 1
             continue
         best, worst = pair
-        row = preference(row, best, worst)
-        row |= {"margin": own[best] - own[worst], "margin_of": margin_of}
+        add_sides(row, answers[best], answers[worst])
+        row["margin"] = reward[k][best] - reward[k][worst]
+        row["margin_of"] = margin_of | {"scored": scored_digest(row)}
         if logps:
-            row |= {"chosen_logp": logps[0][k][best], "rejected_logp": logps[0][k][worst]}
+            row |= {"chosen_logp": logps[k][best], "rejected_logp": logps[k][worst]}
         labelled.append(row)
     if not labelled:
-        silent = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
-        fail(f"{path}: no row has two responses of different reward{silent}")
+        verdicts = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
+        fail(f"{path}: no row has two responses of different reward{verdicts}")
     if rank > 0:
         return
 
     margins = sorted(row["margin"] for row in labelled)
-    stats = {"prompts": len(rows), "labelled": len(labelled), "ties": len(rows) - len(labelled),
-             "special_inside": special,
+    stats = {"prompts": prompts, "labelled": len(labelled), **left_out,
              "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
              **behaviour}
     notes = ""
@@ -244,9 +277,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         notes += f", agreement with gold {stats['gold_agreement']:.3f}"
     publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled),
             inputs_of(args, settings))
-    print(f"label: {len(labelled)} pairs by {args.judge}, {stats['ties']} ties dropped, "
-          f"{special} responses with special tokens inside left out{how_read}, median margin "
-          f"{stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
+    print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}{how_read}, median "
+          f"margin {stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
 
 
 if __name__ == "__main__":

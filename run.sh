@@ -1,96 +1,124 @@
 #!/usr/bin/env bash
 # Adversarial preference optimisation: seed → T × (generate, label, dro, train) → evaluate.
 #
-#   bash run.sh                           the demo: a 135 M model on two cores → runs/demo/report.md
-#   bash run.sh configs/NAME.env          another setting: what differs from the papers' values
-#   bash run.sh configs/NAME.env --tiny   on a tiny random model of its kind: would the launch work?
-#   MODEL=… DATA=… bash run.sh            any causal LM and preference data, with the papers' values
-#   METHOD=spa bash run.sh                SPA; with ALPHA=0 iterative DPO on self-labels
-#   bash run.sh … --check                 can it run, and what would it do?
-#   bash run.sh test                      the tests
-#   bash run.sh --help                    every variable, its default and its meaning
+#   bash run.sh                        the demo: a 135 M model on two cores → runs/demo/report.md
+#   bash run.sh configs/NAME.env       another setting: what differs from the papers' values
+#   bash run.sh [CONFIG] NAME=VALUE …  settings by hand: they win over the config
+#   bash run.sh METHOD=spa             SPA; with ALPHA=0 as well, iterative DPO on self-labels
+#   bash run.sh … --tiny               on a tiny random model: would the launch work?
+#   bash run.sh … --check              can it run, and what would it do?
+#   bash run.sh test                   the tests
+#   bash run.sh --help                 every setting, its default and its meaning
 #
 # What is complete, from the same settings, is skipped: the same command goes on after a stop.
 
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")"
-# Settings, checks, installation; and the flags that calls share: `size`, `sample`, `train`,
-# `endpoint`, `gold_judge`. `single` starts a stage on one process, `launch` and `sampling` on all.
-# For the checks this script first runs once with listing=yes, where they only print their calls.
-source configs/defaults.sh
+# Settings, the interpreter, and how a stage starts: `stage` on one process, `launch` on all of
+# them, `sampling` on all or in vLLM.
+source configs/settings.sh "$@"
 
-# 0. Data: a gold seed, unlabelled prompts for each round, prompts for the evaluation.
-single -m data.prepare --data "$DATA" --out "$RUN/data" "${size[@]}" --select "$SELECT" \
-  --rounds $ROUNDS --eval-size "$EVAL_SIZE" --model "${SEED_POLICY:-$MODEL}" \
-  --max-new-tokens "$MAX_NEW_TOKENS" --flip "$FLIP" --seed "$SEED"
-gold=$RUN/data/seed.jsonl
+algorithm() {  # runs twice: in the first pass every stage only looks, in the second it works
+  local init=$MODEL policy=$RUN/seed gold=$RUN/data/seed.jsonl judge=$JUDGE_MODEL
+  local before='' reference round name t=0 lams=($LAMS) policies=() labels=() answers=()
 
-# Prompts without preferences: the model answers, the gold judge labels, once.
-if prompts_alone; then
-  sampling generate.py --model "$MODEL" --prompts "$RUN/data/seed_prompts.jsonl" \
-    --out "$RUN/gold/responses.jsonl" -n "$GOLD_N" --temperature "$TEMPERATURE" "${sample[@]}"
-  launch label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
-    --judge "$GOLD" "${gold_judge[@]}"
-  single -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" \
-    --flip "$FLIP" --seed "$SEED" --seed-fraction 1 --rounds
-  gold=$RUN/gold/seed/seed.jsonl
-fi
+  # Flags that need a thought, or that several stages share.
+  local seed_size=(--seed-size "$SEED_SIZE")
+  [[ -z $SEED_FRACTION ]] || seed_size=(--seed-fraction "$SEED_FRACTION")
+  [[ -z $SEED_POLICY ]] || seed_size=(--seed-size 0)
+  local train=(--beta "$BETA" --batch-size "$BATCH_SIZE" --seed "$SEED" --precision "$PRECISION"
+    --micro-tokens "$MICRO_TOKENS")
+  [[ $SHARD == no ]] || train+=(--gradient-checkpointing)
+  [[ $SHARD == no ]] || (( NPROC * NNODES == 1 )) || train+=(--shard)
+  local sample=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED" --precision "$PRECISION"
+    --sample-tokens "$SAMPLE_TOKENS" --backend "$BACKEND")
+  local ask=(--judge-tokens "$JUDGE_TOKENS" ${BASE_URL:+--base-url "$BASE_URL"})
+  local gold_judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"} "${ask[@]}"
+    --precision "$PRECISION")
 
-# 1. Seed: π_0 ← DPO(π_init, gold).
-if [[ -n $SEED_POLICY ]]; then
-  policy=$SEED_POLICY
-  models=(start="$SEED_POLICY")
-else
-  policy=$RUN/seed
-  models=(init="$MODEL" seed="$RUN/seed")
-  launch seed_dpo.py --model "$MODEL" --pairs "$gold" --out "$RUN/seed" \
-    --epochs "$SEED_EPOCHS" --lr "$LR" "${train[@]}"
-fi
-
-# An LLM judge, where one is asked for and none is given, learns the letters of the gold pairs.
-train_judge() {  # FROM OUT
-  single -m judges.comparisons --pairs "$gold" --out "$2.pairs.jsonl"
-  launch seed_dpo.py --objective supervised --model "$1" --pairs "$2.pairs.jsonl" --out "$2" \
-    --lr "$JUDGE_LR" "${train[@]}"
-}
-judge_model=$JUDGE_MODEL
-if [[ $JUDGE-$JUDGE_START == llm-init && -z $JUDGE_MODEL ]]; then
-  judge_model=$RUN/judge
-  train_judge "$MODEL" "$judge_model"
-fi
-
-# 2. Rounds: π_{t−1} answers and judges; the follower finds the worst case; π_t learns under it.
-before=$MODEL labels=() lams=($LAMS) t=0
-for _ in $ROUNDS; do
-  t=$((t + 1))
-  round=$RUN/round$t
-  # y_1 … y_n ~ π_{t−1}(· | x)
-  sampling generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" \
-    --out "$round/responses.jsonl" -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
-  if [[ $JUDGE-$JUDGE_START == llm-previous && -z $JUDGE_MODEL ]]; then
-    judge_model=$round/judge
-    train_judge "$policy" "$judge_model"
+  # 0. The model, and the data: a gold seed, unlabelled prompts for each round, and for evaluation.
+  [[ -z $tiny ]] || stage -m data.tiny --architecture "$ARCHITECTURE" --out "$RUN/tiny"
+  [[ -z $demo ]] || stage -m data.demo --out "$MODEL"
+  if [[ $SYSTEM_TURN == empty ]]; then  # it goes into the template, which all policies inherit
+    init=$RUN/init
+    stage -m data.system_turn --model "$MODEL" --out "$init"
   fi
-  # r(y) = β(log π_{t−1} − log π_init); best against worst becomes a pair                    S7, S8
-  reference=$MODEL
-  [[ $REFERENCE != previous ]] || reference=$before
-  launch label.py --model "$policy" --responses "$round/responses.jsonl" \
-    --out "$round/labelled.jsonl" --judge "$JUDGE" ${judge_model:+--judge-model "$judge_model"} \
-    "${endpoint[@]}" --reference "$REFERENCE" --reference-model "$reference" --beta "$BETA" \
-    --length-penalty "$LENGTH_PENALTY"
-  # the worst distribution of the confidences within W₁ ≤ ε                             T2-2 … T2-5
-  single dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" \
-    --epsilon "$EPSILON" --pieces "$PIECES" ${GROUP:+--group "$GROUP"}
-  # π_t: noise-refined labels under that worst case                                        S9 … S12
-  launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
-    --anchor "$ANCHOR" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[-1]}}" \
-    --percentile "$PERCENTILE" --lr "$LR" "${train[@]}"
-  before=$policy policy=$round/policy
-  models+=(round$t="$policy")
-  labels+=(round$t="$round/worst.jsonl")
-done
+  stage -m data.prepare --data "$DATA" --out "$RUN/data" "${seed_size[@]}" --select "$SELECT" \
+    --rounds $ROUNDS --eval-size "$EVAL_SIZE" --model "${SEED_POLICY:-$init}" \
+    --max-new-tokens "$MAX_NEW_TOKENS" --flip "$FLIP" --seed "$SEED" \
+    $([[ $PROMPTS_ALONE == no ]] || echo --prompts-alone)
 
-# 3. Evaluate: every policy of the run on prompts that nothing was trained on.
-sampling evaluate.py --models "${models[@]}" --labels "${labels[@]}" --out "$RUN" \
-  --prompts "$RUN/data/eval.jsonl" --judge "$GOLD" "${gold_judge[@]}" -n "$EVAL_N" "${sample[@]}"
+  # Prompts without preferences: the model answers, the gold judge labels, once.
+  if holds_prompts_alone; then
+    sampling generate.py --model "$init" --prompts "$RUN/data/seed_prompts.jsonl" \
+      --out "$RUN/gold/responses.jsonl" -n "$GOLD_N" --temperature "$TEMPERATURE" "${sample[@]}"
+    launch label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
+      "${gold_judge[@]}"
+    stage -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" \
+      --seed "$SEED" --seed-fraction 1 --rounds
+    gold=$RUN/gold/seed/seed.jsonl
+  fi
+
+  # 1. Seed: π_0 ← DPO(π_init, gold).
+  if [[ -z $SEED_POLICY ]]; then
+    policies=(init="$init" seed="$policy")
+    launch seed_dpo.py --model "$init" --pairs "$gold" --out "$policy" --epochs "$SEED_EPOCHS" \
+      --lr "$LR" "${train[@]}"
+  else
+    policy=$SEED_POLICY
+    policies=(start="$policy")
+  fi
+  if [[ $JUDGE-$JUDGE_START-$JUDGE_MODEL == llm-init- ]]; then
+    judge=$RUN/judge
+    train_judge "$init"
+  fi
+
+  # 2. Rounds: π_{t−1} answers and judges; the follower finds the worst case; π_t learns under it.
+  for _ in $ROUNDS; do
+    t=$((t + 1))
+    round=$RUN/round$t
+    reference=$init
+    [[ $REFERENCE != previous || $t == 1 ]] || reference=$before
+    # y_1 … y_n ~ π_{t−1}(· | x)
+    sampling generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" \
+      --out "$round/responses.jsonl" -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
+    # r(y) = β(log π_{t−1} − log π_init); best against worst becomes a pair                  S7, S8
+    if [[ $JUDGE-$JUDGE_START-$JUDGE_MODEL == llm-previous- ]]; then
+      judge=$round/judge
+      train_judge "$policy"
+    fi
+    launch label.py --model "$policy" --responses "$round/responses.jsonl" \
+      --out "$round/labelled.jsonl" --judge "$JUDGE" ${judge:+--judge-model "$judge"} \
+      --reference "$REFERENCE" --reference-model "$reference" --beta "$BETA" \
+      --length-penalty "$LENGTH_PENALTY" "${ask[@]}" --precision "$PRECISION"
+    # the worst distribution of the confidences within W₁ ≤ ε                           T2-2 … T2-5
+    stage dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" \
+      --epsilon "$EPSILON" --pieces "$PIECES" ${GROUP:+--group "$GROUP"}
+    # π_t: noise-refined labels under that worst case                                      S9 … S12
+    launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
+      --anchor "$ANCHOR" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[-1]}}" \
+      --percentile "$PERCENTILE" --lr "$LR" "${train[@]}"
+    before=$policy
+    policy=$round/policy
+    policies+=(round$t="$policy")
+    labels+=(round$t="$round/worst.jsonl")
+  done
+
+  # 3. Evaluate: every policy answers prompts that nothing was trained on.
+  for name in "${policies[@]}"; do
+    sampling generate.py --model "${name#*=}" --prompts "$RUN/data/eval.jsonl" \
+      --out "$RUN/eval/${name%%=*}.jsonl" -n "$EVAL_N" --temperature 0.7 "${sample[@]}"
+    answers+=("${name%%=*}=$RUN/eval/${name%%=*}.jsonl")
+  done
+  launch evaluate.py --answers "${answers[@]}" --labels "${labels[@]}" --out "$RUN" \
+    "${gold_judge[@]}"
+}
+
+train_judge() {  # FROM: an LLM judge that is not given learns the letters of the gold pairs
+  stage -m judges.comparisons --pairs "$gold" --out "$judge.pairs.jsonl"
+  launch seed_dpo.py --objective supervised --model "$1" --pairs "$judge.pairs.jsonl" \
+    --out "$judge" --lr "$JUDGE_LR" "${train[@]}"
+}
+
+look_then_work

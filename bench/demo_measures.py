@@ -29,15 +29,15 @@ from scipy.special import expit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import dro  # noqa: E402
-from bench.lab import RADII, follower_loss  # noqa: E402
+from bench.lab import RADII, follower  # noqa: E402
 from core.chat import encode_rows  # noqa: E402
+from core.folder import fingerprint  # noqa: E402
 from core.models import load_config, load_tokenizer  # noqa: E402
 from core.parallel import start_processes  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.probe import load_scorer  # noqa: E402
-from core.rows import beside, fail, margin_problem, read_rows  # noqa: E402
-from core.stage import fingerprint, parser, run_stage  # noqa: E402
+from core.rows import atomic_path, fail, margin_problem, read_rows  # noqa: E402
+from core.stage import parser, run_stage  # noqa: E402
 from evaluate import trained  # noqa: E402
 from judges.judge import SCORERS, compare  # noqa: E402
 from label import best_and_worst, implicit_reward  # noqa: E402
@@ -59,7 +59,7 @@ def worst_tenth(scores: np.ndarray) -> float:
 
 def would_move(xi: np.ndarray, epsilon: float) -> np.ndarray:
     """Fractions [N] of the pairs that the worst case within ε moves (T2-5)."""
-    solution = dro.solve_exact(xi, follower_loss(PIECES), epsilon, 0.0)
+    solution = follower(xi, PIECES, epsilon)
     return np.bincount(solution.owner, solution.weight * (solution.shift != 0), len(xi))
 
 
@@ -87,7 +87,7 @@ def heldout_margins(policy: list[list[float]], reference: list[list[float]],
 def heldout_losses(margins: np.ndarray) -> list[float]:
     """The worst-case loss at each of RADII, as bench/lab.py has it."""
     xi = expit(margins)
-    return [dro.solve_exact(xi, follower_loss(PIECES), r, 0.0).value for r in RADII]
+    return [follower(xi, PIECES, r).value for r in RADII]
 
 
 # ------------------------------------------------------------------------------------------ a run
@@ -114,7 +114,7 @@ def labels_of(run: Path, name: str) -> dict[str, list[float]]:
     moved = np.array([sum(weight for weight, shift in row["atoms"] if shift) for row in rows])
     would = {}
     # another judge's margins are no confidences against π_init
-    if not any(margin_problem(row) for row in rows):
+    if not any(margin_problem(row, row.get("margin_of", {}).get("beta", 0)) for row in rows):
         xi = expit(np.array([row["margin"] for row in rows]))
         would = {f"would {epsilon}": would_move(xi, epsilon) for epsilon in WOULD}
     return label_counts(right, flagged, moved, would)
@@ -132,8 +132,8 @@ def logps_of(path: str, digest: str, answers: Path, cache: Path,
         fail(f"{path}: without its weights, or not the policy of the run's report")
     rows = read_rows(str(answers), "responses")
     tokenizer = load_tokenizer(path)
-    encoded = encode_rows(load_config(path), tokenizer, rows, str(answers), lambda row: list(
-        zip(row["responses"], row["ended"], row["response_ids"])))
+    sampled = [list(zip(row["responses"], row["ended"], row["response_ids"])) for row in rows]
+    encoded = encode_rows(load_config(path), tokenizer, rows, sampled, str(answers))
     model = load_scorer(path, device, encoded, precision, tokenizer)
     logps = score(ResponseLogps(model), encoded, precision, device, title=f"score {path}")
     write_json(kept, logps)
@@ -161,9 +161,8 @@ def heldout_of(run: Path, report: dict, init: str, precision: str,
 
 def write_json(path: Path, value: object) -> None:
     """Beside its place, then renamed: a file that exists is whole."""
-    with beside(str(path)) as tmp:
+    with atomic_path(str(path)) as tmp:
         Path(tmp).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(tmp, path)
 
 
 def main() -> None:

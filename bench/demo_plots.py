@@ -9,7 +9,6 @@
     python bench/demo_plots.py runs/table --out bench --run 1/worst --round 1
 """
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.demo_measures import WOULD, would_move  # noqa: E402
 from bench.demo_table import mean_and_half, read_runs, scores_of  # noqa: E402
-from core.rows import beside, fail, read_json_lines, read_rows  # noqa: E402
+from core.rows import atomic_path, fail, read_json_lines, read_rows  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart
@@ -50,9 +49,8 @@ def paired(runs: dict, one: str, other: str, stage: str) -> list[float]:
 
 
 def save(figure, path: Path) -> None:
-    with beside(str(path)) as tmp:
+    with atomic_path(str(path)) as tmp:
         figure.savefig(tmp, dpi=110, format="png")
-        os.replace(tmp, path)
     plt.close(figure)
     print(path)
 

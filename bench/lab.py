@@ -250,24 +250,24 @@ def extrapolated(policy: torch.Tensor, reference: torch.Tensor, lam: float) -> t
                         for side in sides], 1)
 
 
-def follower_loss(pieces: int) -> dro.Loss:
-    return dro.maximum_of(*dro.tangents(dro.loss_star(pieces), np.arange(1, pieces + 1) / pieces))
+def follower(xi: np.ndarray, pieces: int, epsilon: float) -> dro.WorstCase:
+    """The worst case of confidences xi [N] within ε (T2-3)."""
+    lines = dro.tangents(pieces)
+    return dro.solve_exact(xi, dro.maximum_of(*lines, xi), lines[1].max(), epsilon)
 
 
 def worst_case(xi: np.ndarray, setting: Setting, order: torch.Tensor) -> Atoms:
     """Atoms (T2-5) of each seed's confidences xi [S, N]; order [S, N]: whose fraction a pair gets
     where they are random."""
-    loss = follower_loss(setting.pieces)
     moved = np.zeros_like(xi)
     lam = np.zeros_like(xi)
     size = setting.group or xi.shape[1]
     starts = list(range(0, xi.shape[1], size))
     for s, own in enumerate(xi):
-        parts = [dro.solve_exact(own[start:start + size], loss, setting.epsilon, 0.0)
-                 for start in starts]
-        solution = dro.average(parts, starts, len(own))
+        solution = dro.average([follower(own[start:start + size], setting.pieces, setting.epsilon)
+                                for start in starts])
         moved[s] = np.bincount(solution.owner, solution.weight * (solution.shift != 0), len(own))
-        lam[s] = solution.lam
+        lam[s] = solution.price
     moved = torch.from_numpy(moved)
     if setting.atoms == "random":
         moved = moved.gather(1, order)
@@ -371,8 +371,7 @@ def measure(world: World, setting: Setting, theta: torch.Tensor) -> dict:
     shifted = (log_policy(theta, world, SHIFTED).exp() * gold[:, SHIFTED]).sum(-1)
     pairs = gold_pairs(world, setting, EVALUATION, 0.0)
     xi = torch.sigmoid(margins(theta, pairs.phi, pairs.prior, setting.beta)).numpy()
-    loss = follower_loss(6)
-    heldout = [[dro.solve_exact(own, loss, radius, 0.0).value for radius in RADII] for own in xi]
+    heldout = [[follower(own, 6, radius).value for radius in RADII] for own in xi]
     return {"value": value.mean(1), "tenth": tenth, "shifted": shifted.mean(1), "kl": kl.mean(1),
             "heldout": torch.tensor(heldout)}
 

@@ -57,7 +57,7 @@ def probe_cost(run: Path) -> None:
     path, cpu = str(run / "seed"), torch.device("cpu")
     tokenizer = load_tokenizer(path)
     rows = read_rows(str(run / "round1/labelled.jsonl"), "labelled")
-    encoded = encode_rows(load_config(path), tokenizer, rows, path, pair_of)
+    encoded = encode_rows(load_config(path), tokenizer, rows, [pair_of(row) for row in rows], path)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         loading, scoring, sampling = [], [], []
         for _ in range(3):

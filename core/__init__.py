@@ -1,1 +1,31 @@
-"""What every stage stands on. Imports nothing but its own room."""
+"""What every stage stands on. Imports nothing but its own room.
+
+Being stopped, a missing package and a file that cannot be read are one line each, also before a
+stage has loaded its libraries.
+"""
+import sys
+from pathlib import Path
+from types import TracebackType
+
+
+def end_in_one_line(kind: type[BaseException], error: BaseException,
+                    trace: TracebackType | None) -> None:
+    """What Python calls where an exception would end the program with a traceback."""
+    if kind is KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(130)
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    home = Path(__file__).parent.parent
+    ours = (home / package).exists() or (home / f"{package}.py").exists()
+    if kind is ModuleNotFoundError and not ours:
+        print(f"error: the package {package} is not installed for {sys.executable}; the project's "
+              "packages are in .venv, which `bash run.sh` makes once: source .venv/bin/activate",
+              file=sys.stderr)
+        raise SystemExit(2)
+    if isinstance(error, OSError) and error.filename:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_in_one_line

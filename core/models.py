@@ -6,13 +6,25 @@ weight that needs a gradient.
 """
 import math
 import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer
+from transformers.utils import cached_file
 
+from core.folder import commit_of, hub_trouble, is_hub_id, snapshot_of
 from core.rows import fail
-from core.stage import commit_of, hub_trouble, is_hub_id
+
+# A tokenizer, its chat templates, and where its model's answers end.
+TOKENIZER_FILES = [
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template*", "additional_chat_templates/*", "generation_config.json",
+]
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
@@ -26,8 +38,8 @@ def reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it needs code of its own folder, which is never run"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0] if lines else "no reason given"
-    return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
+    first = lines[0] if lines else "no reason given"
+    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
 
 
 def check_path(path: str) -> None:
@@ -50,16 +62,14 @@ def load_config(path: str):
 
 
 def context_of(config) -> float:
-    """Tokens that a model takes, ∞ where its config names no limit. One more would be past its last
-    position, or would rotate *every* position of its pass otherwise (longrope, dynamic rope)."""
+    """Tokens that a model reads as it was made to: its context, or the length at which the rotation
+    of its positions changes (longrope); ∞ where it has neither."""
     config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = getattr(config, "rope_parameters", None) or {}
     # There may be one for each type of layer.
-    for part in (rope, *rope.values()):
-        if isinstance(part, dict) and part.get("rope_type") == "longrope":
-            limit = min(limit, part["original_max_position_embeddings"])
-    return limit
+    switches = [rope["original_max_position_embeddings"] for rope in (ropes, *ropes.values())
+                if isinstance(rope, dict) and rope.get("rope_type") == "longrope"]
+    return min([getattr(config, "max_position_embeddings", None) or math.inf, *switches])
 
 
 def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
@@ -131,7 +141,58 @@ def load_tokenizer(path: str):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         fail(f"{path}: cannot load the tokenizer: {reason(error)}")
-    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        fail(f"{path}: the tokenizer needs a chat template (chat_template.jinja in the model "
-             "folder) and an end-of-sequence token")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = tokenizer.chat_template = template.get("default")
+    if template is None or tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        fail(f"{path}: the tokenizer needs a tokenizer.json, an end-of-sequence token and a chat "
+             "template: chat_template.jinja in the model folder; of several, one named default")
     return tokenizer
+
+
+def copy_tokenizer(source: str, folder: str) -> None:
+    """Copy the files of the tokenizer of a model, a folder or hub id, into another folder.
+
+    Not saved by transformers, which writes the files anew and loses what it does not know.
+    """
+    root = Path(source) if os.path.isdir(source) else snapshot_of(source)
+    for file in [file for pattern in TOKENIZER_FILES for file in root.glob(pattern)]:
+        if file.is_file():
+            copy = Path(folder, file.relative_to(root))
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def check_copy(source: str) -> None:
+    """End the program, before any work, where a copy of a model's tokenizer, beside its config as
+    transformers saves it, reads a conversation as other tokens."""
+    turns = [{"role": "user", "content": "Hello\n you"}, {"role": "assistant", "content": "Gladly"}]
+    with tempfile.TemporaryDirectory() as copy:
+        load_config(source).save_pretrained(copy)
+        copy_tokenizer(source, copy)
+        ours, theirs = (load_tokenizer(path).apply_chat_template(turns, return_dict=False)
+                        for path in (source, copy))
+    if ours != theirs:
+        fail(f"{source}: a copy of its tokenizer reads a conversation as other tokens: {theirs} "
+             f"instead of {ours}")
+
+
+def check_same_tokens(tokenizer, path: str, encoded: list) -> None:
+    """End the program where an id of `encoded` rows, which `tokenizer` wrote, is another token to
+    the model at `path`. One that its tokenizer lacks, as a base model's lacks added tokens, is not;
+    nor is any where it has no tokenizer."""
+    try:
+        file = cached_file(path, "tokenizer.json")
+    except OSError:
+        return
+    try:
+        other = Tokenizer.from_file(file)
+    except Exception as error:
+        fail(f"{path}: cannot load the tokenizer: {reason(error)}")
+    parts = [part for prompt, responses in encoded for part in (prompt, *responses)]
+    for i in np.unique(np.concatenate(parts)).tolist():
+        ours = tokenizer.convert_ids_to_tokens(i)
+        theirs = other.id_to_token(i)
+        if theirs not in (ours, None):
+            fail(f"{path}: token {i} is {theirs!r} there, and {ours!r} to the policy, whose tokens "
+                 "are scored; give a model of the same vocabulary")

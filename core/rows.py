@@ -1,14 +1,16 @@
 """What passes between the stages: rows, one JSON object a line (UTF-8), read, checked and written.
 Needs no torch.
 
-Each kind of file holds an `id` and the keys of `ROWS`; extra keys pass through every stage
-unchanged. `chosen` and `rejected` lie in files as TRL's conversations do, a list of one message of
-the assistant's, and may be given as a text; in memory they are the text. Files are written beside
-their place and renamed, so a file that exists is whole.
+Each kind of file holds the keys of `ROWS`; extra keys pass through every stage unchanged. `chosen`
+and `rejected` lie in files as TRL's conversations do, a list of one message of the assistant's, and
+may be given as a text; in memory they are the text. Files are written beside their place and
+renamed, so a file that exists is complete.
 """
 import contextlib
 import gzip
+import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,41 +28,61 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-# What each kind of file must hold, key by key; extra keys pass through every stage unchanged.
+# What each kind of file must hold, key by key.
 ROWS = {
-    "prompts": ["prompt"],
-    "preferences": ["prompt", "chosen", "rejected"],
-    "responses": ["prompt", "responses"],
-    "labelled": ["prompt", "chosen", "rejected", "margin", "chosen_logp", "rejected_logp"],
+    "prompts": ["id", "prompt"],
+    "preferences": ["id", "prompt", "chosen", "rejected"],
+    "responses": ["id", "prompt", "responses"],
+    "labelled": ["id", "prompt", "chosen", "rejected", "margin", "chosen_logp", "rejected_logp"],
 }
 
 # The responses of a pair.
 SIDES = ["chosen", "rejected"]
-# Checked where a row has them.
-OPTIONAL = [
-    "temperature", "ended", "response_ids", "special_inside", "vocabulary", "chosen_ended",
-    "rejected_ended", "chosen_ids", "rejected_ids", "pieces", "margin_of",
-]
+# These hold a value for each response.
+PER_RESPONSE = ["ended", "response_ids", "special_inside"]
+# What dro.py adds to a labelled row: all of it or nothing.
+WORST_CASE = ["xi", "pieces", "atoms"]
 # The remedy that an error names where a file is not one of ours.
 PREPARE = "run python -m data.prepare on raw data first"
-# These hold a value for each response.
-A_RESPONSE = ["ended", "response_ids", "special_inside"]
-# What a row's margin is (D10); `policy`: the fingerprint of the model whose log-probs the row has.
-MARGIN_OF = ["judge", "reference", "beta", "length_penalty", "policy"]
+# Of ξ against σ(margin), and of weights against 1: what other programs' rounding may leave.
+TOLERANCE = 1e-6
+
+
+# --------------------------------------------------------------------------- what a key's value is
+
+
+def is_text(value: object) -> bool:
+    """Whether a JSON value is a text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())
 
 
 def is_number(value: object) -> bool:
     """Whether a JSON value is a number that a float can hold: neither NaN nor infinite, nor an
     integer of 400 digits."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_from_zero(value: object) -> bool:
+    """Whether a JSON value is a number ≥ 0."""
+    return is_number(value) and value >= 0
+
+
+def are(kind: type, value: object) -> bool:
+    """Whether a JSON value is a list of values of one kind."""
+    return isinstance(value, list) and all(type(element) is kind for element in value)
 
 
 def are_ids(value: object) -> bool:
     """Whether a JSON value is a list of token ids, at least one."""
-    return isinstance(value, list) and bool(value) and all(
-        type(i) is int and 0 <= i < 2 ** 31 for i in value)
+    return are(int, value) and bool(value) and 0 <= min(value) and max(value) < 2 ** 31
+
+
+def are_atoms(value: object) -> bool:
+    """Whether a JSON value is [[weight, shift], …]: weights ≥ 0 that sum to 1, shifts ≥ 0."""
+    if not are(list, value):
+        return False
+    sound = all(len(atom) == 2 and all(map(is_from_zero, atom)) for atom in value)
+    return sound and abs(sum(weight for weight, _ in value) - 1) <= TOLERANCE
 
 
 def is_message(value: object) -> bool:
@@ -76,99 +98,118 @@ def answer_turn(text: str) -> list[dict]:
 
 def text_of(answer: object) -> object:
     """The text of `chosen` or `rejected`: of one message of the assistant's; all else as it is."""
-    if isinstance(answer, list) and len(answer) == 1 and is_message(answer[0]):
-        if answer[0]["role"] == "assistant":
-            return answer[0]["content"]
-    return answer
+    one = isinstance(answer, list) and len(answer) == 1 and is_message(answer[0])
+    return answer[0]["content"] if one and answer[0]["role"] == "assistant" else answer
+
+
+TEXT = (is_text, "a non-empty string")
+ANSWER = (lambda value: is_text(text_of(value)),
+          "a non-empty text or one message of the assistant's")
+FLAG = (lambda value: type(value) is bool, "true or false")
+FLAGS = (lambda value: are(bool, value), "a list of true and false")
+IDS = (are_ids, "a list of token ids (integers ≥ 0), not empty")
+NUMBER = (is_number, "a finite number")
+FROM_ZERO = (is_from_zero, "a finite number ≥ 0")
+
+# key → (whether a value is right, what it must be)
+CHECKS = {
+    "id": TEXT,
+    "prompt": (lambda value: are(dict, value) and value and all(map(is_message, value)),
+               'a non-empty list of {"role": …, "content": …}'),
+    "chosen": ANSWER,
+    "rejected": ANSWER,
+    "chosen_ended": FLAG,
+    "rejected_ended": FLAG,
+    "chosen_ids": IDS,
+    "rejected_ids": IDS,
+    "chosen_logp": NUMBER,
+    "rejected_logp": NUMBER,
+    "responses": (lambda value: are(str, value) and value, "a list of strings"),
+    "ended": FLAGS,
+    "special_inside": FLAGS,
+    "response_ids": (lambda value: are(list, value) and all(map(are_ids, value)),
+                     "a list of lists of token ids (integers ≥ 0), none of them empty"),
+    "vocabulary": (lambda value: isinstance(value, str), "a string"),
+    "temperature": FROM_ZERO,
+    "margin": FROM_ZERO,
+    "margin_of": (lambda value: isinstance(value, dict), "an object"),
+    "xi": NUMBER,
+    "pieces": (lambda value: type(value) is int and value >= 1, "an integer ≥ 1"),
+    "atoms": (are_atoms, "[[weight, shift], …], weights ≥ 0 that sum to 1, shifts ≥ 0"),
+}
+# Keys that no kind of file must hold: checked where a row has them.
+OPTIONAL = [key for key in CHECKS if all(key not in keys for keys in ROWS.values())]
 
 
 def wrong(key: str, value: object) -> str | None:
     """What `value` should have been under `key`, or None if it is right."""
-    if key == "id":
-        return None if isinstance(value, str) and value.strip() else "a non-empty string"
-    if key in SIDES:
-        text = text_of(value)
-        sound = isinstance(text, str) and text.strip()
-        return None if sound else "a non-empty text or one message of the assistant's"
-    if key == "prompt":
-        turns = isinstance(value, list) and value and all(map(is_message, value))
-        return None if turns else 'a non-empty list of {"role": …, "content": …}'
-    if key == "responses":
-        texts = isinstance(value, list) and value and all(isinstance(r, str) for r in value)
-        return None if texts else "a list of strings"
-    if key in ("ended", "special_inside"):
-        flags = isinstance(value, list) and all(isinstance(e, bool) for e in value)
-        return None if flags else "a list of true and false"
-    if key == "response_ids":
-        sound = isinstance(value, list) and all(map(are_ids, value))
-        return None if sound else "a list of lists of token ids (integers ≥ 0), none of them empty"
-    if key in ("chosen_ids", "rejected_ids"):
-        return None if are_ids(value) else "a list of token ids (integers ≥ 0), not empty"
-    if key == "vocabulary":
-        return None if isinstance(value, str) else "a string"
-    if key in ("chosen_ended", "rejected_ended"):
-        return None if isinstance(value, bool) else "true or false"
-    if key == "pieces":
-        return None if isinstance(value, int) and value >= 1 else "an integer ≥ 1"
-    if key == "margin_of":
-        known = isinstance(value, dict) and all(name in value for name in MARGIN_OF)
-        return None if known else f"an object with {', '.join(MARGIN_OF)}"
-    if key in ("margin", "temperature"):
-        return None if is_number(value) and value >= 0 else "a finite number ≥ 0"
-    return None if is_number(value) else "a finite number"
+    is_right, expected = CHECKS[key]
+    return None if is_right(value) else expected
 
 
-# What a packed file that is not whole raises.
+# ----------------------------------------------------------------------------------- reading files
+
+
+# What a packed file that is cut short raises.
 BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def opened(path: str, mode: str = "rb", **how):
     """A file opened for reading, unpacked where its name ends in .gz; `how` is open's."""
-    if path.endswith(".gz"):
-        return gzip.open(path, mode, **how)
-    return open(path, mode, **how)
+    return (gzip.open if path.endswith(".gz") else open)(path, mode, **how)
 
 
-def lines_of(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a file. Blank lines at its end are no rows, one before a row fails."""
-    blank = 0
-    try:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                blank = blank or number
-                continue
-            if blank:
-                fail(f"{path}:{blank}: a blank line between rows; expected one JSON object a line")
-            yield number, line
-    except BROKEN_GZIP as error:
-        fail(f"{path}: not a whole gzip file ({error})")
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object from its keys and values; ValueError where a key stands twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
+# Made once: json.loads makes one a call.
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def parse(text: str) -> object:
+    """A JSON value. ValueError where it is none, an object has a key twice, or a text holds half of
+    a surrogate pair, which no file or tokenizer takes."""
+    value = DECODER.decode(text)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for every line of a JSONL file."""
+    """(line number, object) for every line of a JSONL file. Blank lines at its end are no rows, one
+    before a row fails."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
-    with opened(path) as file:
-        for number, line in lines_of(path, file):
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                # Half of a surrogate pair is no text: no file or tokenizer takes it.
-                if b"\\ud" in line or b"\\uD" in line:
-                    json.dumps(row, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as error:
-                fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
-            if not isinstance(row, dict):
-                fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
-            yield number, row
+    number = blank = 0
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    blank = blank or number
+                    continue
+                if blank:
+                    fail(f"{path}:{blank}: a blank line between rows; expected one JSON object a "
+                         "line")
+                row = parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if not isinstance(row, dict):
+                    fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
+                yield number, row
+    except BROKEN_GZIP as error:
+        fail(f"{path}: the gzip file is cut short or broken ({error})")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
 
 
 def read_json_list(path: str, *keys: str) -> list[dict]:
     """A JSON file (.json or .json.gz) that is a list of objects which hold text under `keys`."""
     try:
         with opened(path, "rt", encoding="utf-8-sig") as file:
-            rows = json.load(file)
-        # Half of a surrogate pair is no text.
-        json.dumps(rows, ensure_ascii=False).encode()
+            rows = parse(file.read())
     except (ValueError, RecursionError, *BROKEN_GZIP) as error:
         fail(f"{path}: not JSON in UTF-8 ({error})")
     for number, row in enumerate(rows if isinstance(rows, list) and rows else [None], 1):
@@ -179,28 +220,32 @@ def read_json_list(path: str, *keys: str) -> list[dict]:
 
 
 def iterate_rows(path: str, kind: str) -> Iterator[dict]:
-    """Rows of a JSONL file, each checked for its `id` and the keys of `ROWS[kind]`. The first bad
-    line ends the program."""
-    seen = {}
+    """Rows of a JSONL file, each checked for the keys of `ROWS[kind]`. The first bad line ends the
+    program."""
+    line_of_id = {}
+    keys = [*ROWS[kind], *OPTIONAL]
+    # Raw data are prompts or preferences.
+    hint = f"; {PREPARE}" if kind in ("prompts", "preferences") else ""
     for number, row in read_json_lines(path):
-        for key in ["id", *ROWS[kind]]:
+        for key in ROWS[kind]:
             if key not in row:
-                raw = f"; {PREPARE}" if key in ("id", "prompt") else ""
-                fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need id, "
-                     f"{', '.join(ROWS[kind])}{raw}")
-        for key in ["id", *ROWS[kind], *OPTIONAL]:
+                fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need "
+                     f"{', '.join(ROWS[kind])}{hint}")
+        for key in keys:
             if key in row and (expected := wrong(key, row[key])) is not None:
-                raw = f"; {PREPARE}" if key in ("prompt", *SIDES) else ""
                 fail(f"{path}:{number}: '{key}' must be {expected}, "
-                     f"found {json.dumps(row[key])[:60]}{raw}")
-        for key in A_RESPONSE:
+                     f"found {json.dumps(row[key])[:60]}{hint}")
+        where = f"{path}:{number}: id {row['id']!r}"
+        for key in PER_RESPONSE:
             if key in row and "responses" in row and len(row[key]) != len(row["responses"]):
-                fail(f"{path}:{number}: id {row['id']!r}: '{key}' must hold a value for each of "
-                     f"its {len(row['responses'])} responses, found {len(row[key])}")
-        if row["id"] in seen:
-            fail(f"{path}:{number}: id {row['id']!r} stands on line {seen[row['id']]} too; "
-                 "ids must differ")
-        seen[row["id"]] = number
+                fail(f"{where}: '{key}' must hold a value for each of its "
+                     f"{len(row['responses'])} responses, found {len(row[key])}")
+        if row["id"] in line_of_id:
+            fail(f"{where} stands on line {line_of_id[row['id']]} too; ids must differ")
+        line_of_id[row["id"]] = number
+        if kind == "labelled" and any(key in row for key in WORST_CASE) and not is_worst_case(row):
+            fail(f"{where}: xi, pieces and atoms must be the worst case of its margin: all three, "
+                 "xi = σ(margin), no shift above xi; take them out and run dro.py again")
         for side in SIDES:
             if side in ROWS[kind]:
                 row[side] = text_of(row[side])
@@ -211,23 +256,8 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
         if "response_ids" in row:
             row["response_ids"] = [np.array(ids, np.int32) for ids in row["response_ids"]]
         yield row
-    if not seen:
+    if not line_of_id:
         fail(f"{path}: holds no rows")
-
-
-def margin_problem(row: dict, beta: float | None = None) -> str | None:
-    """Why a row's margin is no log-ratio against π_init at this β, or None (D10). A row that does
-    not say what its margin is, another program's perhaps, is taken as one."""
-    of = row.get("margin_of")
-    if of is None:
-        return None
-    wanted = {"judge": "implicit", "reference": "init", "length_penalty": 0}
-    if beta is not None:
-        wanted["beta"] = beta
-    for key, value in wanted.items():
-        if of[key] != value:
-            return f"its margin_of has {key} {of[key]!r}, where {value!r} is needed"
-    return None
 
 
 def read_rows(path: str, kind: str) -> list[dict]:
@@ -235,14 +265,58 @@ def read_rows(path: str, kind: str) -> list[dict]:
     return list(iterate_rows(path, kind))
 
 
+# --------------------------------------------------------------------- whether rows may be used
+
+
+def is_worst_case(row: dict) -> bool:
+    """Whether a labelled row's `xi`, `pieces` and `atoms` stand together and fit its margin (T2-2,
+    T2-5): ξ = σ(margin), no atom further from it than 0."""
+    xi = 1 / (1 + math.exp(-row["margin"]))
+    return (all(key in row for key in WORST_CASE) and abs(row["xi"] - xi) <= TOLERANCE
+            and all(shift <= xi + TOLERANCE for _, shift in row["atoms"]))
+
+
+def scored_digest(row: dict) -> str:
+    """Digest of what a pair's log-probs are of: its prompt, both texts and their token ids."""
+    keys = ["prompt", *SIDES, "chosen_ids", "rejected_ids"]
+    scored = json.dumps([text_of(row.get(key)) for key in keys], default=np.ndarray.tolist)
+    return hashlib.sha256(scored.encode()).hexdigest()[:16]
+
+
+def margin_problem(row: dict, beta: float | None = None, policy: str | None = None,
+                   precision: str | None = None) -> str | None:
+    """Why a row's stored log-probs or its margin cannot be used, or None (D10).
+
+    With `beta` the margin must be the implicit reward's against π_init at this β; with `policy`, a
+    fingerprint, the log-probs must be that model's; with `precision`, bf16 or fp32, computed so.
+    What was scored must always be what the row holds. What a row does not say, another program's
+    perhaps, is taken as right.
+    """
+    margin_of = row.get("margin_of", {})
+    needed = {"policy": policy, "precision": precision}
+    if beta is not None:
+        needed |= {"judge": "implicit", "reference": "init", "length_penalty": 0, "beta": beta}
+    for key, value in needed.items():
+        labelled = margin_of.get(key)
+        if None not in (labelled, value) and labelled != value:
+            return f"its margin_of has {key} {labelled!r:.60}, where {value!r} is needed"
+    if "scored" in margin_of and margin_of["scored"] != scored_digest(row):
+        return "its prompt, its texts or their token ids were changed after they were scored"
+    return None
+
+
+# ------------------------------------------------------------------------------------ writing files
+
+
 @contextlib.contextmanager
-def beside(path: str) -> Iterator[str]:
-    """A path to write to, beside `path`; what was written there is removed if anything fails."""
-    tmp = f"{path}.tmp"
+def atomic_path(path: str) -> Iterator[str]:
+    """A path to write to, which is renamed to `path` when that is done, or removed if anything
+    fails: a file that exists is complete."""
+    tmp = f"{path}.{os.getpid()}.tmp"
     Path(tmp).parent.mkdir(parents=True, exist_ok=True)
-    remove(tmp)
     try:
         yield tmp
+        os.replace(tmp, path)
     except BaseException:
         remove(tmp)
         raise
@@ -257,10 +331,8 @@ def remove(path: str) -> None:
 
 
 def write_rows(path: str, rows: Iterable[dict]) -> None:
-    """Write JSONL beside `path`, then rename: a file that exists is whole."""
-    with beside(path) as tmp:
-        with open(tmp, "w", encoding="utf-8") as file:
-            for row in rows:  # token ids may be arrays
-                text = json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist)
-                file.write(text + "\n")
-        os.replace(tmp, path)
+    """Write JSONL, so that a file that exists is complete. Token ids may be arrays."""
+    encoder = json.JSONEncoder(ensure_ascii=False, default=np.ndarray.tolist)
+    with atomic_path(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(encoder.encode(row) + "\n")

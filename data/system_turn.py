@@ -13,7 +13,16 @@ import argparse
 import os
 from pathlib import Path
 
-from core.stage import exit_if_complete, exit_if_looking, inputs_of, parser, publish, run_stage, settings_of
+from core.folder import check_model, check_tokenizer, policy_bytes
+from core.stage import (
+    exit_if_complete,
+    exit_if_looking,
+    inputs_of,
+    parser,
+    publish,
+    run_stage,
+    settings_of,
+)
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -24,7 +33,9 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "model")
     exit_if_complete(args.out, settings)
-    exit_if_looking()
+    check_model(args.model)
+    check_tokenizer(args.model)
+    exit_if_looking(args.out, writes=policy_bytes(args.model))
     return args, settings
 
 
@@ -39,20 +50,22 @@ EMPTY_TURN = ("{%- if messages[0]['role'] != 'system' %}"
               "{%- set messages = [{'role': 'system', 'content': ''}] + messages %}"
               "{%- endif %}\n")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# It goes before all other templates of a folder.
+TEMPLATE = "chat_template.jinja"
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:
     tokenizer = load_tokenizer(args.model)
-    tokenizer.chat_template = EMPTY_TURN + tokenizer.get_chat_template()
     source = Path(args.model)
     if not source.is_dir():
         source = Path(huggingface_hub.snapshot_download(args.model, allow_patterns=FILES))
 
     def write(tmp: str) -> None:
-        tokenizer.save_pretrained(tmp)
+        os.mkdir(tmp)
         for file in source.iterdir():
-            if file.is_file() and not os.path.exists(f"{tmp}/{file.name}"):
+            if file.is_file() and file.name != TEMPLATE:
                 os.symlink(file.resolve(), f"{tmp}/{file.name}")
+        Path(tmp, TEMPLATE).write_text(EMPTY_TURN + tokenizer.chat_template, encoding="utf-8")
     publish(args.out, settings, {}, write, inputs_of(args, settings))
     print(f"system_turn: {args.model} with an empty system turn → {args.out}")
 

@@ -1,167 +1,217 @@
-"""MT-Bench: two-turn answers to FastChat's questions, each rated by a judge that writes; files in
-FastChat's format."""
+"""MT-Bench: two-turn answers to FastChat's questions, each rated by a judge that writes.
+
+Every step is a file, and how many turns are answered says which step it is. FOLDER holds FastChat's
+question.jsonl, judge_prompts.jsonl and the reference answers of gpt-4. Here `mine` is the policy
+pi_3; 1 024 new tokens are FastChat's.
+
+    python -m judges.mt_bench --folder FOLDER --out turn1.prompts.jsonl
+    python generate.py --model pi_3 --prompts turn1.prompts.jsonl --out turn1.jsonl \\
+        -n 1 --max-new-tokens 1024
+    python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl --out turn2.prompts.jsonl
+    python generate.py --model pi_3 --prompts turn2.prompts.jsonl --out turn2.jsonl \\
+        -n 1 --max-new-tokens 1024 --fit
+    python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl turn2.jsonl \\
+        --out model_answer/mine.jsonl                                       answers, for FastChat
+    python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl turn2.jsonl \\
+        --judge-model NAME --base-url URL --out model_judgment/mine.jsonl   judgements; prints means
+
+A second turn's prompt holds the first answer, so nobody knows its length before: --fit cuts what
+the context cannot hold, as FastChat's server does, and the scores count `prompts cut` and `answers
+cut`. The rating is the first one in a judgement; one without is counted as unrated.
+"""
+import argparse
 import math
+import os
 from pathlib import Path
 
-import torch.distributed as dist
+from core.rows import fail, read_json_lines, read_rows, write_rows
+from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage
+from judges.flags import check_judge, endpoint_flags, judge_settings
+from judges.report import markdown
 
-from core.rows import fail, read_json_lines, write_rows
-from core.sampling import respond
-from judges.judge import chat, parse_rating
-from judges.measures import mt_bench_scores
-
-# as FastChat samples
+# As FastChat samples.
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0,
                "math": 0.0, "coding": 0.0, "reasoning": 0.0}
-RATING_TOKENS = 2048
-# What the context did to second turns: name in the report → key in the answer's row.
-CUTS = {"prompts cut": "prompt_cut", "answers cut": "answer_cut"}
 
 
-def two_texts(value) -> bool:
-    """Whether a JSON value is a list of two strings."""
-    return (isinstance(value, list) and len(value) == 2
-            and all(isinstance(text, str) for text in value))
+def flags() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and what decides the output. Ends the program where that is complete."""
+    cli = parser(__doc__)
+    cli.add_argument("--folder", required=True, help="FastChat's files of MT-Bench")
+    cli.add_argument("--answers", nargs="+", default=[], metavar="FILE",
+                     help="rows of generate.py: of the first turn, or of both")
+    cli.add_argument("--out", type=os.path.normpath, required=True,
+                     help="JSONL; the name of the model in it is the file's")
+    endpoint_flags(cli, 2048)
+    args = cli.parse_args()
+    if len(args.answers) > 2 or args.judge_model and len(args.answers) < 2:
+        fail("--answers takes one file a turn, at most two; --judge-model needs both")
+    args.judge = "openai" if args.judge_model else "none"
+    args.answers = {f"turn {t}": path for t, path in enumerate(args.answers, 1)}
+    settings = judge_settings(args, "folder", "answers")
+    exit_if_complete(args.out, settings)
+    check_judge(args)
+    exit_if_looking(args.out)
+    return args, settings
 
 
-def is_question(row: dict) -> bool:
-    return isinstance(row.get("category"), str) and two_texts(row.get("turns"))
+if __name__ == "__main__":
+    args, settings = flags()  # here already: what is imported below takes seconds to load
+
+from judges.endpoint import chat, parse_rating
+
+# ------------------------------------------------------------------------------- FastChat's files
 
 
-def is_template(row: dict) -> bool:
-    return all(isinstance(row.get(key), str) for key in ("system_prompt", "prompt_template"))
-
-
-def is_solution(row: dict) -> bool:
-    choices = row.get("choices")
-    return (isinstance(choices, list) and bool(choices) and isinstance(choices[0], dict)
-            and two_texts(choices[0].get("turns")))
-
-
-def read_by_key(path: str, key: str) -> dict:
-    """key → (line number, row) of a JSONL file of MT-Bench."""
+def read_by_key(path: str, key: str) -> dict[str, dict]:
+    """key → row of a JSONL file of MT-Bench. A question's number may be written as a text."""
     rows: dict = {}
     for number, row in read_json_lines(path):
-        if not isinstance(row.get(key), (str, int)) or row[key] in rows:
+        if not isinstance(row.get(key), (str, int)) or str(row[key]) in rows:
             fail(f"{path}:{number}: needs a {key} of its own")
-        rows[row[key]] = number, row
+        rows[str(row[key])] = row
     return rows
 
 
-def read_folder(folder: Path) -> tuple[list[dict], dict, dict, str]:
-    """(questions, templates by name, reference answers by question, path of the templates)."""
-    questions = []
-    path = str(folder / "question.jsonl")
-    for number, row in read_by_key(path, "question_id").values():
-        if not is_question(row):
-            fail(f"{path}:{number}: needs a category and two turns")
-        questions.append(row)
-    templates = {}
-    templates_path = str(folder / "judge_prompts.jsonl")
-    for name, (number, row) in read_by_key(templates_path, "name").items():
-        if not is_template(row):
-            fail(f"{templates_path}:{number}: needs a system_prompt and a prompt_template")
-        templates[name] = row
-    path = str(folder / "reference_gpt-4.jsonl")
-    for found in sorted(folder.rglob("*gpt-4.jsonl")):
-        if "reference" in str(found.relative_to(folder)):
-            path = str(found)
-            break
-    solved = {}
-    for key, (number, row) in read_by_key(path, "question_id").items():
-        if not is_solution(row):
-            fail(f"{path}:{number}: needs choices whose first has two turns")
-        solved[key] = row["choices"][0]["turns"]
-    return questions, templates, solved, templates_path
+def are_two_texts(value: object) -> bool:
+    """Whether a JSON value is a list of two strings: something for each turn."""
+    return isinstance(value, list) and [type(text) for text in value] == [str, str]
 
 
-def conversation(question: dict, answers: list[str]) -> list[dict]:
-    """The prompt of the turn that follows the given answers."""
-    messages = []
-    for asked, answer in zip(question["turns"], answers):
-        messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": answer})
-    messages.append({"role": "user", "content": question["turns"][len(answers)]})
-    return messages
+def read_questions(folder: str) -> dict[str, dict]:
+    """question_id → question."""
+    path = f"{folder}/question.jsonl"
+    questions = read_by_key(path, "question_id")
+    for key, row in questions.items():
+        if not are_two_texts(row.get("turns")) or not isinstance(row.get("category"), str):
+            fail(f"{path}: question {key}: needs a category and two turns")
+    return questions
 
 
-def two_turns(args, name: str, path: str, questions: list[dict], rank: int, world: int,
-              device) -> tuple[list[list[str]], dict[str, int]]:
-    """(two answers a question, how many second turns the context cut), sampled turn by turn. A
-    turn's draws are its own: its number stands in the id that decides them."""
-    answers: list[list[str]] = [[] for _ in questions]
-    cuts = dict.fromkeys(CUTS, 0)
-    for t in (1, 2):
-        prompts = f"{args.out}/mt_bench/{name}.turn{t}.prompts.jsonl"
-        if rank == 0:
-            rows = []
-            for question, own in zip(questions, answers):
-                heat = TEMPERATURE.get(question["category"], 0.7)
-                rows.append({"id": f"{question['question_id']} turn {t}", "temperature": heat,
-                             "prompt": conversation(question, own)})
-            write_rows(prompts, rows)
-        if world > 1:
-            dist.barrier()
-        # A first turn is as long as its question; a second's length is known to nobody before.
-        rows = respond(path, prompts, prompts.replace(".prompts", ""), args, rank, world, device,
-                       n=1, fit=t == 2)
-        for own, row in zip(answers, rows):
-            own.append(row["responses"][0])
-            for label, key in CUTS.items():
-                cuts[label] += key in row
+def read_solutions(folder: str) -> dict[str, list[str]]:
+    """question_id → reference answers to both turns, for the questions that have some."""
+    path = f"{folder}/reference_answer/gpt-4.jsonl"
+    if not os.path.isfile(path):
+        path = f"{folder}/reference_gpt-4.jsonl"
+    solutions = {}
+    for key, row in read_by_key(path, "question_id").items():
+        try:
+            solutions[key] = row["choices"][0]["turns"]
+        except (LookupError, TypeError):
+            solutions[key] = None
+        if not are_two_texts(solutions[key]):
+            fail(f"{path}: question {key}: needs choices whose first has two turns")
+    return solutions
+
+
+# ----------------------------------------------------------------------------------------- answers
+
+
+def prompt_rows(questions: dict[str, dict], answers: dict[str, list[str]]) -> list[dict]:
+    """Prompt rows of the turn that follows the answers given. Its number stands in the id, which
+    decides what is sampled."""
+    rows = []
+    for key, question in questions.items():
+        prompt = []
+        for asked, answer in zip(question["turns"], answers[key]):
+            prompt.append({"role": "user", "content": asked})
+            prompt.append({"role": "assistant", "content": answer})
+        turn = len(answers[key])
+        prompt.append({"role": "user", "content": question["turns"][turn]})
+        rows.append({"id": f"{key} turn {turn + 1}", "prompt": prompt,
+                     "temperature": TEMPERATURE.get(question["category"], 0.7)})
+    return rows
+
+
+def read_answers(questions: dict[str, dict], paths: list[str]) -> tuple[dict, dict[str, int]]:
+    """(question_id → its answers, turn by turn; how many prompts and answers the context cut)."""
+    answers: dict[str, list[str]] = {key: [] for key in questions}
+    cuts = {"prompts cut": 0, "answers cut": 0}
+    for path in paths:
+        rows = {row["id"]: row for row in read_rows(path, "responses")}
+        for key, expected in zip(questions, prompt_rows(questions, answers)):
+            row = rows.get(expected["id"])
+            if row is None or row["prompt"] != expected["prompt"] or len(row["responses"]) != 1:
+                fail(f"{path}: needs one answer (generate.py -n 1) to {expected['id']!r}, asked as "
+                     "the step before wrote it")
+            answers[key].append(row["responses"][0])
+            cuts["prompts cut"] += "prompt_cut" in row
+            cuts["answers cut"] += "answer_cut" in row
     return answers, cuts
 
 
-def mt_bench(args, models: dict[str, str], rank: int, world: int, device) -> dict[str, dict]:
-    """Two-turn answers and their ratings, name → scores. Answers and judgements are left in
-    FastChat's format in OUT/mt_bench."""
-    questions, templates, solved, templates_path = read_folder(Path(args.mt_bench))
-    results = {}
-    for name, path in models.items():
-        answers, cuts = two_turns(args, name, path, questions, rank, world, device)
-        cases = []  # (question, turn, name of the judge's prompt, chat with the judge)
-        for question, own in zip(questions, answers):
-            known = solved.get(question["question_id"], [])
-            fields = {"question": question["turns"][0], "answer": own[0]}
-            for key, both in (("question", question["turns"]), ("answer", own),
-                              ("ref_answer", known)):
-                fields |= {f"{key}_{k}": text for k, text in enumerate(both, 1)}
-            for t, suffix in ((1, ""), (2, "-multi-turn")):
-                kind = f"single{'-math' if known else ''}-v1{suffix}"
-                try:
-                    asked = templates[kind]["prompt_template"].format(**fields)
-                    order = templates[kind]["system_prompt"]
-                except (KeyError, IndexError, ValueError) as error:
-                    fail(f"{templates_path}: the prompt {kind} is missing, or asks for what there "
-                         f"is not: {error}")
-                cases.append((question, t, kind, [{"role": "system", "content": order},
-                                                  {"role": "user", "content": asked}]))
-        room = max(RATING_TOKENS, args.judge_tokens)
-        verdicts = chat(args, [messages for *_, messages in cases], room, rank, world, device)
-        ratings = [{"category": question["category"], "turn": t, "score": parse_rating(text)}
-                   for (question, t, _, _), text in zip(cases, verdicts)]
-        results[name] = {**mt_bench_scores(ratings), **cuts}
-        if rank == 0:
-            write_answers(args, name, questions, answers)
-            write_judgements(args, name, cases, verdicts, ratings)
-    return results
+def answer_rows(name: str, answers: dict[str, list[str]]) -> list[dict]:
+    """Answers in FastChat's format."""
+    return [{"question_id": int(key) if key.isdigit() else key, "answer_id": f"{name}-{key}",
+             "model_id": name, "choices": [{"index": 0, "turns": turns}]}
+            for key, turns in answers.items()]
 
 
-def write_answers(args, name: str, questions: list[dict], answers: list[list[str]]) -> None:
-    rows = []
-    for question, own in zip(questions, answers):
-        number = question["question_id"]
-        rows.append({"question_id": number, "answer_id": f"{name}-{number}", "model_id": name,
-                     "choices": [{"index": 0, "turns": own}]})
-    write_rows(f"{args.out}/mt_bench/model_answer/{name}.jsonl", rows)
+# -------------------------------------------------------------------------------------- judgements
 
 
-def write_judgements(args, name: str, cases: list, verdicts: list[str],
-                     ratings: list[dict]) -> None:
-    rows = []
-    for (question, t, kind, messages), text, rating in zip(cases, verdicts, ratings):
-        rated = not math.isnan(rating["score"])
-        rows.append({"question_id": question["question_id"], "model": name,
-                     "judge": [args.judge_model, kind], "user_prompt": messages[1]["content"],
-                     "judgment": text, "score": rating["score"] if rated else -1, "turn": t})
-    write_rows(f"{args.out}/mt_bench/model_judgment/{name}.jsonl", rows)
+def judge(args, questions: dict[str, dict], answers: dict[str, list[str]]) -> list[dict]:
+    """Judgements in FastChat's format, with the category: every turn graded by itself."""
+    path = f"{args.folder}/judge_prompts.jsonl"
+    templates = read_by_key(path, "name")
+    solutions = read_solutions(args.folder)
+    rows, chats = [], []
+    for key, question in questions.items():
+        solution = solutions.get(key, [])
+        fields = {"question": question["turns"][0], "answer": answers[key][0]}
+        for field, turns in (("question", question["turns"]), ("answer", answers[key]),
+                             ("ref_answer", solution)):
+            fields |= {f"{field}_{t}": text for t, text in enumerate(turns, 1)}
+        for t, suffix in ((1, ""), (2, "-multi-turn")):
+            kind = f"single{'-math' if solution else ''}-v1{suffix}"
+            try:
+                order = templates[kind]["system_prompt"]
+                asked = templates[kind]["prompt_template"].format(**fields)
+            except (LookupError, ValueError, AttributeError) as error:
+                fail(f"{path}: the prompt {kind} is missing, or asks for what there is not: "
+                     f"{error}")
+            chats.append([{"role": "system", "content": order}, {"role": "user", "content": asked}])
+            rows.append({"question_id": question["question_id"], "category": question["category"],
+                         "model": Path(args.out).stem, "judge": [args.judge_model, kind],
+                         "user_prompt": asked, "turn": t})
+    for row, text in zip(rows, chat(args, chats, 0, 1)):
+        rating = parse_rating(text)
+        row |= {"judgment": text, "score": -1 if math.isnan(rating) else rating}
+    return rows
+
+
+def mean_scores(judgements: list[dict]) -> dict[str, float]:
+    """Mean ratings by category, by turn and of all; a score of −1 is none, counted as unrated."""
+    ratings: dict[str, list[float]] = {}
+    for row in judgements:
+        for group in (row["category"], f"turn {row['turn']}", "average"):
+            ratings.setdefault(group, [])
+            if row["score"] != -1:
+                ratings[group].append(row["score"])
+    unrated = len(judgements) - len(ratings["average"])
+    means = {group: sum(scores) / len(scores) if scores else math.nan
+             for group, scores in ratings.items()}
+    return {**means, "unrated": unrated}
+
+
+def main(args: argparse.Namespace, settings: dict) -> None:
+    questions = read_questions(args.folder)
+    answers, cuts = read_answers(questions, list(args.answers.values()))
+    name = Path(args.out).stem
+    scores = {}
+    if len(args.answers) < 2:
+        rows = prompt_rows(questions, answers)
+    elif not args.judge_model:
+        rows = answer_rows(name, answers)
+    else:
+        rows = judge(args, questions, answers)
+        scores = mean_scores(rows) | cuts
+    publish(args.out, settings, {"rows": len(rows), "scores": scores},
+            lambda tmp: write_rows(tmp, rows), {"folder": args.folder, **args.answers})
+    print(f"mt_bench: {len(rows)} rows → {args.out}")
+    if scores:
+        print("\n" + markdown(["MT-Bench", name], [list(item) for item in scores.items()]))
+
+
+if __name__ == "__main__":
+    run_stage(main, args, settings)

@@ -1,10 +1,27 @@
-"""The report of a run: tables, plots and answers side by side, on one page that can be read without
-the code."""
+"""The report of a run: sentences, tables, a picture and answers side by side, on one page that can
+be read without the code. Needs no torch."""
 import math
 
 import numpy as np
 
+from core.stage import about
+from judges.history import command_of, history
+
 SIDE_BY_SIDE = 3  # prompts shown from the top, and as many of the last policy's worst
+# A mean loss beyond this has diverged: where nothing is learnt DPO's is 0.69, and the worst case's
+# at most 1 + log K, 2.8 for K = 6.
+DIVERGED = 10.0
+
+COLUMNS = """Win rate: how often the judge prefers the policy's answer to the first policy's, \
+ties ½, with a 95 % bootstrap interval over prompts (at 0 and 1 an exact one); p: the paired test \
+of that win rate against the line above (the first: against ½); at equal length: the win rate by a \
+regression on lengths that is symmetric in the two policies; ± one standard error over prompts. \
+Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows (pip install \
+textblob); nothing was trained on it, so that where the gold score rises and it does not, a policy \
+pleases the gold judge alone. Ended: share of the answers that ended before the length limit, ✂ \
+marks one that did not; openings: distinct first three words, as a share of the answers."""
+
+# ------------------------------------------------------------------------------------------ tables
 
 
 def cell(value) -> str:
@@ -28,211 +45,106 @@ def p_value(p: float | None) -> str | None:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def rate(value: float | None, error: float, interval: list[float] | None, digits: int = 3,
-         scale: float = 1.0) -> str | None:
-    """value ± error, or value [interval] where there is one; all divided by `scale`."""
-    if value is None or math.isnan(value):
-        return None
-    text = f"{value / scale:.{digits}f}"
-    if interval:
-        low, high = interval
-        if math.isnan(low):  # of one prompt there is none
-            return text
-        return f"{text} [{low / scale:.{digits}f}, {high / scale:.{digits}f}]"
-    return f"{text} ± {error / scale:.{digits}f}"
-
-
-def leaderboard_table(scores: dict[str, dict], difficulty: bool) -> str:
-    """AlpacaEval's scores of every model, in percent."""
-    rows = []
-    for name, s in scores.items():
-        counts = [s[key] for key in ("n_wins", "n_wins_base", "n_draws", "n_missing", "avg_length")]
-        controlled = rate(s["length_controlled_winrate"], s["lc_standard_error"],
-                          s.get("lc_interval"), 2)
-        win = rate(s["win_rate"], s["standard_error"], s.get("interval"), 2)
-        rows.append([name, controlled, win, *counts])
-    table = markdown(["model", "length-controlled win rate", "win rate", "wins", "losses", "draws",
-                      "missing", "characters"], rows)
-    notes = []
-    if not difficulty:
-        notes.append("Without --instruction-difficulty the length-controlled rate is not the "
-                     "published one: its regression knows lengths alone and is symmetric in the "
-                     "two models, and its ± is a bootstrap's over prompts.")
-    if any("interval" in s or "lc_interval" in s for s in scores.values()):
-        notes.append("[low, high]: at 0 and 100 an exact 95 % interval over prompts.")
-    return "\n\n".join([table, *notes])
+def with_error(p: dict, key: str) -> str:
+    """value ± standard error."""
+    return f"{cell(p.get(key))} ± {cell(p[f'{key}_error'])}" if key in p else "–"
 
 
 def policy_table(policies: dict[str, dict]) -> str:
     """The measures of every policy, a line each."""
     rows = []
     for name, p in policies.items():
-        win = rate(p.get("win_rate"), math.nan, p.get("interval"))
-        controlled = rate(p.get("length_controlled_winrate"), p.get("lc_standard_error"),
-                          p.get("lc_interval"), scale=100)
-        score = rate(p.get("score"), p.get("score_error"), None)
-        rows.append([name, win, p_value(p.get("p")), controlled, p.get("ties"), score,
-                     round(p["characters"]), p.get("ended"), p.get("openings")])
-    return markdown(["policy", "win rate [95 %]", "p", "length-controlled", "ties", "gold score",
-                     "characters", "ended", "openings"], rows)
+        win = cell(p.get("win_rate"))
+        if "win_rate" in p:
+            win += " [{:.3f}, {:.3f}]".format(*p["interval"])
+        rows.append([name, win, p_value(p.get("p")), with_error(p, "length_controlled"),
+                     p.get("ties"), with_error(p, "score"), with_error(p, "second_score"),
+                     round(p["characters"]), p.get("ended"), p["openings"]])
+    return markdown(["policy", "win rate [95 %]", "p", "at equal length", "ties", "gold score",
+                     "second lexicon", "characters", "ended", "openings"], rows)
 
 
 def label_table(labels: dict[str, dict]) -> str:
     """How right the self-labels of every round are."""
     keys = ("pairs", "accuracy", "flagged", "wrong_among_flagged", "could_be_flagged", "wrong")
-    rows = [[name, *(quality.get(key) for key in keys)] for name, quality in labels.items()]
-    return markdown(["self-labels of", "pairs", "accuracy", "flagged", "flagged: wrong",
-                     "could be flagged", "of these wrong"], rows)
+    rows = [[name, *(quality[key] for key in keys)] for name, quality in labels.items()]
+    return markdown(["self-labels of", "pairs", "the judge agrees", "flagged as noise",
+                     "of these wrong", "could be flagged", "of these wrong"], rows)
 
 
-def mt_bench_table(results: dict[str, dict]) -> str:
-    """Mean ratings by category, a column a policy."""
-    rows = []
-    for key in next(iter(results.values())):
-        row = [key]
-        for means in results.values():
-            value = means.get(key)
-            shown = isinstance(value, float) and not math.isnan(value)
-            row.append(f"{value:.2f}" if shown else value)
-        rows.append(row)
-    return markdown(["MT-Bench", *results], rows)
+# --------------------------------------------------------------------------------------- sentences
 
 
-# -------------------------------------------------------------------------------------------- plots
+def spoken(name: str) -> str:
+    """A policy in a sentence: "round2" is round 2."""
+    number = name.removeprefix("round")
+    return f"round {number}" if name != number and number.isdigit() else name
 
 
-def plot(path: str, policies: dict, labels: dict, confidences: dict, logs: dict[str, list[dict]],
-         ratings: dict) -> None:
-    """Win rates and gold score, lengths, training loss, label quality, confidences before and
-    after, MT-Bench: a panel for each that there is something of."""
-    import matplotlib  # slow to import, and the report's alone
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    judged = {name: quality for name, quality in labels.items() if quality}
-    compared = any("win_rate" in p or "score" in p for p in policies.values())
-    count = sum(map(bool, (compared, policies, logs, judged, confidences, ratings)))
-    columns = min(3, max(1, count))
-    rows = max(1, math.ceil(count / columns))
-    figure = plt.figure(figsize=(4.7 * columns, 3.75 * rows), constrained_layout=True)
-    grid = figure.add_gridspec(rows, 6)  # a last line that is not full shares its width
-    axes = []
-    for k in range(count):
-        line, place = divmod(k, columns)
-        width = 6 // min(columns, count - line * columns)
-        axes.append(figure.add_subplot(grid[line, place * width:(place + 1) * width]))
-    free = iter(axes)
-    if compared:
-        plot_wins(next(free), policies)
-    if policies:
-        plot_lengths(next(free), policies)
-    if logs:
-        plot_losses(next(free), logs)
-    if judged:
-        plot_labels(next(free), judged)
-    if confidences:
-        plot_confidences(next(free), confidences)
-    if ratings:
-        plot_ratings(next(free), ratings)
-    for axis in axes:
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100, format="png")
-    plt.close(figure)
-
-
-def bar(p: dict, key: str, error: str, interval: str, scale: float) -> tuple[float, ...]:
-    """(value, length of its 95 % bar below, and above)."""
-    value = p[key] / scale
-    if interval in p:
-        low, high = p[interval]
-        return value, max(value - low / scale, 0.0), max(high / scale - value, 0.0)
-    return value, 1.96 * p[error] / scale, 1.96 * p[error] / scale
-
-
-def plot_wins(axis, policies: dict) -> None:
+def opening(policies: dict[str, dict], labels: dict[str, dict],
+            trainings: dict[str, tuple]) -> str:
+    """The run in sentences: the last policy against the first and the one before it, its scores,
+    how right the self-labels were, and what diverged."""
     names = list(policies)
-    kinds = (("win_rate", "win_rate_error", "interval", 1, "win rate"),
-             ("score", "score_error", None, 1, "mean gold score"),
-             ("length_controlled_winrate", "lc_standard_error", "lc_interval", 100,
-              "length-controlled win rate"))
-    for key, error, interval, scale, text in kinds:
-        known = [k for k, name in enumerate(names)
-                 if not math.isnan(policies[name].get(key, math.nan))]
-        if known:
-            bars = [bar(policies[names[k]], key, error, interval, scale) for k in known]
-            value, below, above = np.array(bars).T
-            axis.errorbar(known, value, [below, above], marker="o", capsize=3, label=text)
-    if any("win_rate" in p for p in policies.values()):
-        axis.axhline(0.5, color="gray", lw=0.8, ls=":", label=f"as good as {names[0]}")
-    axis.set(title=f"against {names[0]}, held-out prompts (bars: 95 %)", xticks=range(len(names)),
-             xticklabels=names)
+    first, before, last = names[0], names[-2:][0], names[-1]
+    p = policies[last]
+    clauses = []
+    if "win_rate" in p:
+        low, high = p["interval"]
+        clauses.append(f"is preferred to {spoken(first)} on {100 * p['win_rate']:.0f} % of the "
+                       f"prompts [{100 * low:.0f}, {100 * high:.0f}]")
+        if before != first:
+            equals = "< 0.001" if p["p"] < 0.001 else f"= {p['p']:.2g}"
+            clauses.append(f"against {spoken(before)} p {equals}")
+    else:
+        clauses.append(f"answers in {p['characters']:.0f} characters")
+    if "ended" in p:
+        clauses.append(f"{100 * p['ended']:.0f} % of its answers end")
+    sentences = [f"{spoken(last)} {'; '.join(clauses)}"]
+    for key, text in (("score", "gold score"), ("second_score", "score by a second lexicon")):
+        if key in p and last != first:
+            sentences.append(f"its mean {text} is {p[key]:.2f}, that of {spoken(first)} "
+                             f"{policies[first][key]:.2f}")
+    for name, quality in labels.items():
+        sentences.append(f"the judge agrees with {100 * quality['accuracy']:.0f} % of the "
+                         f"self-labels of {spoken(name)}")
+    for name, (_, record) in trainings.items():
+        if record.get("loss", 0.0) > DIVERGED:
+            sentences.append(f"the training of {spoken(name)} diverged: its last epoch has loss "
+                             f"{record['loss']:.3g} and accuracy {record['accuracy']:.2f}")
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
 
 
-def plot_lengths(axis, policies: dict) -> None:
-    axis.plot(list(policies), [p["characters"] for p in policies.values()], marker="o")
-    axis.set(title="length of the answers", ylabel="characters", ylim=(0, None))
+def notes(policies: dict, labels: dict) -> list[str]:
+    """What must be known of single policies and labels."""
+    lines = []
+    for name, p in policies.items():
+        if "order_disagreement" in p:
+            lines.append(f"`{name}`: the judge's two orders named different winners in "
+                         f"{p['order_disagreement']:.1%} of the comparisons.")
+        if p["special_inside"]:
+            lines.append(f"`{name}`: special tokens stand inside {p['special_inside']} answers; "
+                         "what is judged is their text without these.")
+    for name, measures in [*policies.items(), *labels.items()]:
+        if measures.get("no_verdict"):
+            lines.append(f"`{name}`: {measures['no_verdict']} answers of the judge held no verdict "
+                         "and count ½.")
+    return lines
 
 
-def plot_losses(axis, logs: dict[str, list[dict]]) -> None:
-    start = 0
-    for name, log in logs.items():
-        steps = np.arange(start, start + len(log)) + 1
-        axis.plot(steps, [row["loss"] for row in log], marker=".", label=name)
-        start += len(log)
-    whole_numbers(axis.xaxis)
-    axis.set(title="training loss", xlabel="step", ylabel="loss")
-
-
-def plot_labels(axis, judged: dict) -> None:
-    kinds = (("accuracy", "labels right"), ("wrong", "could be flagged: wrong"),
-             ("wrong_among_flagged", "flagged: wrong"))
-    for k, (key, text) in enumerate(kinds):
-        known = [(i, q[key]) for i, q in enumerate(judged.values()) if q[key] is not None]
-        if known:
-            places = [i + 0.27 * (k - 1) for i, _ in known]
-            axis.bar(places, [value for _, value in known], 0.25, label=text)
-    axis.axhline(0.5, color="gray", lw=0.8, ls=":")
-    axis.set(title="self-labels against the judge", xticks=range(len(judged)),
-             xticklabels=list(judged), xlim=(-0.5, len(judged) - 0.5), ylim=(0, 1.05))
-
-
-def plot_confidences(axis, confidences: dict) -> None:
-    every = [values for pair in confidences.values() for values in pair if values is not None]
-    low = 0.5 if min(values.min() for values in every) >= 0.5 else 0.0
-    bins = np.linspace(low, 1, 41)
-    for k, (name, (before, after)) in enumerate(confidences.items()):
-        for values, style, when in ((before, ":", "before"), (after, "-", "after")):
-            if values is not None:
-                axis.hist(values, bins=bins, histtype="step", ls=style, color=f"C{k}",
-                          label=f"{name}, {when}")
-    whole_numbers(axis.yaxis)
-    room = 0.02 * (1 - low)  # for the lines of the outermost bins
-    axis.set(title="confidence of a round's pairs, before and after it", xlabel="ξ = σ(margin)",
-             ylabel="pairs", xlim=(low - room, 1 + room))
-
-
-def plot_ratings(axis, ratings: dict) -> None:
-    other = ("turn 1", "turn 2", "average", "rated", "unrated", "prompts cut",
-             "answers cut")
-    for k, (name, means) in enumerate(ratings.items()):
-        keys = [key for key in means if key not in other]
-        places = np.arange(len(keys)) + 0.8 * k / len(ratings)
-        axis.barh(places, [means[key] for key in keys], 0.8 / len(ratings), label=name)
-        axis.set(title="MT-Bench", yticks=range(len(keys)), yticklabels=keys, xlim=(0, 10.2))
-
-
-def whole_numbers(axis) -> None:
-    """Ticks of a count."""
-    from matplotlib.ticker import MaxNLocator  # as slow to import as the rest of it
-    axis.set_major_locator(MaxNLocator(integer=True))
-
-
-# ------------------------------------------------------------------------------------------ answers
-
-
-def openings(texts: list[str]) -> float:
-    """Distinct first three words, as a share of the answers: low where a policy has one opening."""
-    return len({tuple(text.split()[:3]) for text in texts}) / len(texts)
+def came_about(stages: list[dict]) -> list[str]:
+    """Every stage with its settings and wall time, and its command."""
+    rows = []
+    for stage in stages:
+        made = stage["about"]
+        settings = [f"{key} {value}" for key, value in stage["settings"].items()
+                    if key not in made["inputs"] and value not in (None, False, "")]
+        rows.append([stage["out"], ", ".join(settings), round(made["seconds"]), made["processes"],
+                     made["commit"], made["machine"]])
+    rows.append(["all", None, sum(row[2] for row in rows), None, None, None])
+    commands = "\n".join(command_of(stage["about"]) for stage in stages)
+    table = markdown(["wrote", "settings", "seconds", "processes", "commit", "machine"], rows)
+    return [table, f"```\n{commands}\n```"]
 
 
 def side_by_side(answers: dict[str, list[dict]], prompts: list[int]) -> str:
@@ -247,3 +159,110 @@ def side_by_side(answers: dict[str, list[dict]], prompts: list[int]) -> str:
             lines.append(f"- **{name}**: {' '.join(rows[i]['responses'][0].split())}{cut}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def page(title: str, judge: str, answers: dict[str, list[dict]], policies: dict[str, dict],
+         labels: dict[str, dict], trainings: dict[str, tuple], inputs: dict[str, str]) -> str:
+    """report.md; `inputs` are the files that it is made of."""
+    rows = next(iter(answers.values()))
+    last = list(policies)[-1]
+    parts = [f"# Run `{title}`", opening(policies, labels, trainings), policy_table(policies),
+             *([label_table(labels)] if labels else []),
+             "![win rates, scores, lengths, training, labels](report.png)",
+             f"{len(rows)} held-out prompts × {len(rows[0]['responses'])} samples, judge: {judge}.",
+             COLUMNS, *notes(policies, labels), "## Responses side by side",
+             side_by_side(answers, list(range(len(rows)))[:SIDE_BY_SIDE])]
+    if worst := policies[last].get("worst"):
+        parts += [f"## The prompts where `{last}` does worst by the judge",
+                  side_by_side(answers, worst[:SIDE_BY_SIDE])]
+    this = {"out": "this report", "settings": {}, "about": about(inputs)}
+    stages = [*history(list(inputs.values())), this]
+    return "\n\n".join([*parts, "## How it came about", *came_about(stages)]) + "\n"
+
+
+# ----------------------------------------------------------------------------------------- picture
+
+
+def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
+         trainings: dict[str, tuple]) -> None:
+    """Lengths, win rates, scores, training, label quality: a panel for each that there is something
+    of."""
+    import matplotlib  # slow to import, and the report's alone
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    logs = {name: log for name, (log, _) in trainings.items() if log}
+    kinds = {"wins": any("win_rate" in p for p in policies.values()),
+             "scores": any("score" in p for p in policies.values()),
+             "lengths": True, "training": bool(logs), "labels": bool(labels)}
+    shown = [kind for kind, there in kinds.items() if there]
+    columns = min(3, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure = plt.figure(figsize=(4.7 * columns, 3.75 * lines), constrained_layout=True)
+    for place, kind in enumerate(shown, 1):
+        axis = figure.add_subplot(lines, columns, place)
+        if kind == "wins":
+            first = next(iter(policies))
+            plot_measures(axis, policies, {"win_rate": "win rate",
+                                           "length_controlled": "at equal length"})
+            axis.axhline(0.5, color="gray", lw=0.8, ls=":", label=f"as good as {first}")
+            axis.set(title=f"preferred to {first}, held-out prompts", ylim=(0, 1))
+        elif kind == "scores":
+            plot_measures(axis, policies, {"score": "gold score", "second_score": "second lexicon"})
+            axis.set(title="scores of the answers")
+        elif kind == "lengths":
+            plot_measures(axis, policies, {"characters": "characters"})
+            longest = max(p["characters"] for p in policies.values())
+            axis.set(title="length of the answers", ylim=(0, 1.2 * longest + 1))
+        elif kind == "training":
+            plot_training(axis, logs, [record["settings"] for _, record in trainings.values()
+                                       if record])
+        else:
+            plot_labels(axis, labels)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100, format="png")
+    plt.close(figure)
+
+
+def plot_measures(axis, policies: dict, kinds: dict[str, str]) -> None:
+    """Measures of the policies that have them, with 95 % bars where their errors are known."""
+    names = list(policies)
+    for key, text in kinds.items():
+        known = [k for k, name in enumerate(names) if key in policies[name]]
+        if known:
+            bars = [bar_of(policies[names[k]], key) for k in known]
+            value, low, high = np.array(bars).T
+            axis.errorbar(known, value, [value - low, high - value], marker="o", capsize=3,
+                          clip_on=False, label=text)
+    axis.set(xticks=range(len(names)), xticklabels=names, ylabel="mean, bars: 95 %")
+    axis.margins(x=0.1, y=0.1)
+
+
+def bar_of(p: dict, key: str) -> tuple[float, float, float]:
+    """(a measure, the ends of its 95 % interval)."""
+    if key == "win_rate":
+        return p[key], *p["interval"]
+    error = np.nan_to_num(p.get(f"{key}_error", 0.0))
+    return p[key], p[key] - 1.96 * error, p[key] + 1.96 * error
+
+
+def plot_training(axis, logs: dict[str, list[dict]], settings: list[dict]) -> None:
+    """The loss; where it is anchored at π_init, and so rises by construction, the accuracy."""
+    key = "accuracy" if any(s.get("anchor") == "init" for s in settings) else "loss"
+    start = 1
+    for name, log in logs.items():
+        axis.plot(range(start, start + len(log)), [step[key] for step in log], ".-",
+                  clip_on=False, label=name)
+        start += len(log)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(title=f"training {key}", xlabel="step")
+
+
+def plot_labels(axis, labels: dict) -> None:
+    kinds = {"accuracy": "the judge agrees", "wrong": "wrong, of all that could be flagged",
+             "wrong_among_flagged": "wrong, of those flagged as noise"}
+    for k, (key, text) in enumerate(kinds.items()):
+        places = np.arange(len(labels)) + 0.27 * (k - 1)
+        axis.bar(places, [quality[key] or 0.0 for quality in labels.values()], 0.25, label=text)
+    axis.axhline(0.5, color="gray", lw=0.8, ls=":")
+    axis.set(title="a round's self-labels", ylabel="share of the pairs", xticks=range(len(labels)),
+             xticklabels=list(labels), ylim=(0, 1.4))

@@ -1,141 +1,111 @@
-"""What a stage remembers of its inputs, and what makes it work again."""
+"""What a stage remembers of its inputs, what makes it work again, and how it publishes."""
 
 import argparse
-import importlib
+import gzip
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
 
-import huggingface_hub
 import pytest
-from conftest import ROOT, dump, gold_rows, gpus_for, run, warm_python
+from conftest import ROOT, gpus_for, warm_python
 
 from core import rows, stage
-from core.models import check_path
 from judges.flags import JUDGES
 from judges.judge import RANKERS, SCORERS
 
+STAGE = """
+import argparse, os, signal, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from core.stage import *
+
+def flags():
+    cli = parser("A stage.")
+    cli.add_argument("--pairs")
+    cli.add_argument("--out", type=os.path.normpath)
+    cli.add_argument("--lr", type=float, default=1.0)
+    cli.add_argument("--writes", type=int, default=0)
+    cli.add_argument("--busy", type=float, default=0)
+    args = cli.parse_args()
+    settings = settings_of(args, "pairs")
+    del settings["writes"], settings["busy"]
+    exit_if_complete(args.out, settings)
+    exit_if_looking(args.out, writes=args.writes)
+    return args, settings
+
+def main(args, settings):
+    print("working", flush=True)
+    time.sleep(args.busy)
+    publish(args.out, settings, {{}}, lambda tmp: Path(tmp).write_text(str(args.lr)) and None)
+
+if __name__ == "__main__":
+    run_stage(main, *flags())
+"""
+
 
 @pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "weights").write_bytes(b"abc")
-    (folder / "deep/config").write_bytes(b"def")
-    return folder
+def program(tmp_path) -> str:
+    """A stage that writes one file from one."""
+    path = tmp_path / "stage.py"
+    path.write_text(STAGE.format(root=str(ROOT)))
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    return str(path)
 
 
-def test_a_copy_or_a_touch_is_the_same_content(model, tmp_path):
-    digest = stage.fingerprint(str(model))
-    shutil.copytree(model, tmp_path / "copy")
-    os.utime(model / "weights", (1, 1))
-    (model / "log.jsonl").write_text("times")
-    (model / ".cache").mkdir()  # what a download leaves
-    (model / ".cache/weights.metadata").write_text("times")
-    assert stage.fingerprint(str(model)) == stage.fingerprint(f"{tmp_path / 'copy'}/") == digest
-    (tmp_path / "copy/weights").write_bytes(b"abd")
-    assert stage.fingerprint(str(tmp_path / "copy")) != digest
-    (model / "weights").rename(model / "weight")
-    assert stage.fingerprint(str(model)) != digest
-
-
-def test_a_digest_is_computed_once(model, monkeypatch):
-    digest = stage.fingerprint(str(model))
-    kept = model.parent / "model.digest.json"
-    assert json.loads(kept.read_text())["digest"] == digest
-    monkeypatch.setattr(stage, "digest_of", None)  # nobody may read the files again
-    assert stage.fingerprint(str(model)) == digest
-
-
-def test_a_broken_digest_is_computed_again_and_kept_elsewhere(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    digest = stage.fingerprint(str(model))
-    kept = model.parent / "model.digest.json"
-    kept.write_text("{")
-    assert stage.fingerprint(str(model)) == digest
-    assert not (tmp_path / "cache").exists()
-    kept.unlink()
-    kept.mkdir()  # no file can be put there
-    assert stage.fingerprint(str(model)) == digest
-    assert not list(tmp_path.glob("*.tmp"))
-    monkeypatch.setattr(stage, "digest_of", None)  # nobody may read the files again
-    assert stage.fingerprint(str(model)) == digest
-
-
-def test_a_hub_id_is_its_commit(tmp_path, monkeypatch):
-    """As the cache knows it, without asking the hub."""
-    digests = set()
-    for commit in ("abc", "abd", "abc"):
-        config = f"/cache/models--some--model/snapshots/{commit}/config.json"
-        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: config)
-        digests.add(stage.fingerprint("some/model"))
-    assert len(digests) == 2
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", None)  # for hub ids alone
-    assert stage.fingerprint("gpt-4o") != stage.fingerprint("./some/model")
-
-
-def test_an_unreachable_hub_is_one_line_in_seconds(tmp_path, monkeypatch, capfd):
-    """Port 9 refuses; left alone, transformers asks it 18 times, with pauses, in 100 seconds."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    stage.hub_trouble.cache_clear()
-    pairs = dump(tmp_path / "pairs.jsonl", gold_rows(1))
-    for slow in ("datasets", "seed_dpo", "data.prepare"):
-        importlib.import_module(slow)
-    started = time.monotonic()
-    for name, command in {
-        "no-such/model": ["seed_dpo.py", "--pairs", pairs, "--model"],
-        "no-such/data": ["data/prepare.py", "--data"],
-    }.items():
-        done = run(*command, name, "--out", tmp_path / "out")
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {name}: ")
-        assert done.stderr.count("\n") == 1
-        for word in ("http://127.0.0.1:9", "Connection refused", "HF_ENDPOINT", "local path"):
-            assert word in done.stderr
-    assert time.monotonic() - started < 5 and not any(capfd.readouterr())
-    # What was downloaded before goes on, without asking again.
-    assert huggingface_hub.is_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "1"
-    cached = "/cache/models--some--model/snapshots/abc/config.json"
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: cached)
-    check_path("some/model")
-    stage.hub_trouble.cache_clear()
-
-
-def test_memory_decides_no_output(tmp_path):
-    args = argparse.Namespace(
-        lr=1.0, out="o", micro_tokens=1, shard=False, gradient_checkpointing=False, save_every=1.0
+def start(*command, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment},
     )
-    settings = stage.settings_of(args)
-    assert settings == {"lr": 1.0}
-    out = tmp_path / "out"
-    stage.publish(
-        str(out),
-        settings | {"micro_tokens": 5},
-        {},
-        lambda tmp: out.with_suffix(".tmp").write_text("x") and None,
-    )
-    assert stage.is_done(str(out), settings) and not stage.is_done(str(out), settings | {"lr": 2.0})
 
 
-def test_a_complete_stage_is_never_replaced_unasked(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    assert not stage.is_done(str(out), {"lr": 1.0})  # nothing there yet
-    stage.publish(
-        str(out), {"lr": 1.0}, {}, lambda tmp: out.with_suffix(".tmp").write_text("x") and None
-    )
-    assert stage.is_done(str(out), {"lr": 1.0})
-    monkeypatch.delenv("REDO", raising=False)
-    with pytest.raises(SystemExit) as stop:
-        stage.is_done(str(out), {"lr": 2.0})
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1 and "lr 1.0 → 2.0" in error
-    monkeypatch.setenv("REDO", "yes")
-    assert not stage.is_done(str(out), {"lr": 2.0}) and out.read_text() == "x"
+def publish(out, settings=None, text="new", beside=None, folder=False) -> None:
+    def write(tmp):
+        if folder:
+            os.mkdir(tmp)
+            (Path(tmp) / "weights").write_text(text)
+        else:
+            Path(tmp).write_text(text)
+        for name in beside or ():
+            Path(tmp).with_name(name).write_text(text)
+
+    stage.publish(str(out), settings or {}, {}, write)
+
+
+def ends(capsys, out, settings=None, *beside) -> tuple[int | None, str]:
+    """Status and text of exit_if_complete; the status is None where there is work."""
+    try:
+        stage.exit_if_complete(str(out), settings or {}, *beside)
+        status = None
+    except SystemExit as end:
+        status = end.code
+    text = capsys.readouterr()
+    assert status != 2 or text.err.count("\n") == 1
+    return status, text.out + text.err
+
+
+def listing(folder) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*"))
+
+
+# ------------------------------------------------------------------------------------ settings
+
+
+def test_what_decides_no_output_is_no_setting():
+    """Places and memory."""
+    places = {"out": "o", "plot": "p", "gradient_checkpointing": False}
+    memory = {"micro_tokens": 1, "sample_tokens": 1, "shard": False, "save_every": 1.0}
+    assert stage.settings_of(argparse.Namespace(lr=1.0, **places, **memory)) == {"lr": 1.0}
 
 
 def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):
@@ -160,6 +130,243 @@ def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):
     stats = json.loads((tmp_path / "out.stats.json").read_text())
     assert stats["about"]["inputs"] == {"pairs": str(pairs)} and stats["settings"] == settings
     assert stats["about"]["machine"].endswith(" cores, a card")
+
+
+# ------------------------------------------------------------------------- whether there is work
+
+
+def test_a_complete_stage_is_never_replaced_unasked(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("REDO", raising=False)
+    out = tmp_path / "out"
+    assert ends(capsys, out, {"lr": 1.0})[0] is None  # nothing there yet
+    publish(out, {"lr": 1.0})
+    status, text = ends(capsys, out, {"lr": 1.0})
+    assert status == 0 and "complete, skipped" in text
+    status, text = ends(capsys, out, {"lr": 2.0})
+    assert status == 2 and "lr 1.0 → 2.0" in text and "REDO=yes" in text
+    monkeypatch.setenv("REDO", "yes")
+    assert ends(capsys, out, {"lr": 2.0})[0] is None and out.read_text() == "new"
+
+
+@pytest.mark.parametrize("harm", ["truncated", "emptied", "picture"])
+def test_a_damaged_output_is_not_complete(tmp_path, monkeypatch, capsys, harm):
+    monkeypatch.delenv("REDO", raising=False)
+    out = tmp_path / "out"
+    publish(out, folder=harm == "emptied", beside=["report.png"])
+    if harm == "truncated":
+        out.write_text("n")
+    elif harm == "emptied":
+        (out / "weights").rename(out / "else")
+    else:
+        (tmp_path / "report.png").unlink()
+    wrong = {"truncated": "out 3 bytes → 1", "emptied": "weights 3 bytes → missing"}
+    status, text = ends(capsys, out)
+    assert status == 2 and wrong.get(harm, "report.png 3 bytes → missing") in text
+    monkeypatch.setenv("REDO", "yes")
+    assert ends(capsys, out)[0] is None
+    publish(out, folder=harm == "emptied", beside=["report.png"])
+    assert ends(capsys, out)[0] == 0
+
+
+@pytest.mark.parametrize("stats", [None, "", "[]", '{"settings": null}'])
+def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, stats):
+    """Nor is anything written beside it, whatever temporary names of ours lie there."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "raw.jsonl").write_text("{}\n")
+    (tmp_path / "data.stats.json.tmp").write_text('{"settings": {}}')
+    if stats is not None:
+        (tmp_path / "data.stats.json").write_text(stats)
+    before = listing(tmp_path)
+    status, text = ends(capsys, data)
+    assert status == 2 and "not replaced" in text
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["out.unfinished", "out.unfinished/mine", "out.stats.json",
+                                  "report.png"])
+def test_names_of_ours_that_somebody_else_has_used_are_refused(tmp_path, capsys, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    status, text = ends(capsys, tmp_path / "out", {}, "report.png")
+    assert status == 2 and "not replaced" in text and file.read_text() == "mine"
+
+
+def test_a_stage_that_only_looks_says_whether_it_has_work(tmp_path, program):
+    out = tmp_path / "run" / "worst.jsonl"
+    pairs = tmp_path / "pairs.jsonl"
+    command = [program, "--pairs", pairs, "--out", out]
+
+    def look(*more, **environment):
+        before = listing(tmp_path)
+        done = start(*command, *more, LOOK="yes", REDO=environment.pop("REDO", "no"), **environment)
+        assert listing(tmp_path) == before and "Traceback" not in done.stderr
+        return done
+
+    seen = look("--writes", 5)
+    assert (seen.returncode, seen.stdout) == (stage.WORK, f"to do\t{out}\t5\n")
+    assert start(*command).returncode == 0 and out.exists()
+    seen = look()
+    assert (seen.returncode, seen.stdout) == (0, f"complete\t{out}\t3\n")
+    seen = look(PROMISED=f"{tmp_path}\t7\n")
+    assert (seen.returncode, seen.stdout) == (stage.WORK, f"follows\t{out}\t3\n")
+    seen = look("--lr", 2)
+    assert (seen.returncode, seen.stdout) == (2, f"changed\t{out}\t3\n")
+    assert "lr 1.0 → 2.0" in seen.stderr
+    seen = look("--lr", 2, "--writes", 5, REDO="yes")
+    assert (seen.returncode, seen.stdout, seen.stderr) == (stage.WORK, f"changed\t{out}\t5\n", "")
+    # An input that is to come is no mistake, another missing one is.
+    pairs.unlink()
+    assert look(PROMISED=f"{pairs}\t7").returncode == stage.WORK
+    seen = look()
+    assert seen.returncode == 2 and seen.stderr == f"error: {pairs}: no such file or folder\n"
+
+
+def test_room_on_the_disk_is_looked_at_with_what_comes_before(tmp_path, program):
+    free = shutil.disk_usage(tmp_path).free
+    command = [program, "--out", tmp_path / "out", "--writes", free // 2]
+    there = f"{tmp_path / 'pairs.jsonl'}\t{free}\n"
+    assert start(*command, LOOK="yes", PROMISED=there).returncode == stage.WORK
+    done = start(*command, LOOK="yes", PROMISED=f"{there}{tmp_path / 'seed'}\t{free * 3}\n")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    needed = float(re.search(r"needs (\S+) GB", done.stderr)[1])
+    assert needed == pytest.approx(3.5 * free / 1e9, rel=0.01) and "make room" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "out, words",
+    [
+        ("pairs.jsonl/seed", "pairs.jsonl is no folder"),
+        ("new/rows.jsonl.gz", "unpacked"),
+        (".", "name of its own"),
+        ("new/" + 250 * "x", "too long"),
+        ("new/" + os.fsdecode(b"\xff"), "surrogates not allowed"),
+    ],
+)
+def test_a_place_that_takes_no_output_is_refused_before_any_work(tmp_path, program, out, words):
+    before = listing(tmp_path)
+    for look in ("yes", "no"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        cwd = tmp_path / "empty" if out == "." else tmp_path
+        done = start(program, "--out", out, cwd=cwd, LOOK=look)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+        (tmp_path / "empty").rmdir()
+    assert listing(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------- publishing
+
+
+CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.move"}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_kill_at_any_step_of_publishing_loses_nothing(tmp_path, monkeypatch, capsys, folder):
+    """SIGKILL before each call that may change the disk: the old output stands, or the next start
+    has the new one in its place, each with the picture beside it."""
+    monkeypatch.delenv("REDO", raising=False)
+    outcomes = []
+    finished = False
+    while not finished:
+        place = tmp_path / str(len(outcomes))
+        place.mkdir()
+        out = place / "out"
+        publish(out, {"lr": 1}, "old", ["report.png"], folder)
+        (place / "out.checkpoint").touch()
+        if not (pid := os.fork()):
+            steps = iter(range(len(outcomes)))
+
+            def kill(event, given, steps=steps):
+                if event in CHANGES and next(steps, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(kill)
+            publish(out, {"lr": 2}, "new", ["report.png"], folder)
+            os.kill(os.getpid(), signal.SIGTERM)
+        finished = os.waitpid(pid, 0)[1] == signal.SIGTERM
+        status, text = ends(capsys, out, {"lr": 2})
+        if status:
+            assert "lr 1 → 2" in text and ends(capsys, out, {"lr": 1})[0] == 0
+        content = (out / "weights" if folder else out).read_text()
+        assert content == (place / "report.png").read_text() == ("old" if status else "new")
+        assert (place / "out.checkpoint").exists() == bool(status)
+        outcomes.append(status)
+        left = {"out", "out.stats.json", "report.png", "out.checkpoint", "out/weights"}
+        assert set(listing(place)) <= left
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert outcomes.count(2) > 5 and outcomes.count(0) > 5
+
+
+def test_what_cannot_be_put_in_place_stays_and_is_put_there_later(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    publish(out, {"lr": 1}, "old", folder=True)
+    real = os.replace
+
+    def refuse(source, target):
+        if target == str(out):
+            raise OSError(39, "Directory not empty", target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(SystemExit) as end:
+        publish(out, {"lr": 2}, "new", folder=True)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert "Directory not empty" in error and str(tmp_path / "out.unfinished") in error
+    stage.release()
+    monkeypatch.undo()
+    monkeypatch.setenv("LOOK", "yes")
+    assert ends(capsys, out, {"lr": 2})[0] == stage.WORK
+    monkeypatch.setenv("LOOK", "no")
+    assert ends(capsys, out, {"lr": 2})[0] == 0
+    assert listing(tmp_path) == ["out", "out.stats.json", "out/weights"]
+    assert (out / "weights").read_text() == "new"
+
+
+def test_a_link_stays_one_and_a_slash_changes_nothing(tmp_path, program):
+    big = tmp_path / "big"
+    big.mkdir()
+    (tmp_path / "out").symlink_to(big / "rows")
+    command = [program, "--pairs", tmp_path / "pairs.jsonl"]
+    assert start(*command, "--out", tmp_path / "out").returncode == 0
+    assert (tmp_path / "out").is_symlink() and listing(big) == ["rows"]
+    done = start(*command, "--out", f"{tmp_path / 'out'}/")
+    assert done.returncode == 0 and "complete, skipped" in done.stdout
+    done = start(*command, "--out", tmp_path / "out", "--lr", 2, REDO="yes")
+    assert done.returncode == 0 and (big / "rows").read_text() == "2.0"
+    assert (tmp_path / "out").is_symlink() and listing(big) == ["rows"]
+
+
+def test_two_programs_never_write_one_output(tmp_path, program):
+    out = tmp_path / "out"
+    command = [sys.executable, program, "--out", out]
+    first = subprocess.Popen([*command, "--busy", "60"], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "working\n"
+    second = start(*command[1:])
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert "another program is writing it" in second.stderr
+    assert start(*command[1:], LOOK="yes").returncode == stage.WORK
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    assert start(*command[1:]).returncode == 0
+    assert listing(tmp_path) == ["out", "out.stats.json", "pairs.jsonl", "stage.py"]
+
+
+def test_who_finds_the_output_written_since_the_look_does_no_work(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert ends(capsys, out)[0] is None
+    other = ("import sys, core.stage; "
+             "core.stage.publish(sys.argv[1], {}, {}, lambda t: open(t, 'w'))")
+    assert start("-c", other, out).returncode == 0
+    with pytest.raises(SystemExit) as end:
+        stage.run_stage(lambda *given: publish(out), None, None)
+    assert end.value.code == 2 and "has just written it" in capsys.readouterr().err
+    assert out.read_text() == ""
+
+
+# ------------------------------------------------------------------------------------- running
 
 
 def test_no_process_leaves_before_process_0_has_published(tmp_path):
@@ -193,6 +400,42 @@ def test_no_process_leaves_before_process_0_has_published(tmp_path):
     assert both[0].wait(60) == 0
 
 
+def test_a_terminal_that_is_not_utf_8_ends_no_stage(tmp_path, program):
+    """Nor does a C locale, with an output whose name is not ASCII."""
+    out = tmp_path / "läufe" / "π"
+    for environment in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}):
+        done = start(program, "--out", out, **environment)
+        assert done.returncode == 0 and out.exists(), done.stderr
+    assert "complete, skipped" in done.stdout and "\\u03c0" in done.stdout
+
+
+def test_stopping_a_stage_that_still_loads_its_libraries_is_one_line(tmp_path, program):
+    (tmp_path / "json.py").write_text("import time; print('loading', flush=True); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, program, "--out", tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "stopped; the same command goes on\n"
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("package", ["numpy", "torch"])
+def test_a_missing_package_is_one_line(package):
+    """Another program's Python has none of them; a module of ours that is missing is a bug."""
+    code = f"import sys; sys.modules[{package!r}] = None\nimport core.rows, torch"
+    done = start("-c", code)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert package in done.stderr and "source .venv/bin/activate" in done.stderr
+    done = start("-c", "import core; open('none')")
+    assert (done.returncode, done.stderr) == (2, "error: none: No such file or directory\n")
+    done = start("-c", "import core.rows, core.none")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
 PROGRAMS = ["seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"]
 MODULES = ["data.prepare", "data.demo", "data.tiny", "data.system_turn", "judges.comparisons"]
 
@@ -207,7 +450,7 @@ def test_flags_are_read_before_anything_heavy_is_loaded(program):
         f"sys.argv = [{program!r}, '--help']\n"
         f"runpy.run_module({module!r}, run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = start("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage") and done.stdout.splitlines()[-1] == "LOADED"
 
@@ -216,70 +459,17 @@ def test_the_judges_of_the_flags_are_those_there_are():
     assert sorted(JUDGES) == sorted([*SCORERS, *RANKERS])
 
 
-def look(*command, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "LOOK": "yes", **environment},
-    )
-
-
-def test_a_stage_that_only_looks_says_whether_it_has_work(tmp_path):
-    rows = '{"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": "y"'
-    rows += ', "rejected": "z", "margin": 0.5, "chosen_logp": -1.0, "rejected_logp": -2.0}\n'
-    (tmp_path / "pairs.jsonl").write_text(rows)
-    out = tmp_path / "worst.jsonl"
-    command = ["dro.py", "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(out)]
-    seen = look(*command)
-    assert (seen.returncode, seen.stdout, seen.stderr) == (stage.WORK, "", "")
-    assert not out.exists()
-    assert look(*command, LOOK="no").returncode == 0 and out.exists()
-    seen = look(*command)
-    assert seen.returncode == 0 and "complete, skipped" in seen.stdout
-    # what an earlier stage has yet to write is no difference
-    (tmp_path / "pairs.jsonl").unlink()
-    assert look(*command).returncode == 0
-    seen = look(*command, "--epsilon", "0.1", REDO="no")
-    assert seen.returncode == 2 and "epsilon 0.01 → 0.1" in seen.stderr
-    seen = look(*command, "--epsilon", "0.1", REDO="yes")
-    assert seen.returncode == stage.WORK and "Redoing" in seen.stdout
-    assert look(*command, "--epsilon", "-1").returncode == 2
-
-
 def test_openmp_waits_without_spinning():
     code = "import os, core.stage; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, found in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+    for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         plain = {key: text for key, text in os.environ.items() if key != "OMP_WAIT_POLICY"}
-        env = plain | given
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env
-        )
-        assert done.stdout.strip() == found
-
-
-def test_what_is_not_ours_is_never_replaced(tmp_path, capsys):
-    """A folder, a file or a broken stats file that this program did not finish; but what a kill
-    between the two renames left is done again."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/raw.jsonl").write_text("{}\n")
-    out = str(tmp_path / "data")
-    for text in (None, "", "[]", '{"settings": null}'):
-        if text is not None:
-            (tmp_path / "data.stats.json").write_text(text)
-        with pytest.raises(SystemExit) as end:
-            stage.is_done(out, {})
-        assert end.value.code == 2 and "not replaced" in capsys.readouterr().err
-    assert (tmp_path / "data/raw.jsonl").exists()
-    (tmp_path / "data.stats.json.tmp").write_text("{}")
-    assert not stage.is_done(out, {}) and not stage.is_done(str(tmp_path / "none"), {})
+        command = [sys.executable, "-c", code]
+        text = subprocess.check_output(command, cwd=ROOT, text=True, env=plain | given)
+        assert text.strip() == policy
 
 
 def test_an_unpacked_and_a_broken_gzip(tmp_path):
     """Rows come out of a whole one; one whose bytes are wrong is refused like one that is cut."""
-    import gzip
-
     packed = gzip.compress(b'{"id": "a", "prompt": [{"role": "user", "content": "x"}]}\n' * 50)
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(packed[:30] + bytes(9) + packed[39:])

@@ -1,0 +1,165 @@
+"""A judge that writes: asking an OpenAI-compatible endpoint, and reading what it says.
+
+Any server of that kind will do (`vllm serve`, `transformers serve`, a hosted one). The client tries
+again with growing pauses when the endpoint is busy, fails or is silent. Every answer is kept in
+judge_cache.jsonl in or beside OUT, and no question in it is asked, or paid, again.
+"""
+import json
+import math
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from core.parallel import merge
+from core.rows import fail
+from judges.flags import key_of_endpoint
+
+# Seconds a request, tries beyond the first, requests at once.
+TIMEOUT = 600.0
+RETRIES = 8
+PARALLEL = 8
+# What an endpoint says, with status 400, 413 or 422, of a question that it will never answer: its
+# filter minds the text, or the text is too long for the model.
+UNANSWERABLE = re.compile(
+    r"content.?(filter|management|policy)|responsible.?ai|safety"
+    r"|context.?(length|size|window)|(prompt|input|text|request)\b.{0,40} too (long|large)"
+    r"|maximum.{0,20} (length|tokens)|too many (input )?tokens", re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------- verdicts
+
+
+def conclusion(text: str) -> str:
+    """What a judge says after it has reasoned: nothing while it still does."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def parse_choice(text: str) -> float:
+    """1 for A, 0 for B: the last [[A]] or [[B]] of the conclusion, or else a conclusion that is a
+    lone letter, whatever its case and whatever marks stand around it. All else is no verdict, NaN:
+    in "(A) is better, since (B) rambles" no rule knows which letter is meant."""
+    last_words = conclusion(text)
+    letters = re.findall(r"\[\[([AB])\]\]", last_words)
+    if not letters:
+        lone = re.fullmatch(r"[\s\[\](){}*_`\"'“”‘’.]*([ABab])[\s\[\](){}*_`\"'“”‘’.]*", last_words)
+        letters = [lone[1].upper()] if lone else []
+    return {"A": 1.0, "B": 0.0}[letters[-1]] if letters else math.nan
+
+
+def parse_rating(text: str) -> float:
+    """The first rating in the conclusion, "[[7]]" or else "[7]", as FastChat takes it, so that
+    "[[7]]/[[10]]" is 7. Other than there an index, "arr[1]" or "df[[1]]", is none, nor is what lies
+    outside 1 to 10. NaN where there is no rating."""
+    last_words = conclusion(text)
+    rating = re.search(r"(?<![\w\])])\[\[(\d+\.?\d*)\]\]", last_words)
+    rating = rating or re.search(r"(?<![\w\])\[])\[(\d+\.?\d*)\]", last_words)
+    return float(rating[1]) if rating and 1 <= float(rating[1]) <= 10 else math.nan
+
+
+# ------------------------------------------------------------------------------------------ asking
+
+
+def chat(args, chats: list[list[dict]], rank: int, world: int) -> list[str]:
+    """The answer of --judge-model to every chat, at temperature 0; process 0 asks for all. An empty
+    one stands for what the endpoint will never answer."""
+    return merge({0: ask_endpoint(args, chats)} if rank == 0 else {}, world)[0]
+
+
+def read_cache(path: Path) -> dict[str, str]:
+    """request → answer of all that was asked before; a line that a kill cut is skipped."""
+    answers = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            row = json.loads(line)
+            answers[row["request"]] = row["answer"]
+        except (ValueError, KeyError, TypeError):
+            pass
+    return answers
+
+
+def as_wanted(request: str, refused: set[str]) -> dict:
+    """The body of a request as an endpoint wants it that has refused `max_tokens` or temperature 0,
+    as those of reasoning models do."""
+    body = json.loads(request)
+    if "max_tokens" in refused:
+        body["max_completion_tokens"] = body.pop("max_tokens")
+    if "temperature" in refused:
+        del body["temperature"]
+    return body
+
+
+def hidden(text: str, key: str) -> str:
+    """The text without the key. One of fewer than eight characters may be part of ordinary words,
+    and is hidden where it stands by itself."""
+    if len(key) >= 8:
+        return text.replace(key, "…")
+    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", "…", text)
+
+
+def answer_of(client, request: str, refused: set[str]) -> str:
+    """One request's answer; "" where the endpoint will never give one. `refused` gathers the
+    settings that it does not take: they are learnt once for all requests."""
+    from openai import APIStatusError
+    while True:
+        body = as_wanted(request, refused)
+        try:
+            completion = client.chat.completions.create(**body)
+            return str(completion.choices[0].message.content or "")
+        except APIStatusError as error:
+            if error.status_code not in (400, 413, 422):
+                raise
+            # What follows may be the question itself, which some servers repeat.
+            if UNANSWERABLE.search(str(error)[:400]):
+                return ""
+            unwanted = [name for name in ("max_tokens", "temperature")
+                        if name in body and name in str(error)]
+            if not unwanted:
+                raise
+            refused.add(unwanted[0])
+
+
+def ask_endpoint(args, chats: list[list[dict]]) -> list[str]:
+    """The endpoint's answers, those in the cache first. What fails in spite of all tries ends the
+    program, after the answers under way are kept."""
+    from openai import OpenAI, OpenAIError
+    key = key_of_endpoint()
+    client = OpenAI(base_url=args.base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
+    requests = [json.dumps({"model": args.judge_model, "messages": messages, "temperature": 0,
+                            "max_tokens": args.judge_tokens}) for messages in chats]
+    cache = Path(f"{args.out}{'/' if os.path.isdir(args.out) else '.'}judge_cache.jsonl")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    answers = read_cache(cache)
+    errors = []
+    refused: set[str] = set()
+    lock = threading.Lock()
+
+    def ask(request: str) -> None:
+        if errors:
+            return  # nothing more is asked for; what is under way comes to its end
+        try:
+            answer = answer_of(client, request, refused)
+        except (OpenAIError, ValueError, IndexError, TypeError, AttributeError) as error:
+            # All but the first: what came is no answer.
+            errors.append(error)
+            return
+        with lock:
+            answers[request] = answer
+            row = {"request": request, "answer": answer}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+
+    with open(cache, "a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL) as pool:
+        file.write("\n" if cache.stat().st_size else "")  # the last line may have been cut
+        todo = [request for request in dict.fromkeys(requests) if request not in answers]
+        for _ in tqdm(pool.map(ask, todo), desc="judge", total=len(todo), unit="request",
+                      disable=None):
+            pass
+    if errors:
+        reason = hidden(" ".join(f"{type(errors[0]).__name__}: {errors[0]}".split()), key)[:300]
+        fail(f"{client.base_url}: {reason}. {len(answers)} answers are kept in {cache}; run the "
+             "same command to go on")
+    return [answers[request] for request in requests]
