@@ -11,8 +11,6 @@ the vocabulary.
 """
 import functools
 import math
-import os
-import sys
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -241,19 +239,8 @@ SHARES_PROMPT = {
 def shares_prompt(model, encoded: list) -> bool:
     """Whether the responses of a row may share their prompt's forward pass: in a plain-attention
     family, where no row passes a sliding window. Where not, every response is a sequence of its
-    own, which is said once."""
+    own."""
     config = model.config.get_text_config()
     longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
     plain = config.model_type in SHARES_PROMPT and config._attn_implementation == "sdpa"
-    window = getattr(config, "sliding_window", None) or math.inf
-    if plain and longest <= window:
-        return True
-    note_unshared_prompts(config.model_type, window)
-    return False
-
-
-@functools.cache
-def note_unshared_prompts(family: str, window: float) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {family}, attention window {window}: one sequence a response, prompts are "
-              "not shared", file=sys.stderr)
+    return plain and longest <= (getattr(config, "sliding_window", None) or math.inf)

@@ -6,6 +6,7 @@ by more than rounding, and whatever raises, is one line.
 """
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,6 +48,8 @@ def load_scorer(path: str, device: torch.device, encoded: list, precision: str, 
         if tokenizer is not None:
             check_template(path, tokenizer)
         check_scores(path, model, encoded, precision)
+        if not shares_prompt(model, encoded):
+            print(f"note: {path}: one sequence a response, prompts are not shared", file=sys.stderr)
     return model
 
 

@@ -157,6 +157,14 @@ def test_eager_attention_in_the_config_is_not_used(copy):
     check_scores("name", model, ROWS, "fp32")
 
 
+def test_prompts_that_are_not_shared_are_noted(copy, capsys):
+    load_scorer(str(copy), CPU, ROWS, "fp32")
+    assert capsys.readouterr().err == ""
+    edit_config(copy, sliding_window=4)
+    load_scorer(str(copy), CPU, ROWS, "fp32")
+    assert capsys.readouterr().err.count("one sequence a response") == 1
+
+
 def test_models_come_frozen(folder):
     assert not any(p.requires_grad for p in load_model(folder, CPU).parameters())
 

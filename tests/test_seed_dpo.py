@@ -65,9 +65,8 @@ def test_logps_equal_plain_full_logits(family):
     logps_are_the_plain_ones(lambda: make_model(config, **window), ENCODED)
 
 
-def test_sliding_window_decides_on_sharing(capsys):
-    """Within the window sharing is exact; with a row beyond it every response gets a sequence, and
-    that is said once."""
+def test_sliding_window_decides_on_sharing():
+    """Within the window sharing is exact; with a row beyond it every response gets a sequence."""
     def windowed():
         return make_model(transformers.MistralConfig, sliding_window=10)
 
@@ -76,7 +75,6 @@ def test_sliding_window_decides_on_sharing(capsys):
     long = [([5, 6, 7, 8, 9, 10, 11], [[12, 13, 14, 15, 16, 17, 18], [20, 21]]), *ENCODED]
     for encoded in (ENCODED, long):
         logps_are_the_plain_ones(windowed, encoded)
-    assert capsys.readouterr().err.count("one sequence a response") == 1
 
 
 def test_shared_prompt_equals_two_sequences_with_gradients():
