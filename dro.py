@@ -22,9 +22,9 @@ form, by sorting:
                   is the split pair's g_i, the steepest chord that is left.
 
 Every run certifies its worst case of ℓ̃: primal against dual on all pairs, closed form against LP
-on at most 1000 of them, drawn at random. A relative gap over 1e-8 is an error. The greedy order is the
-same for every such ℓ, so the closed form's atoms are the worst case of the leader's loss ℓ* (D5)
-too; its value is reported beside that of ℓ̃.
+on at most 1000 of them, drawn at random. A relative gap over 1e-8 is an error. The greedy order is
+the same for every such ℓ, so the closed form's atoms are the worst case of the leader's loss ℓ*
+(D5) too; its value is reported beside that of ℓ̃.
 
 Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5): the adversary puts
 `weight` of pair i at ξ_i − shift.
