@@ -31,12 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.lab import RADII, follower  # noqa: E402
 from core.chat import encode_rows  # noqa: E402
+from core.folder import fingerprint  # noqa: E402
 from core.models import load_config, load_tokenizer  # noqa: E402
 from core.parallel import start_processes  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.probe import load_scorer  # noqa: E402
 from core.rows import atomic_path, fail, margin_problem, read_rows  # noqa: E402
-from core.folder import fingerprint  # noqa: E402
 from core.stage import parser, run_stage  # noqa: E402
 from evaluate import trained  # noqa: E402
 from judges.judge import SCORERS, compare  # noqa: E402

@@ -311,8 +311,10 @@ if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architect
 fi
 demo=
 [[ -n $MODEL ]] || MODEL=models/smollm2 demo=yes
-[[ -n $config || -e /dev/nvidia0 ]] || echo "note: these are the settings of a 7 B model, and there" \
-  "is no GPU here; for a small model on two cores: bash run.sh configs/demo.env DATA=$DATA" >&2
+if [[ -z $config && ! -e /dev/nvidia0 ]]; then
+  echo "note: these are the settings of a 7 B model, and there is no GPU here; for a small model" \
+    "on two cores: bash run.sh configs/demo.env DATA=$DATA" >&2
+fi
 export REDO
 install requirements.txt
 # Lengths differ from pass to pass: GPU memory in blocks of fixed size would be full of holes. In

@@ -117,12 +117,6 @@ def foreign_tokens(tokenizer) -> frozenset[int]:
                      if added[i].special or i not in answer)
 
 
-def spells_control(tokenizer, text: str) -> bool:
-    """Whether a text spells a control token that the template does not write into answers."""
-    foreign = foreign_tokens(tokenizer)
-    return any(i in foreign and token in text for token, i in control_tokens(tokenizer).items())
-
-
 @functools.cache
 def vocabulary(tokenizer) -> str:
     """A digest of what every token id means. Of the tokens, not of files, which saving rewrites."""

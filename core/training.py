@@ -23,7 +23,14 @@ from tqdm import tqdm
 
 from core.chat import encode_rows, from_text, pair_of, usable
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.models import copy_tokenizer, load_config, load_model, load_outline, load_tokenizer
+from core.models import (
+    check_copy,
+    copy_tokenizer,
+    load_config,
+    load_model,
+    load_outline,
+    load_tokenizer,
+)
 from core.parallel import autocast, distribute, in_bf16, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
@@ -66,13 +73,15 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
         place = torch.device("cpu") if args.shard else device
         # loaded frozen, and asked: is it read rightly?
         model = load_scorer(args.model, place, encoded, args.precision, tokenizer)
+    if rank == 0:
+        check_copy(args.model)
     model.requires_grad_(True)  # π_θ
     shared = shares_prompt(model, encoded)
     policy = distribute(ResponseLogps(model), device, world, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
-        args, settings, rows, from_text(tokenizer, rows, list(map(pair_of, rows))), encoded, shared, policy,
-        optimizer,
+        args, settings, rows, from_text(tokenizer, rows, list(map(pair_of, rows))), encoded, shared,
+        policy, optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
         autocast=autocast(device, args.precision, cache=not args.shard),
         device=device, rank=rank, world=world,

@@ -6,12 +6,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import dump, jsonl, ok, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from conftest import dump, jsonl, ok, run
 from dro import average, gap, loss_star, maximum_of, solve_exact, solve_lp, tangents
 
 CONFIDENCES = st.lists(

@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-
 from conftest import CORPUS, dump, gold_rows, jsonl, ok, run
 
 ODD = [None, True, -1, 3.5, 1e300, 10 ** 400, float("nan"), float("inf"), "", " ", "\u0000",

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from conftest import ROOT, dump, gpus_for, jsonl, make_model, ok, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench.train as bench_train
@@ -23,7 +24,6 @@ import core.sampling as sampling
 import core.training as training
 from bench import cost
 from bench.flops import training_flops
-from conftest import ROOT, dump, gpus_for, jsonl, make_model, ok, run
 from core.policy import ResponseLogps, pack
 from core.sampling import batches_of, draw, sample, uniforms
 

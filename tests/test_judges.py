@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from core import parallel
 from judges import endpoint as endpoints
 from judges import judge as judges
@@ -72,7 +72,7 @@ def test_exchanging_the_sides_exchanges_the_preference(sides, seed):
 CHOICES = {
     1: ["A", "a", " (A) ", "**A**", '"A"', "‘A’.", "[[A]]", "My choice: [[A]]", "[A]", "[[a]]",
         "[[B]] at first, but [[A]]", "<think>[[B]]</think> [[A]]", "**[[A]]** is kind"],
-    0: ["B", " B.", "`B`", "{b}", "Both have merit.\n\n[[B]]", "<think>(A) looks fine.</think> (B)"],
+    0: ["B", " B.", "`B`", "{b}", "Both have merit.\n\n[[B]]", "<think>(A) is fine.</think> (B)"],
     None: ["", "both", "A or B", "AB", "C", "A's", "A\nA", "(B) because", "Answer: B", "\\boxed{B}",
            "(A) is better, since (B) rambles.", "Answer: A\n\nReason: (B) repeats itself.",
            "**(A)**\n\n(A) is concise; (B) is verbose.", "Response B is better.", "[A] or [B]",
@@ -340,13 +340,13 @@ def test_pairrm_as_a_judge(pairrm_folder, folder, tmp_path):
     command += ["--out", tmp_path / "l.jsonl", "--precision", "fp32", "--judge-model"]
     ok(run(*command, pairrm_folder))
     (row,) = pair_rows(tmp_path / "l.jsonl")
-    odds = {}
-    for a, b in itertools.permutations(["bb", "a", "cccc"], 2):
-        there, back = ranker_logit(pairrm_folder, "Say.", a, b), ranker_logit(pairrm_folder, "Say.", b, a)
-        odds[a, b] = logit((1 / (1 + math.exp(-there)) + 1 - 1 / (1 + math.exp(-back))) / 2)
-    reward = {a: sum(odds[a, b] for b in ("bb", "a", "cccc") if b != a) / 3 for a in ("bb", "a", "cccc")}
-    assert (row["chosen"], row["rejected"]) == (max(reward, key=reward.get), min(reward, key=reward.get))
-    assert row["margin"] == pytest.approx(reward[row["chosen"]] - reward[row["rejected"]], abs=1e-5)
+    reward = dict.fromkeys(rows[0]["responses"], 0.0)
+    for a, b in itertools.permutations(reward, 2):
+        there, back = (ranker_logit(pairrm_folder, "Say.", *pair) for pair in ((a, b), (b, a)))
+        reward[a] += logit((1 + math.tanh(there / 2) / 2 - math.tanh(back / 2) / 2) / 2) / 3
+    worst, *_, best = sorted(reward, key=reward.get)
+    assert (row["chosen"], row["rejected"]) == (best, worst)
+    assert row["margin"] == pytest.approx(reward[best] - reward[worst], abs=1e-5)
     done = run(*command, folder)
     assert done.returncode == 2 and "llm-blender/PairRM-hf" in done.stderr
     weights = load_file(pairrm_folder / "model.safetensors")
@@ -557,11 +557,17 @@ def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, mo
     """Status 400 for a text too long: counted, kept, and not asked again, wherever the endpoint has
     moved; the blank around a key is no part of it."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-word\n")
-    monkeypatch.setattr(judges, "parse_choice", lambda text: len(text) % 7 / 7 if text else math.nan)
+    verdict = lambda text: len(text) % 7 / 7 if text else math.nan  # noqa: E731
+    monkeypatch.setattr(judges, "parse_choice", verdict)
     monkeypatch.setattr(Endpoint, "minds", CORPUS[0])
     command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--responses"]
     command += [responses_file(tmp_path, 8), "--out", tmp_path / "l.jsonl", "--base-url"]
-    assert ", 2 without verdict" in ok(run(*command, endpoint)).stdout
+    printed = ok(run(*command, endpoint)).stdout
+    cached = [row for row in jsonl(tmp_path / "l.jsonl.judge_cache.jsonl")]
+    refused = [row for row in cached if json.dumps(CORPUS[0])[1:-1] in row["request"]]
+    assert [row["answer"] for row in refused] == ["", ""]
+    # a random model may answer nothing too
+    assert f", {sum(not row['answer'] for row in cached)} without verdict" in printed
     assert {key for _, key in Endpoint.asked} == {"Bearer sk-secret-word"}
     asked, rows = len(Endpoint.asked), jsonl(tmp_path / "l.jsonl")
     assert asked == 16 and rows and "0" not in [row["id"] for row in rows]
@@ -617,7 +623,8 @@ def test_a_judge_reads_no_more_than_its_context(judge, tokenizer, tmp_path):
             "--responses", dump(tmp_path / "r.jsonl", rows), "--out", tmp_path / f"{context}.jsonl",
         )
         assert done.returncode == status, done.stderr
-    assert f"the prompt 'Say.' and what is judged of it have {length - (judge == 'llm')} tokens" in done.stderr
+    asked = length - (judge == "llm")
+    assert f"the prompt 'Say.' and what is judged of it have {asked} tokens" in done.stderr
     assert f"context is {length - 1}" in done.stderr and len(done.stderr.splitlines()) == 1
 
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import dump, gold_rows, jsonl, ok, pair_rows, run
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from conftest import dump, gold_rows, jsonl, ok, pair_rows, run
 from core.chat import encode_prompt, encode_response
 from core.models import load_model, load_tokenizer
 from core.policy import ResponseLogps, score

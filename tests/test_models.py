@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import ROOT, dump, gold_rows, make_model, run
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, dump, gold_rows, make_model, run
 from core.models import context_of, load_model, load_outline
 from core.parallel import hand_out
 from core.policy import ResponseLogps, pack, score, shares_prompt

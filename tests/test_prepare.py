@@ -12,10 +12,10 @@ import pandas
 import pytest
 import torch
 import transformers
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from core.chat import encode_prompt
 from core.rows import answer_turn, read_rows
 from data.prepare import REASONS, LeftOut, collect, embed, farthest, normalise

@@ -3,8 +3,8 @@ import json
 import math
 
 import pytest
-
 from conftest import dump, jsonl, run
+
 from core.rows import atomic_path, margin_problem, read_json_list, read_rows, scored_digest
 
 ROW = {"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": "yes", "rejected": "no",

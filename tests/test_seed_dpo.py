@@ -7,12 +7,12 @@ import shlex
 import pytest
 import torch
 import transformers
+from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import seed_dpo
-from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
 from core.chat import encode_prompt, encode_response
 from core.models import load_model, load_tokenizer
 from core.parallel import distribute
@@ -128,7 +128,7 @@ def test_rows_are_dealt_once_within_the_budget(lengths, shared, budget, world):
     assert max(counts) - min(counts) <= 1
 
 
-# --------------------------------------------------------------------------------- loss and schedule
+# -------------------------------------------------------------------------------- loss and schedule
 
 
 def test_dpo_loss_by_hand():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import ok, run
-from data.tiny import FAMILIES, SIZES, make_tokenizer, tiny_model
 from hypothesis import example, given, settings, strategies
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.tiny import FAMILIES, SIZES, make_tokenizer, tiny_model
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 TEXTS = [

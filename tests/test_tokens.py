@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import core.chat
 import core.sampling
-from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
 from core.chat import (
     BREAK,
     answered,

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import dump, jsonl, launch, make_model, ok, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import dump, jsonl, launch, make_model, ok, run
 from core.policy import ResponseLogps, pack, response_hidden, token_logps
 from core.stage import fingerprint
 from core.training import gather, log_row
