@@ -470,7 +470,8 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
             fail(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): "
                  f"the chat template of {path} refuses this prompt: {error}")
         # No token is shorter than a byte; 64 for what is written around an answer.
-        most = len(text.encode()) + room + 64 + sum(len(answer.encode()) for answer in answers)
+        longest = max((len(answer.encode()) for answer in answers), default=0)
+        most = len(text.encode()) + room + 64 + longest
         if most > limit:
             lengths = [len(encode_response(tokenizer, prompt, answer)) for answer in answers]
             most = len(encode_prompt(tokenizer, prompt)) + max(room, *lengths, 0)
