@@ -197,7 +197,8 @@ stage() {  # [-m] PROGRAM FLAGS …, on one process
 look() {  # a stage that looks says STATE, OUT, BYTES and, of data, pairs or prompts
   local status=0 answer state=WRONG bytes=0 kind=''
   answer=$(LOOK=yes PROMISED=$promised "$python" "$@" 2>&1) || status=$?
-  IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer" || printf 'WRONG\t%s\t0' "$out")
+  [[ $answer != *$'\t'* ]] ||
+    IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer")
   count=$((count + 1))
   holds=${holds:-$kind}
   plan+=$(printf '  %-9s %-18s → %s' "$state" "$program" "${out#"$RUN"/}")$'\n'
