@@ -541,8 +541,8 @@ def test_answers_that_do_not_fit_together_are_one_line(tmp_path):
     turned = dump(tmp_path / "turned.jsonl", jsonl(one)[::-1])
     few = write_answers(tmp_path / "few.jsonl", TEXTS[:3])
     three = write_answers(tmp_path / "three.jsonl", [texts + ["x"] for texts in TEXTS])
-    for other, words in ((turned, "answer 1 is to another prompt"), (few, "answers to 3 prompts"),
-                         (three, "answer 1 has 2 samples where others have 3")):
+    for other, words in ((turned, "in the same order"), (few, "its 3 prompts are not the 5"),
+                         (three, "2 samples a prompt where others have 3")):
         done = run("evaluate.py", "--answers", f"a={one}", f"b={other}", "--out", tmp_path / "o")
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
     for flags, words in ((["a"], "NAME=FILE"), (["a/b=x"], "without '/'"),
