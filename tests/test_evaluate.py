@@ -550,6 +550,14 @@ def test_answers_that_do_not_fit_together_are_one_line(tmp_path):
         assert words in run("evaluate.py", "--out", tmp_path / "o", "--answers", *flags).stderr
 
 
+def test_a_picture_of_somebody_else_is_not_replaced(tmp_path):
+    (tmp_path / "report.png").write_text("mine")
+    one = write_answers(tmp_path / "one.jsonl", TEXTS)
+    done = run("evaluate.py", "--answers", f"a={one}", "--out", tmp_path)
+    assert done.returncode == 2 and "report.png: is there" in done.stderr
+    assert (tmp_path / "report.png").read_text() == "mine" and not (tmp_path / "report.md").exists()
+
+
 # -------------------------------------------------------------------------------------- the report
 
 
