@@ -101,13 +101,15 @@ nearest() {  # WORD WORDS…: the one that WORD may be a slip of
 }
 
 read_config() {  # FILE of lines NAME=value; a value is the rest of its line, outer quotes off
-  local line value
-  while IFS=$' \t\r' read -r line || [[ -n $line ]]; do
+  local line name value
+  while read -r line || [[ -n $line ]]; do
+    line=${line%%*([[:space:]])}
     [[ -n $line && $line != \#* ]] || continue
-    [[ $line =~ ^([A-Za-z_]+)=(\"(.*)\"|\'(.*)\'|.*)$ ]] || stop "$1: not a line NAME=value: $line"
-    value=${BASH_REMATCH[3]:-${BASH_REMATCH[4]:-${BASH_REMATCH[2]}}}
-    [[ $value != @(\"\"|\'\') ]] || value=
-    [[ -v given[${BASH_REMATCH[1]}] ]] || given[${BASH_REMATCH[1]}]=$value
+    [[ $line =~ ^([A-Za-z_]+)=(.*)$ ]] || stop "$1: not a line NAME=value: $line"
+    name=${BASH_REMATCH[1]}
+    value=${BASH_REMATCH[2]}
+    [[ $value != \"*\" && $value != \'*\' ]] || value=${value:1:-1}
+    [[ -v given[$name] ]] || given[$name]=$value
   done <"$1"
 }
 
