@@ -183,26 +183,28 @@ count=0      # stages in all
 number=0     # stages that were started
 
 stage() {  # [-m] PROGRAM FLAGS …, on one process
-  local program=${1/#-m/$2} out="${*} "
+  local program=${1/#-m/$2} out="$* "
   out=${out##* --out }
+  out=${out%% *}
   if [[ $pass == look ]]; then
     look "$@"
     return
   fi
   number=$((number + 1))
-  echo "[$number/$count] $program → ${out%% *}"
+  echo "[$number/$count] $program → $out"
   "${starter[@]}" "$@"
 }
 look() {  # a stage that looks says STATE, OUT, BYTES and, of data, pairs or prompts
-  local status=0 answer state='' out='' bytes='' kind=''
+  local status=0 answer state=WRONG bytes=0 kind=''
   answer=$(LOOK=yes PROMISED=$promised "$python" "$@" 2>&1) || status=$?
-  IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer") || true
+  [[ $answer != *$'\t'* ]] ||
+    IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer")
   count=$((count + 1))
   holds=${holds:-$kind}
-  plan+=$(printf '  %-9s %-18s → %s' "${state:-WRONG}" "$program" "${out#"$RUN"/}")$'\n'
+  plan+=$(printf '  %-9s %-18s → %s' "$state" "$program" "${out#"$RUN"/}")$'\n'
+  (( status == 0 )) || promised+=$out$'\t'$bytes$'\n'
   if (( status == 3 )); then
     pending=yes
-    promised+=$out$'\t'$bytes$'\n'
   elif (( status != 0 )); then
     problems+=$(grep '^error: ' <<<"$answer" || echo "error: $program: $answer")$'\n'
   fi
