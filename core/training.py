@@ -134,13 +134,14 @@ def batches(run: Run, log: list[dict]) -> Iterator[tuple[int, list[int]]]:
     continues: the rows in a new order each epoch, alike on every process and after a kill."""
     size = run.args.batch_size
     per_epoch = math.ceil(len(run.rows) / size)
-    bar = tqdm(range(len(log), run.total), desc="train", unit="step", initial=len(log),
-               total=run.total, disable=None if run.rank == 0 else True)
+    bar = tqdm(range(len(log), run.total), desc="train", initial=len(log), total=run.total,
+               disable=None if run.rank == 0 else True,
+               bar_format="{desc} {n}/{total} |{bar}| {elapsed}<{remaining}{postfix}")
     for step in bar:
         epoch, k = divmod(step, per_epoch)
         order = np.random.default_rng([run.args.seed, epoch]).permutation(len(run.rows)).tolist()
         yield step, order[k * size:(k + 1) * size]
-        bar.set_postfix_str(f"loss {log[-1]['loss']:.3g}, accuracy {log[-1]['accuracy']:.2f}")
+        bar.set_postfix_str(f"loss {log[-1]['loss']:.3f}, accuracy {log[-1]['accuracy']:.2f}")
 
 
 def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict, float]]:
