@@ -19,7 +19,7 @@ MEASURED = ("seconds", "tokens_per_s", "memory_gb", "files", "commit")
 SETTINGS = {"SEED_SIZE": 24, "ROUNDS": "24 24", "N": 4, "MAX_NEW_TOKENS": 32, "SAMPLE_TOKENS": 2048,
             "MICRO_TOKENS": 256, "BATCH_SIZE": 4, "LR": "1e-4", "EVAL_SIZE": 24, "EVAL_N": 2,
             "GOLD": "vader"}
-KILLS = 12
+KILLS = 8
 
 
 def unmeasured(value):
