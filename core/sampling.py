@@ -9,13 +9,20 @@ import inspect
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
+from transformers.cache_utils import DynamicLayer
 
 from core.chat import end_of_turn
 from core.policy import logits_of
 
 # Prompt tokens a forward pass: a few gigabytes of activations at 14 B.
 PREFILL = 8192
+# Tokens whose probabilities are summed in float32, and twice what such sums are off by at most.
+BLOCK = 128
+MARGIN = 2e-6
+# Tokens that a cache can grow by before it is copied.
+ROOM = 64
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
@@ -28,25 +35,69 @@ def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """Tokens [B] from logits [B, V] at temperature [B]: the smallest token whose cumulative
-    probability exceeds u [B] in [0, 1); at temperature 0 the likeliest token.
+    probability exceeds u [B] in [0, 1); at temperature 0 the likeliest token. NaN logits raise
+    FloatingPointError.
 
-    NaN logits raise FloatingPointError. Summed in float64: in float32 the sum over 128 K tokens is
-    off by more than most of their probabilities, and differently on every device.
+    The block of tokens that u points into is found from float32 sums, the token from its block
+    alone. Where a border between two tokens is so near that these sums could be wrong about it, all
+    is summed again in float64.
     """
+    u = u.double()
     probability = (logits.float() / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
-    cumulative = probability.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    if not total.isfinite().all():
+    if missing := -probability.shape[1] % BLOCK:
+        probability = F.pad(probability, (0, missing))
+    blocks = probability.unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    point = u[:, None] * ends[:, -1:]
+    if not point.isfinite().all():
         raise FloatingPointError("its logits are not numbers (NaN)")
-    # u·total may round up.
-    below = total.nextafter(torch.zeros_like(total))
-    point = torch.minimum(u.double()[:, None] * total, below)
-    drawn = torch.searchsorted(cumulative, point, right=True)[:, 0]
+
+    block = torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[1] - 1)
+    inside = blocks[torch.arange(len(u), device=u.device), block[:, 0]]
+    # Where the block begins, and where each of its tokens ends.
+    borders = F.pad(inside, (1, 0)).cumsum(-1, dtype=torch.float64)
+    borders += ends.gather(1, block) - borders[:, -1:]
+    drawn = (block * BLOCK + torch.searchsorted(borders, point, right=True) - 1)[:, 0]
+    near = (borders - point).abs().amin(-1) < MARGIN
+    if near.any():
+        drawn[near] = invert(probability[near], u[near])
     greedy = temperature <= 0
-    # It takes twice the time of all else here.
     if greedy.any():
         drawn[greedy] = logits[greedy].argmax(-1)
     return drawn
+
+
+def invert(probability: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The smallest tokens [B] whose cumulative probability [B, V] exceeds u [B], in float64: in
+    float32 the sum over 128 K tokens is off by more than most of their probabilities, and
+    differently on every device."""
+    cumulative = probability.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # u·total may round up.
+    below = total.nextafter(torch.zeros_like(total))
+    point = torch.minimum(u[:, None] * total, below)
+    return torch.searchsorted(cumulative, point, right=True)[:, 0]
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values [B, heads, T, D] with memory for ROOM more tokens behind them, so
+    that they are copied once in ROOM tokens and not at each."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *rest, **known) -> tuple:
+        if not self.is_initialized:
+            return super().update(keys, values, *rest, **known)
+        start = self.keys.shape[2]
+        end = start + keys.shape[2]
+        # Whatever chooses or repeats rows puts tensors of its own in the place of these views.
+        inside = self.keys is getattr(self, "view", None) and end <= self.memory[0].shape[2]
+        if not inside:
+            self.memory = [F.pad(old, (0, 0, 0, end + ROOM - start))
+                           for old in (self.keys, self.values)]
+        for memory, new in zip(self.memory, (keys, values)):
+            memory[:, :, start:end] = new
+        self.keys, self.values = (memory[:, :, :end] for memory in self.memory)
+        self.view = self.keys
+        return self.keys, self.values
 
 
 @torch.inference_mode()
@@ -64,6 +115,8 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
     # Renamed in transformers 5.24.
     slot = "cache" if "cache" in accepted else "past_key_values"
     cache = transformers.DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer
+                    for layer in cache.layers]
 
     def last_logits(ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         layout = {"position_ids": positions} if "position_ids" in accepted else {}

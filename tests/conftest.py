@@ -23,6 +23,7 @@ import transformers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from core.sampling import draw
 from core.stage import run_stage
 from data.tiny import PROMPTS, make_tokenizer
 
@@ -240,3 +241,21 @@ def gold_rows(count: int) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def sampled_without_cache(model, prompts: list, u: torch.Tensor, heat: torch.Tensor,
+                          stop: torch.Tensor) -> list[list[int]]:
+    """What core.sampling.sample must return, by whole forward passes of one sequence each: no
+    padding, cache, sharing or compaction."""
+    answers = []
+    for k, numbers in enumerate(u):
+        prompt = prompts[k // (len(u) // len(prompts))]
+        answer = []
+        for number in numbers:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, -1:]
+            answer.append(draw(logits, number[None], heat[k:k + 1]).item())
+            if answer[-1] in stop:
+                break
+        answers.append(answer)
+    return answers

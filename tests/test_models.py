@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, dump, gold_rows, make_model, run
+from conftest import ROOT, dump, gold_rows, make_model, run, sampled_without_cache
+from families import tiny_model
 from safetensors.torch import load_file, save_file
 
 from core.models import context_of, load_model, load_outline
 from core.parallel import hand_out
 from core.policy import ResponseLogps, pack, score, shares_prompt
 from core.probe import check_samples, check_scores, check_template, check_tokens, load_scorer
-from core.sampling import draw, sample
-from data.tiny import make_tokenizer, tiny_model
+from core.sampling import sample
+from data.tiny import make_tokenizer
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -60,19 +61,11 @@ def logp_of(model, prompt: list[int], y: list[int]) -> float:
     return sum(logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(y))
 
 
-def assert_sampled_without_cache(model, prompts: list[list[int]], length: int, n: int = 2) -> None:
-    """Against whole forward passes of one sequence each."""
-    u = torch.tensor(np.random.default_rng(0).random((n * len(prompts), length)))
-    stop = torch.arange(0, 384, 12)
-    for row, tokens in enumerate(sample(model, prompts, u, torch.ones(len(u)), stop)):
-        ids = list(prompts[row // n])
-        for t in range(length):
-            with torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0, -1:]
-            ids.append(draw(logits, u[row, t : t + 1], torch.ones(1)).item())
-            if ids[-1] in stop:
-                break
-        assert tokens == ids[len(prompts[row // n]) :]
+def assert_sampled_without_cache(model, prompts: list[list[int]], length: int) -> None:
+    u = torch.tensor(np.random.default_rng(0).random((2 * len(prompts), length)))
+    heat, stop = torch.ones(len(u)), torch.arange(0, 384, 12)
+    ours = sample(model, prompts, u, heat, stop)
+    assert ours == sampled_without_cache(model, prompts, u, heat, stop)
 
 
 def try_family(capsys, family: str) -> list[str]:
@@ -182,7 +175,7 @@ def test_missing_weights_are_named(copy, tmp_path):
     one_line(done, "model.layers.1.mlp.up_proj.weight", "model.strange.weight", "missing")
     assert not (tmp_path / "out").exists()
     # a policy is no reward model: its score head would be random
-    edit_config(copy, num_labels=1)
+    edit_config(copy, num_labels=1, architectures=["LlamaForSequenceClassification"])
     rows = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in gold_rows(2)]
     label = ["label.py", "--judge", "reward-model", "--judge-model", copy, "--responses",
              dump(tmp_path / "r.jsonl", rows), "--out", tmp_path / "l.jsonl"]
