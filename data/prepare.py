@@ -51,11 +51,13 @@ from core.rows import (
     answer_turn,
     fail,
     opened,
-    parse as parse_json,
     read_json_lines,
     read_json_list,
     text_of,
     write_rows,
+)
+from core.rows import (
+    parse as parse_json,
 )
 from core.stage import (
     exit_if_complete,

@@ -177,7 +177,7 @@ def test_prompts_alone():
 PARTS = [{"type": "text", "text": "Q"}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
 LEFT = {  # rows that are left out, by reason
-    "tie": [{"prompt": "Q", "chosen": "A", "rejected": "A"}, {k: HH["chosen"] for k in PAIR}],
+    "tie": [{"prompt": "Q", "chosen": "A", "rejected": "A"}, dict.fromkeys(PAIR, HH["chosen"])],
     "not_assistant": [{k: v + turns("u: thanks") for k, v in sides("u: Q | ").items()},
                       {**sides("u: Q | "), "rejected": turns("u: Q | t: 7")}],
     "not_text": [
