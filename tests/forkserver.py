@@ -17,6 +17,7 @@ import sys
 def serve(path: str) -> None:
     import datasets  # noqa: F401
     import scipy.optimize  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
     import torch.distributed.run  # noqa: F401
     import transformers
 
