@@ -37,6 +37,7 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import NamedTuple
 
+from core.folder import size_of
 from core.stage import (
     exit_if_complete,
     exit_if_looking,
@@ -67,7 +68,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "pairs")
     exit_if_complete(args.out, settings)
-    exit_if_looking(args.out)
+    exit_if_looking(args.out, writes=size_of(args.pairs))
     return args, settings
 
 

@@ -95,19 +95,17 @@ def read_answers(args: argparse.Namespace) -> dict[str, list[dict]]:
         else:
             answers[name] = read_rows(path, "responses")
     first, *_ = answers.values()
+    prompts = [row["prompt"] for row in first]
     samples = max(len(rows[0]["responses"]) for rows in answers.values())
     for name, rows in answers.items():
         path = args.answers[name]
-        if len(rows) != len(first):
-            fail(f"{path}: holds answers to {len(rows)} prompts where others have {len(first)}; "
-                 "all must answer the same prompts")
-        for number, (row, other) in enumerate(zip(rows, first), 1):
-            if row["prompt"] != other["prompt"]:
-                fail(f"{path}: answer {number} is to another prompt than that of the first file; "
-                     "all must answer the same prompts in the same order")
+        if [row["prompt"] for row in rows] != prompts:
+            fail(f"{path}: its {len(rows)} prompts are not the {len(prompts)} of the first file; "
+                 "all must answer the same prompts in the same order")
+        for row in rows:
             if len(row["responses"]) not in (1, samples):
-                fail(f"{path}: answer {number} has {len(row['responses'])} samples where others "
-                     f"have {samples}; sample all with the same -n")
+                fail(f"{path}: {len(row['responses'])} samples a prompt where others have "
+                     f"{samples}; sample all with the same -n")
             row["responses"] *= samples // len(row["responses"])
     return answers
 

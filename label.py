@@ -29,7 +29,7 @@ import math
 import os
 from typing import NamedTuple
 
-from core.folder import check_model, check_tokenizer
+from core.folder import check_model, check_tokenizer, size_of
 from core.rows import fail
 from core.stage import (
     exit_if_complete,
@@ -78,7 +78,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
         check_model(model)
     if args.model:
         check_tokenizer(args.model)
-    exit_if_looking(args.out)
+    exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))
     return args, settings
 
 

@@ -116,7 +116,8 @@ def check_margins(rows: list[dict], args: argparse.Namespace, policy: str, preci
     not those of `policy` (a fingerprint) at this precision, or, where the margin is used, whose
     margin is not against π_init (D10)."""
     beta = args.beta if args.anchor == "init" else None
-    remedy = f"label.py must score these rows with --model {args.model} and --precision {precision}"
+    remedy = (f"label.py must score these rows with --model {args.model} and --precision "
+              f"{precision} (PRECISION)")
     if beta is not None:
         remedy += (f", judge implicit, reference init and --beta {beta} (D6), or take --anchor "
                    "previous")

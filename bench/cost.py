@@ -12,7 +12,6 @@ sampling, loading and waiting. GB are 10⁹ bytes.
 import argparse
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +42,7 @@ class Shape(NamedTuple):
     kv: int
     vocabulary: int
     context: int
+    tied: bool = False
 
 
 SHAPES = {
@@ -51,33 +51,38 @@ SHAPES = {
     "phi-2": Shape(32, 2560, 10240, 32, 32, 51200, 2048),
     "phi-3-14b": Shape(40, 5120, 17920, 40, 10, 32064, 4096),
     "mistral-instruct-noseed": Shape(32, 4096, 14336, 32, 8, 32000, 32768),
-    "demo": Shape(30, 576, 1536, 9, 3, 49152, 8192),
+    "demo": Shape(30, 576, 1536, 9, 3, 49152, 8192, tied=True),
+}
+
+
+# What run.sh takes where a config says nothing (configs/settings.sh).
+DEFAULTS = {
+    "ROUNDS": "8000 20000 30000", "SEED_SIZE": "2000", "SEED_EPOCHS": "3", "SEED_POLICY": "",
+    "BATCH_SIZE": "32", "MICRO_TOKENS": "2048", "SAMPLE_TOKENS": "131072",
+    "MAX_NEW_TOKENS": "300", "N": "2",
 }
 
 
 def settings(config: str) -> dict[str, str]:
-    """What a config sets, and run.sh's defaults."""
-    defaults = {
-        "ARCHITECTURE": "llama", "ROUNDS": "8000 20000 30000", "SEED_SIZE": "2000",
-        "SEED_EPOCHS": "3", "SEED_POLICY": "", "BATCH_SIZE": "32", "MICRO_TOKENS": "2048",
-        "SAMPLE_TOKENS": "131072", "MAX_NEW_TOKENS": "300", "N": "2", "SHARD": "no",
-    }
-    script = f"source configs/{config}.env\n"
-    script += "\n".join(f'echo "${{{name}-{value}}}"' for name, value in defaults.items())
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, check=True, capture_output=True,
-                          text=True, env={"PATH": os.environ["PATH"]})
-    return dict(zip(defaults, done.stdout.split("\n")))
+    """The settings of a config: lines NAME=value, over the defaults."""
+    lines = (ROOT / f"configs/{config}.env").read_text(encoding="utf-8").splitlines()
+    return DEFAULTS | dict(line.split("=", 1) for line in lines if line[:1].isalpha())
 
 
-def model_of(shape: Shape, architecture: str, tied: bool):
+def model_of(shape: Shape, architecture: str):
     """The model without its weights."""
     config = transformers.AutoConfig.for_model(
         architecture, num_hidden_layers=shape.layers, hidden_size=shape.hidden,
         intermediate_size=shape.inner, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv, vocab_size=shape.vocabulary, tie_word_embeddings=tied,
+        num_key_value_heads=shape.kv, vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
         pad_token_id=0)
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def count_of(model) -> int:
+    """Parameters."""
+    return sum(weight.numel() for weight in model.parameters())
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -89,10 +94,10 @@ def whole_gb(count: int) -> float:
     return 22 * count / 1e9
 
 
-def sharded_gb(shape: Shape, count: int, gpus: int, tied: bool) -> float:
+def sharded_gb(shape: Shape, count: int, gpus: int) -> float:
     """The same in shards; a whole layer (fp32, bf16, gradient) while it runs, and always the whole
     embedding and head: policy's, reference's, gradient."""
-    ends = (1 if tied else 2) * shape.vocabulary * shape.hidden
+    ends = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
     return (20 * count / gpus + 10 * (count - ends) / shape.layers + 12 * ends) / 1e9
 
 
@@ -116,15 +121,9 @@ def gathered_gb(count: int, gpus: int) -> float:
 
 
 def checkpoint_gb(count: int) -> float:
-    """Weights and two Adam moments in fp32. With sharded weights each process writes its own."""
+    """Weights and two Adam moments in fp32: what process 0 gathers in main memory and writes. A
+    model that is to be sharded is a third of it there before, read to be handed out."""
     return 12 * count / 1e9
-
-
-def host_gb(count: int, sharded: bool) -> float:
-    """Main memory of the first machine: with shards one process reads the model in fp32 and hands
-    out its layers; without, weights go straight to the GPUs, and one process gathers a checkpoint.
-    """
-    return 4 * count / 1e9 if sharded else checkpoint_gb(count)
 
 
 # ------------------------------------------------------------------------------ sampling, labelling
@@ -155,24 +154,22 @@ def largest_prompt(shape: Shape, count: int, n: int, new: int, memory: float) ->
     return max(0, min(shape.context - new, int((ROOM * memory - at_none) / a_token)))
 
 
-def scoring_gb(shape: Shape, count: int, predicted: int) -> float:
-    """Labelling or judging: weights in fp32, the largest one in bf16 too, a layer at work, and the
-    logits of `predicted` tokens, in bf16, fp32 and normalised."""
+def scoring_gb(shape: Shape, count: int) -> float:
+    """Labelling: weights in fp32, the largest one in bf16 too, a layer at work, and the logits of
+    CHUNK tokens, in bf16, fp32 and normalised."""
     largest = max(shape.vocabulary, shape.inner) * shape.hidden
     layer = SCORED * (8 * shape.hidden + 2 * (8 * shape.hidden + 3 * shape.inner))
-    logits = predicted * shape.vocabulary * 10
+    logits = CHUNK * shape.vocabulary * 10
     return (4 * count + 2 * largest + layer + logits) / 1e9
 
 
 # -------------------------------------------------------------------------------------------- table
 
 
-def row(cells: list) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def table(head: list[str], lines: list[list]) -> None:
-    print("\n".join([row(head), row(["---"] * len(head)), *map(row, lines)]), end="\n\n")
+    for cells in (head, ["---"] * len(head), *lines):
+        print("|", " | ".join(map(str, cells)), "|")
+    print()
 
 
 def main() -> None:
@@ -187,71 +184,62 @@ def main() -> None:
                      help="GB/s at which a GPU gathers: some 200 over NVLink, 25 to 50 between "
                      "machines")
     cli.add_argument("--write", type=positive, default=2.75,
-                     help="GB/s at which a machine writes a checkpoint (torch.save without "
+                     help="GB/s at which one process writes a checkpoint (torch.save without "
                      "checksums into memory on one core; a shared disk may be slower)")
     cli.add_argument("--mfu", type=positive, default=0.27)
     args = cli.parse_args()
-    speed = args.tflops * 1e12 * args.mfu
+    speed = args.gpus * args.tflops * 1e12 * args.mfu
     training, others, hours = [], [], []
     for name, shape in SHAPES.items():
         chosen = settings(name)
         shared = chosen["ARCHITECTURE"] in SHARES_PROMPT
-        sharded = chosen["SHARD"] == "yes"
-        writers = math.ceil(args.gpus / 8) if sharded else 1  # machines that write a checkpoint
-        tied = name == "demo"
-        model = model_of(shape, chosen["ARCHITECTURE"], tied)
-        count = sum(p.numel() for p in model.parameters())
-        n, new, micro = (int(chosen[key]) for key in ("N", "MAX_NEW_TOKENS", "MICRO_TOKENS"))
+        model = model_of(shape, chosen["ARCHITECTURE"])
+        count = count_of(model)
         pair = ([0] * PROMPT, [[0] * RESPONSE] * 2)
         flops = training_flops(model, [pair], shared)
         # the reference runs in the last 80 % of the steps; labelling is two forward passes
         train, label = (1 + 0.8 / 3) * flops, 2 / 3 * flops
 
-        pairs = math.ceil(int(chosen["BATCH_SIZE"]) / args.gpus)
-        gathers = [passes(pairs, tokens_of(pair, shared), tokens) *
-                   gathered_gb(count, args.gpus) / args.link for tokens in (2048, micro)]
+        micro, batch = int(chosen["MICRO_TOKENS"]), int(chosen["BATCH_SIZE"])
+        count_of_passes = passes(math.ceil(batch / args.gpus), tokens_of(pair, shared), micro)
+        checkpoint = checkpoint_gb(count)
         training.append([
             name, f"{count / 1e9:.2f} B", f"{whole_gb(count):.1f}",
-            f"{sharded_gb(shape, count, args.gpus, tied):.1f}",
+            f"{sharded_gb(shape, count, args.gpus):.1f}",
             f"{micro}: {activations_gb(shape, micro):.1f}",
-            f"{gathers[0]:.1f} → {gathers[1]:.1f}", f"{pairs * train / speed:.1f}",
-            f"{checkpoint_gb(count):.0f}, {checkpoint_gb(count) / writers / args.write:.0f}",
-            f"{host_gb(count, sharded):.0f}"])
+            f"{count_of_passes * gathered_gb(count, args.gpus) / args.link:.1f}",
+            f"{batch * train / speed:.1f}", f"{checkpoint:.0f}, {checkpoint / args.write:.0f}"])
 
-        longest = largest_prompt(shape, count, n, new, args.memory)
-        rows = min(128, int(chosen["SAMPLE_TOKENS"]) // (PROMPT + new))
-        full = int(chosen["SAMPLE_TOKENS"]) // rows - new  # prompts that fill the budget
+        n, new, budget = (int(chosen[key]) for key in ("N", "MAX_NEW_TOKENS", "SAMPLE_TOKENS"))
+        rows = min(128, budget // (PROMPT + new))
+        full = budget // rows - new  # prompts that fill the budget
         others.append([
             name, f"{kv_bytes(shape) / 1e6:.2f}",
             f"{sampling_gb(shape, count, rows, full, new):.1f}",
-            f"{longest} of {shape.context - new}",
-            f"{scoring_gb(shape, count, CHUNK):.1f}",
-            f"{scoring_gb(shape, count, 2 * SCORED // tokens_of(pair, True)):.1f}"])
+            f"{largest_prompt(shape, count, n, new, args.memory)} of {shape.context - new}",
+            f"{scoring_gb(shape, count):.1f}"])
 
         prompts = sum(map(int, chosen["ROUNDS"].split()))
         seed = 0
         if not chosen["SEED_POLICY"]:  # one more pass of a third for the seed's log-probs
             seed = int(chosen["SEED_SIZE"]) * (int(chosen["SEED_EPOCHS"]) + 1 / 3)
-        rate = args.gpus * speed
-        hours.append([
-            name, f"{train * 1e4 / 1e15:.0f}, {label * 1e4 / 1e15:.0f}",
-            f"{train * 1e4 / rate / 3600:.2f}, {label * 1e4 / rate / 3600:.2f}",
-            f"{(prompts * (train + label) + seed * flops) / rate / 3600:.1f}"])
+        ten_thousand = [1e4 * work / speed / 3600 for work in (train, label)]
+        run = (prompts * (train + label) + seed * flops) / speed / 3600
+        hours.append([name, *(f"{value:.2f}" for value in ten_thousand), f"{run:.1f}"])
 
     print(f"Training on {args.gpus} GPUs: GB a GPU of weights and moments, and of activations at a "
-          "config's MICRO_TOKENS; seconds a step of gathers (at 2048 tokens a pass → at "
-          "MICRO_TOKENS), which run beside the products; checkpoints; main memory.\n")
+          "config's MICRO_TOKENS; seconds a step of gathers, which run beside the products; a "
+          "checkpoint, which process 0 gathers in main memory and writes.\n")
     table(["config", "parameters", "one copy (DDP)", "sharded", "activations",
-           "gathers, s a step", "products, s a step", "checkpoint: GB, s", "host GB a machine"],
-          training)
+           "gathers, s a step", "products, s a step", "checkpoint: GB, s"], training)
     print(f"The other stages on a GPU of {args.memory:.0f} GB: sampling with the fullest batch "
           "that SAMPLE_TOKENS allows; the longest prompt, in tokens, whose N responses fit, of "
-          "those that the model's context takes; labelling; judging by an LLM of the same size.\n")
-    table(["config", "MB a sampled token", "sampling: GB", "longest prompt", "labelling: GB",
-           "judging: GB"], others)
-    print(f"Computed at {args.mfu:.0%} of {args.tflops:.0f} TFLOP/s on {args.gpus} GPUs:\n")
-    table(["config", "train, label 10 K pairs: PFLOP", "hours",
-           "the whole run but sampling: hours"], hours)
+          "those that the model's context takes; labelling.\n")
+    table(["config", "MB a sampled token", "sampling: GB", "longest prompt", "labelling: GB"],
+          others)
+    print(f"Computed at {args.mfu:.0%} of {args.tflops:.0f} TFLOP/s on {args.gpus} GPUs, in hours; "
+          "the whole run without sampling:\n")
+    table(["config", "train 10 K pairs", "label 10 K pairs", "the whole run"], hours)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ constraints violated by 0.06 at N = 40, after 4 s.
     python bench/follower.py
     python bench/follower.py --picture      only draws
 """
-import json
 import resource
 import sys
 import tempfile

@@ -40,18 +40,16 @@ from core.stage import run_stage  # noqa: E402
 from core.training import memory_gb  # noqa: E402
 
 STEPS, BATCH = 6, 4  # the first step warms up
-WIDE = 12  # pairs a step where processes are compared: what they exchange does not grow with it
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LR = 1e-5
 
-PLAIN = "TRL without gradient checkpointing"
 FASTEST = "– and reference precomputed, allocator tuned"
 LINES = {
     "ours": ("ours", "--alpha", "0"),
     "ours, noise detection": ("ours", "--alpha", "0.1", "--lam", "0.5"),
     "ours, gradient checkpointing": ("ours", "--alpha", "0", "--gradient-checkpointing"),
     "TRL as shipped (gradient checkpointing)": ("trl", "recompute"),
-    PLAIN: ("trl",),
+    "TRL without gradient checkpointing": ("trl",),
     FASTEST: ("trl", "precomputed"),
     "TRL as shipped, reference precomputed": ("trl", "precomputed", "recompute"),
 }
@@ -74,9 +72,9 @@ def encoded_pairs(model, tokenizer, rows: list[dict]) -> list:
     return encode_rows(model.config, tokenizer, rows, [pair_of(row) for row in rows], "bench")
 
 
-def make_pairs(model_path: str, folder: str) -> dict:
-    """long and wide (256 tokens a part, give or take an eighth) and short (20 steps of the loss
-    curve), with reference log-probs."""
+def make_pairs(model_path: str, folder: str) -> None:
+    """long (256 tokens a part, give or take an eighth) and short (20 steps of the loss curve), with
+    reference log-probs."""
     model, tokenizer = load_model(model_path, DEVICE), load_tokenizer(model_path)
     words = " ".join(json.loads(line)["prompt"] for line in open(ROOT / "data/prompts.jsonl"))
     ids, dice = tokenizer(words).input_ids, np.random.default_rng(0)
@@ -86,8 +84,7 @@ def make_pairs(model_path: str, folder: str) -> dict:
         start = int(dice.integers(len(ids) - length))
         return tokenizer.decode(ids[start:start + length]).strip()
 
-    sizes = ("long", STEPS * BATCH, 256), ("short", 20 * BATCH, 24), ("wide", STEPS * WIDE, 256)
-    for name, count, length in sizes:
+    for name, count, length in (("long", STEPS * BATCH, 256), ("short", 20 * BATCH, 24)):
         rows = [{"id": str(i), "prompt": [{"role": "user", "content": text(length)}],
                  "chosen": text(length), "rejected": text(length)} for i in range(count)]
         for precision in ("fp32", "bf16"):
@@ -96,7 +93,6 @@ def make_pairs(model_path: str, folder: str) -> dict:
             write_rows(f"{folder}/{name}_{precision}.jsonl", [
                 {**row, "margin": 0.0, "chosen_logp": chosen, "rejected_logp": rejected}
                 for row, (chosen, rejected) in zip(rows, logps)])
-    return {}
 
 
 def measured(model, encoded: list, shared: bool, precision: str, losses: list[float],
@@ -107,20 +103,17 @@ def measured(model, encoded: list, shared: bool, precision: str, losses: list[fl
     flops = training_flops(model, encoded, shared) / steps
     return {"losses": losses, "seconds": median,
             "mfu": flops / median / matmul_flops(DEVICE, precision),
-            "pairs": len(encoded) / steps,
             "tokens": sum(len(p) + sum(map(len, ys)) for p, ys in encoded) / steps,
             "memory": memory_gb(DEVICE)}
 
 
 def ours(model_path: str, pairs: str, precision: str, out: str, *flags: str) -> dict:
-    """train.py as plain DPO, or as `flags` say; rank 0's numbers. Its log waits for the device
-    before it takes a step's time."""
+    """train.py as plain DPO, or as `flags` say. Its log waits for the device before it takes a
+    step's time."""
     sys.argv = ["train.py", "--model", model_path, "--pairs", pairs, "--out", f"{out}/policy",
                 "--precision", precision, "--batch-size", str(BATCH), "--save-every", "0",
                 "--lr", str(LR), *flags]
     train.main(*train.flags())
-    if int(os.environ.get("RANK", 0)):
-        raise SystemExit
     log = [json.loads(line) for line in open(f"{out}/policy/log.jsonl")]
     peak = log[-1]["memory_gb"]
     model, tokenizer = load_model(model_path, DEVICE), load_tokenizer(model_path)
@@ -182,28 +175,6 @@ def stamp(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def margin_noise(model_path: str, pairs: str) -> dict:
-    """D8: by how much bf16 moves a margin, and the change of a margin by an update of 5e-7;
-    standard deviations over pairs."""
-    model, tokenizer = load_model(model_path, DEVICE), load_tokenizer(model_path)
-    encoded = encoded_pairs(model, tokenizer, read_rows(pairs, "preferences"))
-    net = ResponseLogps(model)
-
-    def margins(precision: str) -> np.ndarray:
-        logps = 0.1 * np.array(score(net, encoded, precision, DEVICE))
-        return logps[:, 0] - logps[:, 1]
-
-    fp32, bf16 = margins("fp32"), margins("bf16")
-    # What Adam's first step does to every weight.
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(5e-7 * torch.randn_like(p).sign())
-    moved_fp32, moved_bf16 = margins("fp32") - fp32, margins("bf16") - bf16
-    return {"static": (bf16 - fp32).std(), "change": moved_fp32.std(),
-            "noise": (moved_bf16 - moved_fp32).std()}
-
-
 def one_card() -> dict[str, str]:
     """The environment of a measurement: the first of the GPUs that are visible, if there is any."""
     if not torch.cuda.is_available():
@@ -211,37 +182,19 @@ def one_card() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
-def child(*arguments: str, processes: int = 1, threads: int | None = None,
-          tuned: bool = False) -> dict:
-    """One measurement in a process of its own, or in several under torchrun; `tuned` gives TRL the
-    allocator that we set ourselves."""
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def child(*arguments: str, tuned: bool = False) -> dict:
+    """One measurement in a process of its own; `tuned` gives TRL the allocator that we set
+    ourselves."""
     env = {**os.environ, **one_card()}
     if tuned:
         env |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), "1000000000")
-    if threads:
-        env["OMP_NUM_THREADS"] = str(threads)
-    done = subprocess.run([sys.executable, *launcher, __file__, "--child", *arguments],
-                          capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, __file__, "--child", *arguments], capture_output=True,
+                          text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n"
                          f"{done.stderr[-4000:]}")
     lines = reversed(done.stdout.splitlines())
     return json.loads(next(line for line in lines if line.startswith("{")))
-
-
-def measure(what: str, *arguments: str) -> None:
-    """What a process of `child` does: the measurement, as a line of JSON."""
-    with tempfile.TemporaryDirectory() as out:
-        if what in ("ours", "trl"):
-            trainer = ours if what == "ours" else theirs
-            model, pairs, precision, *flags = arguments
-            result = trainer(model, pairs, precision, out, *flags)
-        else:
-            result = {"pairs": make_pairs, "noise": margin_noise}[what](*arguments)
-    print(json.dumps(result), flush=True)
 
 
 def compare(model: str, folder: str) -> None:
@@ -250,18 +203,10 @@ def compare(model: str, folder: str) -> None:
     if DEVICE.type == "cuda":
         where = torch.cuda.get_device_name()
     print(f"{where}, torch {torch.__version__}\n")
-    child("pairs", model, folder)
+    make_pairs(model, folder)
     head = ["trainer", "precision", "s a step", "pairs/s", "tokens/s", "MFU", "peak GB",
             "ours: pairs/s ×", "ours: memory ×"]
     print(f"| {' | '.join(head)} |\n" + "| --- " * len(head) + "|", flush=True)
-
-    def show(name: str, precision: str, line: dict, ours: dict) -> None:
-        seconds = line["seconds"]
-        speed = line["pairs"] / seconds
-        print(f"| {name} | {precision} | {seconds:.2f} | {speed:.3f} | "
-              f"{line['tokens'] / seconds:.0f} | {line['mfu']:.0%} | {line['memory']:.1f} | "
-              f"{ours['pairs'] / ours['seconds'] / speed:.2f} | "
-              f"{ours['memory'] / line['memory']:.2f} |", flush=True)
 
     for precision in ("bf16", "fp32"):
         first = None
@@ -271,21 +216,15 @@ def compare(model: str, folder: str) -> None:
             line = child(what, model, f"{folder}/long_{precision}.jsonl", precision, *flags,
                          tuned=name == FASTEST)
             first = first or line
-            show(name, precision, line, first)
-    if DEVICE.type == "cpu":
-        wide = ("ours", model, f"{folder}/wide_fp32.jsonl", "fp32", "--alpha", "0",
-                "--batch-size", str(WIDE))
-        one = child(*wide)
-        show(f"ours, {WIDE} pairs a step", "fp32", one, one)
-        show("– two processes of one thread", "fp32", child(*wide, processes=2, threads=1), one)
-    noise = child("noise", model, f"{folder}/long_fp32.jsonl")
-    print(f"\nMargins, standard deviations over pairs: bf16 is off fp32 by {noise['static']:.3f}; "
-          f"an update of 5e-7 changes a margin by {noise['change']:.3f}, to which bf16 adds noise "
-          f"of {noise['noise']:.3f} (β = 0.1).")
-    curves = [child(*LINES[name][:1], model, f"{folder}/short_fp32.jsonl", "fp32", *LINES[name][1:])
-              ["losses"] for name in ("ours", PLAIN)]
-    apart = max(abs(a - b) for a, b in zip(*curves, strict=True))
-    print(f"Loss curves over {len(curves[0])} steps in fp32 are apart by at most {apart:.1e}.")
+            seconds = line["seconds"]
+            print(f"| {name} | {precision} | {seconds:.2f} | {BATCH / seconds:.3f} | "
+                  f"{line['tokens'] / seconds:.0f} | {line['mfu']:.0%} | {line['memory']:.1f} | "
+                  f"{seconds / first['seconds']:.2f} | {first['memory'] / line['memory']:.2f} |",
+                  flush=True)
+    short = model, f"{folder}/short_fp32.jsonl", "fp32"
+    ours, trl = child("ours", *short, "--alpha", "0")["losses"], child("trl", *short)["losses"]
+    apart = max(abs(a - b) for a, b in zip(ours, trl, strict=True))
+    print(f"\nLoss curves over {len(ours)} steps in fp32 are apart by at most {apart:.1e}.")
     sys.exit(apart > 1e-4)
 
 
@@ -295,9 +234,12 @@ def main() -> None:
     cli.add_argument("--model", default="models/smollm2")
     cli.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = cli.parse_args()
-    if args.child:
-        return measure(*args.child)
     with tempfile.TemporaryDirectory() as folder:
+        if args.child:
+            what, model, pairs, precision, *flags = args.child
+            trainer = ours if what == "ours" else theirs
+            print(json.dumps(trainer(model, pairs, precision, folder, *flags)), flush=True)
+            return
         model = args.model
         if model == "random-1b":
             make_model(model := f"{folder}/model")

@@ -101,13 +101,15 @@ nearest() {  # WORD WORDS…: the one that WORD may be a slip of
 }
 
 read_config() {  # FILE of lines NAME=value; a value is the rest of its line, outer quotes off
-  local line value
-  while IFS=$' \t\r' read -r line || [[ -n $line ]]; do
+  local line name value
+  while read -r line || [[ -n $line ]]; do
+    line=${line%%*([[:space:]])}
     [[ -n $line && $line != \#* ]] || continue
-    [[ $line =~ ^([A-Za-z_]+)=(\"(.*)\"|\'(.*)\'|.*)$ ]] || stop "$1: not a line NAME=value: $line"
-    value=${BASH_REMATCH[3]:-${BASH_REMATCH[4]:-${BASH_REMATCH[2]}}}
-    [[ $value != @(\"\"|\'\') ]] || value=
-    [[ -v given[${BASH_REMATCH[1]}] ]] || given[${BASH_REMATCH[1]}]=$value
+    [[ $line =~ ^([A-Za-z_]+)=(.*)$ ]] || stop "$1: not a line NAME=value: $line"
+    name=${BASH_REMATCH[1]}
+    value=${BASH_REMATCH[2]}
+    [[ $value != \"*\" && $value != \'*\' ]] || value=${value:1:-1}
+    [[ -v given[$name] ]] || given[$name]=$value
   done <"$1"
 }
 
@@ -183,26 +185,28 @@ count=0      # stages in all
 number=0     # stages that were started
 
 stage() {  # [-m] PROGRAM FLAGS …, on one process
-  local program=${1/#-m/$2} out="${*} "
+  local program=${1/#-m/$2} out="$* "
   out=${out##* --out }
+  out=${out%% *}
   if [[ $pass == look ]]; then
     look "$@"
     return
   fi
   number=$((number + 1))
-  echo "[$number/$count] $program → ${out%% *}"
+  echo "[$number/$count] $program → $out"
   "${starter[@]}" "$@"
 }
 look() {  # a stage that looks says STATE, OUT, BYTES and, of data, pairs or prompts
-  local status=0 answer state='' out='' bytes='' kind=''
+  local status=0 answer state=WRONG bytes=0 kind=''
   answer=$(LOOK=yes PROMISED=$promised "$python" "$@" 2>&1) || status=$?
-  IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer") || true
+  [[ $answer != *$'\t'* ]] ||
+    IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer")
   count=$((count + 1))
   holds=${holds:-$kind}
-  plan+=$(printf '  %-9s %-18s → %s' "${state:-WRONG}" "$program" "${out#"$RUN"/}")$'\n'
+  plan+=$(printf '  %-9s %-18s → %s' "$state" "$program" "${out#"$RUN"/}")$'\n'
+  (( status == 0 )) || promised+=$out$'\t'$bytes$'\n'
   if (( status == 3 )); then
     pending=yes
-    promised+=$out$'\t'$bytes$'\n'
   elif (( status != 0 )); then
     problems+=$(grep '^error: ' <<<"$answer" || echo "error: $program: $answer")$'\n'
   fi

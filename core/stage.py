@@ -360,15 +360,17 @@ def clean(out: str) -> None:
 def about(inputs: dict[str, str]) -> dict:
     """How an output came about: for readers, and no reason to do anything again. Paths stand here
     by name; their fingerprints are in the settings."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+    here = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    folder, program = Path(sys.argv[0]).absolute().parts[-2:]
-    if folder in ("data", "judges"):
-        program = f"-m {folder}.{program.removesuffix('.py')}"
+    program = Path(sys.argv[0]).resolve()
+    if program.parent in (here / "data", here / "judges"):
+        program = f"-m {program.parent.name}.{program.stem}"
+    else:
+        program = program.name
     torch = sys.modules.get("torch")  # a stage that computes has loaded it
     gpu = torch is not None and torch.cuda.is_initialized()
     card = f", {torch.cuda.get_device_name()}" if gpu else ""

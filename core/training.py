@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -134,13 +135,14 @@ def batches(run: Run, log: list[dict]) -> Iterator[tuple[int, list[int]]]:
     continues: the rows in a new order each epoch, alike on every process and after a kill."""
     size = run.args.batch_size
     per_epoch = math.ceil(len(run.rows) / size)
-    bar = tqdm(range(len(log), run.total), desc="train", unit="step", initial=len(log),
-               total=run.total, disable=None if run.rank == 0 else True)
+    bar = tqdm(range(len(log), run.total), desc="train", initial=len(log), total=run.total,
+               disable=None if run.rank == 0 else True,
+               bar_format="{desc} {n}/{total} |{bar}| {elapsed}<{remaining}{postfix}")
     for step in bar:
         epoch, k = divmod(step, per_epoch)
         order = np.random.default_rng([run.args.seed, epoch]).permutation(len(run.rows)).tolist()
         yield step, order[k * size:(k + 1) * size]
-        bar.set_postfix_str(f"loss {log[-1]['loss']:.3g}, accuracy {log[-1]['accuracy']:.2f}")
+        bar.set_postfix_str(f"loss {log[-1]['loss']:.3f}, accuracy {log[-1]['accuracy']:.2f}")
 
 
 def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict, float]]:
@@ -151,13 +153,18 @@ def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict,
     hence world / B. A process with fewer passes than others takes part with a stand-in of scale 0.
     """
     passes = deal(run.encoded, batch, run.shared, run.args.micro_tokens, run.world)[run.rank]
-    for number, dealt in enumerate(passes, 1):
-        # DDP sums over processes once, after the last pass. Shards are summed after each: a whole
-        # gradient would not fit.
-        run.policy.require_backward_grad_sync = number == len(passes)
-        indices = dealt or batch[:1]
-        tokens = pack([run.encoded[i] for i in indices], run.shared, run.device)
-        yield indices, tokens, run.world / len(batch) if dealt else 0.0
+    # The bf16 weights of a pass live until the outermost context ends: inside of one that changes
+    # nothing, they serve all passes of the step.
+    several = len(passes) > 1
+    outermost = torch.autocast(run.device.type, enabled=False) if several else nullcontext()
+    with outermost:
+        for number, dealt in enumerate(passes, 1):
+            # DDP sums over processes once, after the last pass. Shards are summed after each: a
+            # whole gradient would not fit.
+            run.policy.require_backward_grad_sync = number == len(passes)
+            indices = dealt or batch[:1]
+            tokens = pack([run.encoded[i] for i in indices], run.shared, run.device)
+            yield indices, tokens, run.world / len(batch) if dealt else 0.0
 
 
 def gather(run: Run, per_pass: list[tuple], batch: list[int]) -> dict[str, list[float]]:

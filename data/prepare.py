@@ -36,7 +36,6 @@ import argparse
 import csv
 import hashlib
 import itertools
-import json
 import os
 import random
 import re
@@ -56,6 +55,9 @@ from core.rows import (
     read_json_list,
     text_of,
     write_rows,
+)
+from core.rows import (
+    parse as parse_json,
 )
 from core.stage import (
     exit_if_complete,
@@ -281,10 +283,7 @@ def spelled_messages(where: str, key: str, text: str) -> list[dict] | None:
     if not re.fullmatch(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:.*\]\s*", text, re.DOTALL):
         return None
     try:
-        turns = json.loads(text)
-        # Half of a surrogate pair is no text.
-        json.dumps(turns, ensure_ascii=False).encode()
-        return turns
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         fail(f"{where}: '{key}' looks like a list of messages and is not JSON ({error}); "
              "json.dumps writes it")
@@ -388,7 +387,7 @@ def collect(source: Iterable[tuple[str, dict]],
         except LeftOut as reason:
             left[str(reason)] += 1
             continue
-        unused |= {key: None for key, value in raw.items() if value is not None}
+        unused |= {key: None for key, value in raw.items() if value not in (None, "")}
         if ("chosen" in row) != ("chosen" in next(iter(rows.values()), row)):
             fail(f"{where}: some rows have chosen and rejected and some do not; all or none must")
         prompt = row["prompt"]
@@ -473,7 +472,8 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
             fail(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): "
                  f"the chat template of {path} refuses this prompt: {error}")
         # No token is shorter than a byte; 64 for what is written around an answer.
-        most = len(text.encode()) + room + 64 + sum(len(answer.encode()) for answer in answers)
+        longest = max((len(answer.encode()) for answer in answers), default=0)
+        most = len(text.encode()) + room + 64 + longest
         if most > limit:
             lengths = [len(encode_response(tokenizer, prompt, answer)) for answer in answers]
             most = len(encode_prompt(tokenizer, prompt)) + max(room, *lengths, 0)
@@ -490,9 +490,9 @@ def embed(rows: list[dict], path: str) -> torch.Tensor:
     *_, device = start_processes()
     model = load_model(path, device)
     tokenizer = load_tokenizer(path)
-    budget = 16384 if device.type == "cuda" else 2048
     width = model.config.get_text_config().hidden_size
     vectors = torch.empty(len(rows), width, dtype=torch.float16, device=device)
+    budget = 16384 if device.type == "cuda" else 2048
     # The position that predicts a response of one token.
     encoded = [(np.array(encode_prompt(tokenizer, row["prompt"]), np.int32), [[0]]) for row in rows]
     for batch in tqdm(deal(encoded, range(len(rows)), False, budget, 1)[0], desc="embed"):

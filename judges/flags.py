@@ -45,7 +45,8 @@ def judge_settings(args: argparse.Namespace, *inputs: str) -> dict:
     settings = settings_of(args, *models, *[key for key in inputs if key not in tables])
     for key in tables:
         paths = settings.pop(key)
-        settings |= {f"{key} {name}": fingerprint(path) for name, path in paths.items()}
+        settings |= {f"{key} {name}": fingerprint(path, "file")
+                     for name, path in paths.items()}
     del settings["base_url"]
     if args.judge != "openai":
         del settings["judge_tokens"]

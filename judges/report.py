@@ -45,9 +45,9 @@ def p_value(p: float | None) -> str | None:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def with_error(p: dict, key: str) -> str:
+def with_error(p: dict, key: str) -> str | None:
     """value ± standard error."""
-    return f"{cell(p.get(key))} ± {cell(p[f'{key}_error'])}" if key in p else "–"
+    return f"{p[key]:.3f} ± {cell(p[f'{key}_error'])}" if key in p else None
 
 
 def policy_table(policies: dict[str, dict]) -> str:

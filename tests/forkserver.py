@@ -17,8 +17,8 @@ import sys
 def serve(path: str) -> None:
     import datasets  # noqa: F401
     import scipy.optimize  # noqa: F401
-    import torch.distributed.fsdp
-    import torch.distributed.run
+    import torch.distributed.fsdp  # noqa: F401
+    import torch.distributed.run  # noqa: F401
     import transformers
 
     for name in (

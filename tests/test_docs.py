@@ -52,8 +52,8 @@ def test_a_line_has_at_most_100_columns(path):
     assert [number for number, width in enumerate(widths, 1) if width > 100] == []
 
 
-def test_the_tutorial_has_at_most_120_lines():
-    assert len((ROOT / "run.sh").read_text(encoding="utf-8").splitlines()) <= 120
+def test_the_tutorial_has_at_most_125_lines():
+    assert len((ROOT / "run.sh").read_text(encoding="utf-8").splitlines()) <= 125
 
 
 def test_the_method_explains_every_tag_once():

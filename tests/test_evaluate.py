@@ -526,7 +526,7 @@ def test_outputs_of_other_models_and_no_verdicts(tmp_path, monkeypatch):
     verdicts = [1.0, nan, nan, 1.0, 0.0, 0.0, 0.0, nan, 0.0, 0.0, nan, 1.0]
     monkeypatch.setitem(judge.RANKERS, "llm", lambda args, asked, *place: verdicts)
     monkeypatch.setattr("evaluate.check_judge", lambda args: None)
-    command = ["evaluate.py", "--judge", "llm", "--judge-model", "m", "--out", tmp_path / "run",
+    command = ["evaluate.py", "--judge", "llm", "--judge-model", mine, "--out", tmp_path / "run",
                "--answers", f"gpt={tmp_path / 'gpt.json'}"]
     done = ok(run(*command, f"mine={mine}"))
     p = json.loads((tmp_path / "run/report.md.stats.json").read_text())["policies"]["mine"]
@@ -541,13 +541,21 @@ def test_answers_that_do_not_fit_together_are_one_line(tmp_path):
     turned = dump(tmp_path / "turned.jsonl", jsonl(one)[::-1])
     few = write_answers(tmp_path / "few.jsonl", TEXTS[:3])
     three = write_answers(tmp_path / "three.jsonl", [texts + ["x"] for texts in TEXTS])
-    for other, words in ((turned, "answer 1 is to another prompt"), (few, "answers to 3 prompts"),
-                         (three, "answer 1 has 2 samples where others have 3")):
+    for other, words in ((turned, "in the same order"), (few, "its 3 prompts are not the 5"),
+                         (three, "2 samples a prompt where others have 3")):
         done = run("evaluate.py", "--answers", f"a={one}", f"b={other}", "--out", tmp_path / "o")
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
     for flags, words in ((["a"], "NAME=FILE"), (["a/b=x"], "without '/'"),
                          ([f"a={one}", "--labels", "b=x"], "--labels names b")):
         assert words in run("evaluate.py", "--out", tmp_path / "o", "--answers", *flags).stderr
+
+
+def test_a_picture_of_somebody_else_is_not_replaced(tmp_path):
+    (tmp_path / "report.png").write_text("mine")
+    one = write_answers(tmp_path / "one.jsonl", TEXTS)
+    done = run("evaluate.py", "--answers", f"a={one}", "--out", tmp_path)
+    assert done.returncode == 2 and "report.png: is there" in done.stderr
+    assert (tmp_path / "report.png").read_text() == "mine" and not (tmp_path / "report.md").exists()
 
 
 # -------------------------------------------------------------------------------------- the report

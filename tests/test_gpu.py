@@ -70,7 +70,7 @@ def test_more_processes_than_cards_is_one_line(one_process, monkeypatch, capsys)
 
 def test_a_card_without_a_usable_driver_is_one_line(one_process, monkeypatch, capsys):
     def unusable() -> bool:
-        warnings.warn("CUDA initialization: the driver on your system is too old")
+        warnings.warn("CUDA initialization: the driver on your system is too old", stacklevel=1)
         return False
 
     cards = ["/dev/nvidia0"]
@@ -207,29 +207,19 @@ def test_draw_sums_in_float64():
 # ------------------------------------------------------------------------------------------- launch
 
 
-def launched(tmp_path, **variables) -> list[str]:
+def launched(tmp_path, environment: dict | None = None, **given) -> list[str]:
     """Every command of run.sh with a stand-in for Python that writes its arguments down; asked
     whether a stage has work, it says yes."""
-    python = tmp_path / "python"
-    log = tmp_path / "commands"
+    python, log = tmp_path / "python", tmp_path / "commands"
     log.unlink(missing_ok=True)
     python.write_text(
-        '#!/bin/sh\n[ "$LOOK" != yes ] || exit 3\n'
-        f'echo "conf=$PYTORCH_ALLOC_CONF $*" >> "{log}"\n'
-    )
+        '#!/bin/sh\n[ "$LOOK" != yes ] || { printf "to do\\tout\\t0\\n"; exit 3; }\n'
+        f'echo "conf=$PYTORCH_ALLOC_CONF $*" >> "{log}"\n')
     python.chmod(0o755)
-    env = {
-        "PATH": os.environ["PATH"],
-        "PYTHON": str(python),
-        "INSTALL": "no",
-        "DATA": "x.jsonl",
-        "MODEL": "model",
-        "RUN": str(tmp_path / "run"),
-        **variables,
-    }
-    subprocess.run(
-        ["bash", ROOT / "run.sh"], cwd=tmp_path, env=env, check=True, capture_output=True
-    )
+    words = {"DATA": "x.jsonl", "MODEL": "model", "RUN": tmp_path / "run"} | given
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(python), **(environment or {})}
+    subprocess.run(["bash", ROOT / "run.sh", *(f"{name}={words[name]}" for name in words)],
+                   cwd=tmp_path, env=env, check=True, capture_output=True)
     return log.read_text().splitlines()
 
 
@@ -237,16 +227,16 @@ def stage_of(commands: list[str], name: str) -> str:
     return next(line for line in commands if f" {name}" in line)
 
 
+STAGES = ("seed_dpo.py", "generate.py", "label.py", "train.py", "evaluate.py")
+
+
 def test_stages_get_the_allocator_and_the_budget(tmp_path):
-    commands = launched(tmp_path, SAMPLE_TOKENS="777", NPROC="2")
-    for name in ("seed_dpo.py", "generate.py", "label.py", "train.py", "evaluate.py"):
+    commands = launched(tmp_path, SAMPLE_TOKENS=777, NPROC=2)
+    for name in STAGES:
         assert stage_of(commands, name).startswith("conf=expandable_segments:True ")
-    for name in ("generate.py", "evaluate.py"):
-        assert " --sample-tokens 777" in stage_of(commands, name)
-    own = launched(tmp_path, PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64")
-    assert stage_of(own, "train.py").startswith("conf=max_split_size_mb:64 ")
-    # vLLM has an allocator of its own
-    assert stage_of(launched(tmp_path, BACKEND="vllm"), "generate.py").startswith("conf= generate")
+    assert " --sample-tokens 777" in stage_of(commands, "generate.py")
+    chosen = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert stage_of(launched(tmp_path, chosen), "train.py").startswith("conf=max_split_size_mb:64 ")
 
 
 def test_machines_meet_on_one_of_them(tmp_path):
@@ -254,27 +244,24 @@ def test_machines_meet_on_one_of_them(tmp_path):
     each = tmp_path / "each"
     each.write_text(
         '#!/bin/sh\nif [ "$1" = hostname ]; then printf "node2\\nnode1\\n"; exit; fi\n'
-        'exec env -i PATH="$PATH" "$@"\n'
-    )  # a launcher that forwards no variable
+        'exec env -i PATH="$PATH" "$@"\n')  # a launcher that forwards no variable
     each.chmod(0o755)
-    commands = launched(tmp_path, NNODES="2", NPROC="8", EACH_NODE=str(each))
-    for name in ("seed_dpo.py", "generate.py", "label.py", "train.py", "evaluate.py"):
+    commands = launched(tmp_path, NNODES=2, NPROC=8, EACH_NODE=each)
+    for name in STAGES:
         line = stage_of(commands, name)
         assert "--rdzv_endpoint node1:29500 " in line and "--nproc_per_node 8" in line
         assert line.startswith("conf=expandable_segments:True ")
-    named = launched(tmp_path, NNODES="2", EACH_NODE=str(each), MASTER_ADDR="node7")
+    named = launched(tmp_path, {"MASTER_ADDR": "node7"}, NNODES=2, EACH_NODE=each)
     assert "--rdzv_endpoint node7:29500 " in stage_of(named, "train.py")
 
 
 def test_slurm_starves_no_machine(tmp_path):
     """The default EACH_NODE, with a stand-in for srun."""
     srun = tmp_path / "srun"
-    srun.write_text(
-        f'#!/bin/bash\necho "$*" >> "{tmp_path}/asked"\n'
-        'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
-    )
+    srun.write_text(f'#!/bin/bash\necho "$*" >> "{tmp_path}/asked"\n'
+                    'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
     srun.chmod(0o755)
-    launched(tmp_path, NNODES="3", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    launched(tmp_path, {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, NNODES=3)
     asked = (tmp_path / "asked").read_text().splitlines()
     expected = "--nodes=3 --ntasks-per-node=1 --cpu-bind=none --mem=0 --export=ALL "
     assert len(asked) > 5 and all(line.startswith(expected) for line in asked)
@@ -283,53 +270,38 @@ def test_slurm_starves_no_machine(tmp_path):
 # -------------------------------------------------------------------------------------------- costs
 
 
-def count_of(name: str) -> int:
-    shape = cost.SHAPES[name]
-    model = cost.model_of(shape, cost.settings(name)["ARCHITECTURE"], name == "demo")
-    return sum(p.numel() for p in model.parameters())
-
-
 def test_costs_by_hand():
     """Mistral-7B: 7.24 B parameters; 32 layers of 8 key-value heads of width 128."""
-    shape, count = cost.SHAPES["mistral-7b"], count_of("mistral-7b")
+    shape = cost.SHAPES["mistral-7b"]
+    count = cost.count_of(cost.model_of(shape, "mistral"))
     assert count == 7_241_732_096  # as its model card says
     assert cost.kv_bytes(shape) == 2 * 32 * 8 * 128 * 2
     assert cost.checkpoint_gb(count) == pytest.approx(86.9, abs=0.1)
-    assert cost.host_gb(count, True) == pytest.approx(29.0, abs=0.1)  # one process reads
-    assert cost.host_gb(count, False) == cost.checkpoint_gb(count)
     # 4 pairs of 711 tokens: in passes of 2 048 two by two, in one of 8 192 all together
     assert [cost.passes(4, 711, tokens) for tokens in (2048, 8192, 500)] == [2, 1, 4]
     assert cost.gathered_gb(count, 8) == pytest.approx(16 * 7.2417 * 7 / 8, abs=0.01)
-    # what was there before is what it was
     assert cost.whole_gb(count) == pytest.approx(159.3, abs=0.1)
-    assert cost.sharded_gb(shape, count, 8, False) == pytest.approx(23.4, abs=0.1)
+    assert cost.sharded_gb(shape, count, 8) == pytest.approx(23.4, abs=0.1)
     assert cost.activations_gb(shape, 2048) == pytest.approx(2.5, abs=0.1)
-
-
-def test_the_longest_prompt_fits_and_one_token_more_does_not():
-    shape, count = cost.SHAPES["phi-3-14b"], count_of("phi-3-14b")
-    wide = shape._replace(context=10**6)
-    longest = cost.largest_prompt(wide, count, 2, 300, 80)
-    room = cost.ROOM * 80
-    assert cost.sampling_gb(wide, count, 2, longest, 300) <= room
-    assert cost.sampling_gb(wide, count, 2, longest + 1, 300) > room
-    assert cost.largest_prompt(shape, count, 2, 300, 80) == 4096 - 300
-    assert cost.largest_prompt(shape, count, 2, 300, 20) == 0  # not even the weights
 
 
 @pytest.mark.parametrize("name", [name for name in cost.SHAPES if name != "demo"])
 def test_every_config_fits_eighty_gigabytes(name):
-    shape, count, chosen = cost.SHAPES[name], count_of(name), cost.settings(name)
-    micro, budget, new = (
-        int(chosen[key]) for key in ("MICRO_TOKENS", "SAMPLE_TOKENS", "MAX_NEW_TOKENS")
-    )
+    shape, chosen = cost.SHAPES[name], cost.settings(name)
+    count = cost.count_of(cost.model_of(shape, chosen["ARCHITECTURE"]))
+    micro, budget, new = (int(chosen[key]) for key in ("MICRO_TOKENS", "SAMPLE_TOKENS",
+                                                       "MAX_NEW_TOKENS"))
     assert 4096 <= micro <= 8192
     room = cost.ROOM * 80
-    training = cost.sharded_gb(shape, count, 8, False) + cost.activations_gb(shape, micro)
-    assert training < room
-    assert cost.scoring_gb(shape, count, cost.CHUNK) < room
+    assert cost.sharded_gb(shape, count, 8) + cost.activations_gb(shape, micro) < room
+    assert cost.scoring_gb(shape, count) < room
     for rows in (2, 16, 128):  # a full batch of long prompts, or of short ones
         assert cost.sampling_gb(shape, count, rows, budget // rows - new, new) < room
+    longest = cost.largest_prompt(shape._replace(context=10**6), count, 2, new, 80)
+    fits = [cost.sampling_gb(shape, count, 2, length, new) <= room
+            for length in (longest, longest + 1)]
+    assert fits == [True, False]
+    assert cost.largest_prompt(shape, count, 2, new, 2) == 0  # not even the weights
 
 
 def test_costs_print_a_line_for_each_config(monkeypatch, capsys):
@@ -338,8 +310,7 @@ def test_costs_print_a_line_for_each_config(monkeypatch, capsys):
     text = capsys.readouterr().out
     for name in cost.SHAPES:
         assert len(re.findall(rf"^\| {name} \|", text, re.MULTILINE)) == 3
-    tables = text.split("\n\n")
-    for table in tables[1::2]:
+    for table in text.split("\n\n")[1::2]:
         assert len({line.count("|") for line in table.strip().splitlines()}) == 1
 
 
@@ -355,7 +326,7 @@ def test_measurements_see_one_card(monkeypatch):
 
     monkeypatch.setattr(bench_train.subprocess, "run", process)
     for works, visible in ((True, None), (True, "2,3"), (False, None)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: works)
+        monkeypatch.setattr(torch.cuda, "is_available", [works].pop)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

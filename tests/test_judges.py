@@ -33,10 +33,21 @@ from judges.measures import settled
 
 CPU = torch.device("cpu")
 ASK = [{"role": "user", "content": "Say."}]
+OPENAI = "--judge openai --judge-model tiny"
 
 
 def namespace(**fields):
     return types.SimpleNamespace(**{"precision": "fp32", "judge_model": "m", **fields})
+
+
+def label(tmp_path, flags: str):
+    """label.py with flags as one types them; the rows go to l.jsonl."""
+    command = f"{flags} --precision fp32 --out {tmp_path / 'l.jsonl'}"
+    return run("label.py", *command.split())
+
+
+def stats_of(tmp_path) -> dict:
+    return json.loads((tmp_path / "l.jsonl.stats.json").read_text())
 
 
 def test_a_judge_that_always_says_a_scores_one_half():
@@ -124,9 +135,8 @@ def test_rewards_of_a_ranker_are_bradley_terry(monkeypatch):
         1,
         CPU,
     )
-    assert np.diff(own) == pytest.approx(np.diff([0.3, -1.0, 2.0])) and pair[1] - pair[
-        0
-    ] == pytest.approx(3.0)
+    assert np.diff(own) == pytest.approx(np.diff([0.3, -1.0, 2.0]))
+    assert pair[1] - pair[0] == pytest.approx(3.0)
     assert behaviour["order_disagreement"] == 0
 
 
@@ -171,33 +181,14 @@ def test_llm_judge_against_a_plain_computation(wide, tokenizer, tmp_path):
         margins.append(math.log(p / (1 - p)))
         disagree += odds[0] * odds[1] > 0
     pairs = dump(tmp_path / "gold.jsonl", rows)
-    done = ok(
-        run(
-            "label.py",
-            "--judge",
-            "llm",
-            "--judge-model",
-            wide,
-            "--model",
-            wide,
-            "--pairs",
-            pairs,
-            "--out",
-            tmp_path / "l.jsonl",
-            "--precision",
-            "fp32",
-        )
-    )
-    stats = json.load(open(tmp_path / "l.jsonl.stats.json"))
-    assert (
-        stats["gold_agreement"] == np.mean([m > 0 for m in margins])
-        and stats["order_disagreement"] == disagree / 5
-    )
-    for row, label, m in zip(rows, pair_rows(tmp_path / "l.jsonl"), margins):
-        assert label["margin"] == pytest.approx(abs(m), abs=1e-4) and label["chosen"] == (
-            row["chosen"] if m > 0 else row["rejected"]
-        )
-        assert label["chosen_logp"] < 0
+    done = ok(label(tmp_path, f"--judge llm --judge-model {wide} --model {wide} --pairs {pairs}"))
+    stats = stats_of(tmp_path)
+    assert stats["gold_agreement"] == np.mean([m > 0 for m in margins])
+    assert stats["order_disagreement"] == disagree / 5
+    for row, labelled, m in zip(rows, pair_rows(tmp_path / "l.jsonl"), margins):
+        assert labelled["margin"] == pytest.approx(abs(m), abs=1e-4)
+        assert labelled["chosen"] == (row["chosen"] if m > 0 else row["rejected"])
+        assert labelled["chosen_logp"] < 0
     assert "agreement with gold" in done.stdout
 
 
@@ -206,43 +197,13 @@ def test_fine_tuning_a_judge(wide, tmp_path):
     gold pairs."""
     pairs = dump(tmp_path / "gold.jsonl", gold_rows(6))
     ok(run("judges/comparisons.py", "--pairs", pairs, "--out", tmp_path / "letters.jsonl"))
-    flags = ["--pairs", tmp_path / "letters.jsonl", "--precision", "fp32", "--micro-tokens", "4000"]
-    ok(
-        run(
-            "seed_dpo.py",
-            "--objective",
-            "supervised",
-            "--model",
-            wide,
-            *flags,
-            "--out",
-            tmp_path / "judge",
-            "--lr",
-            "1e-2",
-            "--epochs",
-            "40",
-            "--batch-size",
-            "12",
-        )
-    )
+    flags = f"--objective supervised --model {wide} --pairs {tmp_path / 'letters.jsonl'} --lr 1e-2"
+    flags += " --precision fp32 --micro-tokens 4000 --epochs 40 --batch-size 12"
+    ok(run("seed_dpo.py", *flags.split(), "--out", tmp_path / "judge"))
     log = jsonl(tmp_path / "judge/log.jsonl")
     assert len(log) == 40 and log[-1]["loss"] < 0.2 < log[0]["loss"] and log[-1]["accuracy"] == 1
-    ok(
-        run(
-            "label.py",
-            "--judge",
-            "llm",
-            "--judge-model",
-            tmp_path / "judge",
-            "--pairs",
-            pairs,
-            "--out",
-            tmp_path / "l.jsonl",
-            "--precision",
-            "fp32",
-        )
-    )
-    assert json.load(open(tmp_path / "l.jsonl.stats.json"))["gold_agreement"] == 1
+    ok(label(tmp_path, f"--judge llm --judge-model {tmp_path / 'judge'} --pairs {pairs}"))
+    assert stats_of(tmp_path)["gold_agreement"] == 1
 
 
 @pytest.fixture(scope="session")
@@ -336,9 +297,9 @@ def test_pairrm_against_a_plain_computation(pairrm_folder, capsys):
 def test_pairrm_as_a_judge(pairrm_folder, folder, tmp_path):
     """It labels; what is laid out otherwise, or lacks weights, is one line."""
     rows = [{"id": "x", "prompt": ASK, "responses": ["bb", "a", "cccc"]}]
-    command = ["label.py", "--judge", "pairrm", "--responses", dump(tmp_path / "r.jsonl", rows)]
-    command += ["--out", tmp_path / "l.jsonl", "--precision", "fp32", "--judge-model"]
-    ok(run(*command, pairrm_folder))
+    responses = dump(tmp_path / "r.jsonl", rows)
+    command = f"--judge pairrm --responses {responses} --judge-model "
+    ok(label(tmp_path, command + str(pairrm_folder)))
     (row,) = pair_rows(tmp_path / "l.jsonl")
     reward = dict.fromkeys(rows[0]["responses"], 0.0)
     for a, b in itertools.permutations(reward, 2):
@@ -347,14 +308,14 @@ def test_pairrm_as_a_judge(pairrm_folder, folder, tmp_path):
     worst, *_, best = sorted(reward, key=reward.get)
     assert (row["chosen"], row["rejected"]) == (best, worst)
     assert row["margin"] == pytest.approx(reward[best] - reward[worst], abs=1e-5)
-    done = run(*command, folder)
+    done = label(tmp_path, command + folder)
     assert done.returncode == 2 and "llm-blender/PairRM-hf" in done.stderr
     weights = load_file(pairrm_folder / "model.safetensors")
     del weights["head_layer.4.bias"]
     less = tmp_path / "less"
     shutil.copytree(pairrm_folder, less)
     save_file(weights, less / "model.safetensors", {"format": "pt"})
-    done = run(*command, less)
+    done = label(tmp_path, command + str(less))
     assert done.returncode == 2 and "1 weights are missing (head_layer.4.bias)" in done.stderr
 
 
@@ -390,12 +351,7 @@ class Endpoint(BaseHTTPRequestHandler):
                     return_tensors="pt",
                     return_dict=True,
                 )
-                out = self.model.generate(
-                    **ids,
-                    max_new_tokens=3,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
+                out = self.model.generate(**ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
                 text = self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
                 answer = {
                     "id": "1",
@@ -465,18 +421,8 @@ def test_endpoint_survives_trouble_and_is_never_asked_twice(endpoint, tmp_path, 
     )  # a random model names no letter
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     Endpoint.plan[:] = [500, 429, "silence", "hang up", 503]
-    command = [
-        "label.py",
-        "--judge",
-        "openai",
-        "--judge-model",
-        "tiny",
-        "--base-url",
-        endpoint,
-        "--responses",
-        responses_file(tmp_path),
-    ]
-    done = ok(run(*command, "--out", tmp_path / "l.jsonl"))
+    command = f"{OPENAI} --base-url {endpoint} --responses {responses_file(tmp_path)}"
+    done = ok(label(tmp_path, command))
     assert len(Endpoint.asked) == 5 + 8 and len(jsonl(tmp_path / "l.jsonl")) > 0
     assert all(
         key == "Bearer sk-secret-word" and body["temperature"] == 0 for body, key in Endpoint.asked
@@ -488,12 +434,12 @@ def test_endpoint_survives_trouble_and_is_never_asked_twice(endpoint, tmp_path, 
         "\n".join(lines[:5]) + "\n" + lines[5][:30]
     )  # a kill while the sixth answer was being written
     (tmp_path / "l.jsonl").unlink()
-    ok(run(*command, "--out", tmp_path / "l.jsonl"))
+    ok(label(tmp_path, command))
     assert (
         len(Endpoint.asked) == 13 + 3 and jsonl(tmp_path / "l.jsonl") == before
     )  # three were not stored
     (tmp_path / "l.jsonl").unlink()
-    ok(run(*command, "--out", tmp_path / "l.jsonl"))
+    ok(label(tmp_path, command))
     assert len(Endpoint.asked) == 16 and jsonl(tmp_path / "l.jsonl") == before
     everything = done.stdout + done.stderr + "".join(p.read_text() for p in tmp_path.iterdir())
     assert "secret" not in everything
@@ -503,19 +449,8 @@ def test_endpoint_survives_trouble_and_is_never_asked_twice(endpoint, tmp_path, 
 def test_endpoint_that_refuses_ends_in_one_line(endpoint, trouble, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoints, "PARALLEL", 1)
     Endpoint.plan[:] = [200, 200, trouble] + [401] * 20
-    done = run(
-        "label.py",
-        "--judge",
-        "openai",
-        "--judge-model",
-        "tiny",
-        "--base-url",
-        endpoint,
-        "--responses",
-        responses_file(tmp_path),
-        "--out",
-        tmp_path / "l.jsonl",
-    )
+    flags = f"{OPENAI} --base-url {endpoint} --responses {responses_file(tmp_path)}"
+    done = label(tmp_path, flags)
     assert (
         done.returncode == 2
         and "2 answers are kept" in done.stderr
@@ -533,24 +468,15 @@ def test_endpoint_that_refuses_ends_in_one_line(endpoint, trouble, tmp_path, mon
 
 
 def test_endpoint_without_key_or_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", " \n")
-    command = [
-        "label.py",
-        "--judge",
-        "openai",
-        "--responses",
-        responses_file(tmp_path),
-        "--out",
-        tmp_path / "l.jsonl",
-    ]
-    assert "needs --judge-model" in run(*command).stderr
-    command += ["--judge-model", "m"]
-    assert "reads its key from" in run(*command).stderr
-    monkeypatch.setenv("OPENAI_API_KEY", "two words")
-    assert "OPENAI_API_KEY holds a blank" in run(*command).stderr
+    responses = f"--responses {responses_file(tmp_path)}"
+    assert "needs --judge-model" in label(tmp_path, f"--judge openai {responses}").stderr
+    for key, words in ((" \n", "reads its key from"), ("a b", "OPENAI_API_KEY holds a blank")):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        assert words in label(tmp_path, f"{OPENAI} {responses}").stderr
     monkeypatch.setenv("OPENAI_API_KEY", "word")
     for url in ("http://127.0.0.1:9/v1", "host/v1"):
-        assert f"{url} does not answer" in run(*command, "--base-url", url).stderr
+        done = label(tmp_path, f"{OPENAI} {responses} --base-url {url}")
+        assert f"{url} does not answer" in done.stderr
 
 
 def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, monkeypatch):
@@ -560,10 +486,9 @@ def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, mo
     verdict = lambda text: len(text) % 7 / 7 if text else math.nan  # noqa: E731
     monkeypatch.setattr(judges, "parse_choice", verdict)
     monkeypatch.setattr(Endpoint, "minds", CORPUS[0])
-    command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--responses"]
-    command += [responses_file(tmp_path, 8), "--out", tmp_path / "l.jsonl", "--base-url"]
-    printed = ok(run(*command, endpoint)).stdout
-    cached = [row for row in jsonl(tmp_path / "l.jsonl.judge_cache.jsonl")]
+    command = f"{OPENAI} --responses {responses_file(tmp_path, 8)} --base-url "
+    printed = ok(label(tmp_path, command + endpoint)).stdout
+    cached = jsonl(tmp_path / "l.jsonl.judge_cache.jsonl")
     refused = [row for row in cached if json.dumps(CORPUS[0])[1:-1] in row["request"]]
     assert [row["answer"] for row in refused] == ["", ""]
     # a random model may answer nothing too
@@ -572,7 +497,7 @@ def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, mo
     asked, rows = len(Endpoint.asked), jsonl(tmp_path / "l.jsonl")
     assert asked == 16 and rows and "0" not in [row["id"] for row in rows]
     (tmp_path / "l.jsonl").unlink()
-    ok(run(*command, endpoint.replace("127.0.0.1", "localhost")))
+    ok(label(tmp_path, command + endpoint.replace("127.0.0.1", "localhost")))
     assert len(Endpoint.asked) == asked and jsonl(tmp_path / "l.jsonl") == rows
 
 
@@ -618,10 +543,8 @@ def test_a_judge_reads_no_more_than_its_context(judge, tokenizer, tmp_path):
         )
         family(config).save_pretrained(path)
         tokenizer.save_pretrained(path)
-        done = run(
-            "label.py", "--judge", judge, "--judge-model", path, "--precision", "fp32",
-            "--responses", dump(tmp_path / "r.jsonl", rows), "--out", tmp_path / f"{context}.jsonl",
-        )
+        responses = dump(tmp_path / "r.jsonl", rows)
+        done = label(tmp_path, f"--judge {judge} --judge-model {path} --responses {responses}")
         assert done.returncode == status, done.stderr
     asked = length - (judge == "llm")
     assert f"the prompt 'Say.' and what is judged of it have {asked} tokens" in done.stderr
@@ -633,24 +556,11 @@ def test_cache_survives_kill_9(endpoint, tmp_path, monkeypatch):
     asks for the rest alone."""
     monkeypatch.setattr(endpoints, "TIMEOUT", 60.0)
     responses = responses_file(tmp_path, 8)
-    command = [
-        sys.executable,
-        "label.py",
-        "--judge",
-        "openai",
-        "--judge-model",
-        "tiny",
-        "--base-url",
-        endpoint,
-        "--responses",
-        responses,
-        "--out",
-        str(tmp_path / "l.jsonl"),
-    ]
+    flags = f"{OPENAI} --base-url {endpoint} --responses {responses}"
+    command = ["label.py", *flags.split(), "--out", str(tmp_path / "l.jsonl")]
     Endpoint.plan[:] = [200] * 5 + ["slow"] * 30
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=quiet, stderr=quiet)
     cache = tmp_path / "l.jsonl.judge_cache.jsonl"
     for _ in range(600):
         if cache.exists() and cache.read_text().count('"answer":') >= 5:
@@ -662,7 +572,7 @@ def test_cache_survives_kill_9(endpoint, tmp_path, monkeypatch):
     Endpoint.plan[:], asked = [], len(Endpoint.asked)
     time.sleep(2)  # requests under way at the kill come to their end
     asked = len(Endpoint.asked)
-    run(*command[1:])
+    run(*command)
     assert 5 <= kept < 16 and len(Endpoint.asked) - asked == 16 - kept
 
 
@@ -687,8 +597,8 @@ def test_an_endpoint_is_asked_again_the_way_it_wants(endpoint, tmp_path, monkeyp
     monkeypatch.setattr(endpoints, "PARALLEL", 1)
     monkeypatch.setattr(judges, "parse_choice", lambda text: len(text) % 7 / 7)
     monkeypatch.setattr(Endpoint, "refuses", {"max_tokens", "temperature"})
-    command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint]
-    ok(run(*command, "--responses", responses_file(tmp_path), "--out", tmp_path / "l.jsonl"))
+    flags = f"{OPENAI} --base-url {endpoint} --responses {responses_file(tmp_path)}"
+    ok(label(tmp_path, flags))
     bodies = [body for body, _ in Endpoint.asked]
     assert len(bodies) == 2 + 8
     for body in bodies[2:]:
@@ -700,17 +610,16 @@ def test_answers_without_verdict_are_counted(endpoint, tmp_path, monkeypatch):
     """In the summary, in the error where no row is left, and where no answer held one."""
     said = iter(["(A)", "A clear winner is hard to name", "(B)", "A and B are alike"])
     monkeypatch.setattr(endpoints, "ask_endpoint", lambda args, chats: [next(said) for _ in chats])
-    command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint]
-    command += ["--responses", responses_file(tmp_path, 2), "--out", tmp_path / "l.jsonl"]
-    assert ", 2 without verdict" in ok(run(*command)).stdout
+    command = f"{OPENAI} --base-url {endpoint} --responses {responses_file(tmp_path, 2)}"
+    assert ", 2 without verdict" in ok(label(tmp_path, command)).stdout
     (row,) = jsonl(tmp_path / "l.jsonl")
     assert row["id"] == "0"  # of the other row neither order held one
     (tmp_path / "l.jsonl").unlink()
     said = iter(["(A)", "both", "(A)", "both"])
-    done = run(*command)
+    done = label(tmp_path, command)
     assert done.returncode == 2 and "different reward; 2 answers without verdict" in done.stderr
     said = iter(["both"] * 4)
-    done = run(*command)
+    done = label(tmp_path, command)
     assert done.returncode == 2 and "none of its 4 answers held a verdict" in done.stderr
 
 

@@ -53,8 +53,8 @@ ASK = [{"role": "user", "content": "Write."}]
 REAL = ROOT.parent / "shared/data/tokenizers"  # gzipped tokenizers of released models
 SPELLED = ["<|im_start|>", "<|im_end|>", "<|pad|>", "<s>", "</s>", "<unk>", "<think>", "<｜User｜>",
            "<|im_", "end|>", "</"]
-PIECES = ["hello", "Hi", " ", "  ", "\n", "\t", "é", "你好", "שלום", "🙂", "👩‍🚀", "<0x0A>", "▁", BREAK,
-          "\ufffd", "\ue000", "\U0010fffd"]
+PIECES = ["hello", "Hi", " ", "  ", "\n", "\t", "é", "你好", "שלום", "🙂", "👩‍🚀", "<0x0A>", "▁",
+          BREAK, "\ufffd", "\ue000", "\U0010fffd"]
 
 
 def texts(pieces: list[str]):
