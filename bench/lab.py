@@ -40,7 +40,7 @@ from core.rows import atomic_path  # noqa: E402
 from core.stage import natural, parser  # noqa: E402
 from judges.report import markdown  # noqa: E402
 from label import best_and_worst, implicit_reward  # noqa: E402
-from seed_dpo import dpo_loss, dpo_margin, lr_at  # noqa: E402
+from seed_dpo import dpo_margin, lr_at  # noqa: E402
 from train import QUIET, leader_loss, threshold  # noqa: E402
 
 RESPONSES, PROMPTS = 64, 96  # a prompt's responses; prompts of a round, and of the evaluation
@@ -182,36 +182,6 @@ def ranking(margin: torch.Tensor, which: str, order: torch.Tensor) -> torch.Tens
 # --------------------------------------------------------------------------------------- the stages
 
 
-def update(theta: torch.Tensor, optimizer: torch.optim.Optimizer, loss: torch.Tensor,
-           lr: float) -> None:
-    """One step of every seed on its own mean loss, from loss [S, m]. AdamW acts on each number
-    alone, the clip on each seed."""
-    optimizer.zero_grad()
-    loss.mean(1).sum().backward()
-    norm = theta.grad.norm(dim=1, keepdim=True)
-    theta.grad *= (CLIP / (norm + 1e-6)).clamp(max=1.0)
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-
-
-def seed_stage(world: World, setting: Setting) -> torch.Tensor:
-    """θ [S, d] of π_0: DPO on the gold pairs (S6)."""
-    pairs = gold_pairs(world, setting)
-    theta = torch.zeros(len(world.phi), setting.features, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.AdamW([theta], weight_decay=0.0)
-    per_epoch = math.ceil(setting.pairs / BATCH)
-    total = setting.epochs * per_epoch
-    for step in range(total):
-        epoch, k = divmod(step, per_epoch)
-        order = np.random.default_rng(epoch).permutation(setting.pairs)
-        batch = torch.from_numpy(order[k * BATCH:(k + 1) * BATCH])
-        prior = pairs.prior[:, batch]
-        now = prior + tilt(theta, pairs.phi[:, batch])
-        loss = dpo_loss(dpo_margin(now.mT, prior.mT, setting.beta))
-        update(theta, optimizer, loss, lr_at(step, total, SEED_LR))
-    return theta.detach()
-
-
 def label(world: World, setting: Setting, t: int, theta: torch.Tensor,
           start: torch.Tensor) -> Pairs:
     """Candidates of π_{t−1} (theta) and their labels, in round t + 1; start: θ_0."""
@@ -229,12 +199,6 @@ def label(world: World, setting: Setting, t: int, theta: torch.Tensor,
         answer = world.uniform[:, prompts] >= setting.flips
         pairs = turn(pairs, asked & (pairs.right != answer))
     return pairs
-
-
-def with_replay(pairs: Pairs, more: Pairs, t: int) -> Pairs:
-    """Both together, in an order of their own."""
-    order = np.random.default_rng(t).permutation(pairs.margin.shape[1] + more.margin.shape[1])
-    return Pairs(*(torch.cat(both, 1)[:, order] for both in zip(pairs, more)))
 
 
 def worst_case(margin: torch.Tensor, setting: Setting,
@@ -261,32 +225,30 @@ def losses(margin: torch.Tensor, flag: torch.Tensor, weight: torch.Tensor, shift
     return leader_loss(*flat, alpha, PIECES).view(margin.shape)
 
 
-def train_round(theta: torch.Tensor, pairs: Pairs, setting: Setting, t: int,
-                order: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """θ of π_t from θ of π_{t−1} [S, d], and of its pairs, per seed: labels that are right, and
-    effective pairs (Σ g m)² / (Σ g² Σ m²) · N of gradient weights g = |∂L_i/∂M_i| at the start."""
+def train(theta: torch.Tensor, pairs: Pairs, setting: Setting, lr: float, batches: list,
+          order: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """θ of π_t from θ of π_{t−1} [S, d], by batches of positions; and of its pairs, per seed: labels
+    that are right, and effective pairs (Σ g m)² / (Σ g² Σ m²) · N of gradient weights
+    g = |∂L_i/∂M_i| at the start and margins m."""
     m = pairs.margin
-    seeds, n = m.shape
     weight, shift = worst_case(m, setting, order)
     pair_weight = m / m.mean(1, keepdim=True) if setting.weights == "margin" else torch.ones_like(m)
     stored = m if setting.anchor == "init" else torch.zeros_like(m)
     margin = stored.clone().requires_grad_()
     (pair_weight * losses(margin, 0 * m, weight, shift, setting.alpha)).sum().backward()
     g = margin.grad.abs()
-    effective = n * (g * m).sum(1) ** 2 / ((g ** 2).sum(1) * (m ** 2).sum(1) + 1e-12)
+    signal = (g * m).sum(1) ** 2 / ((g ** 2).sum(1) * (m ** 2).sum(1) + 1e-12)
 
     reference = pairs.prior + tilt(theta, pairs.phi)
     theta = theta.clone().requires_grad_()
     optimizer = torch.optim.AdamW([theta], weight_decay=0.0)
-    total = math.ceil(n / BATCH)
-    logs = [[] for _ in range(seeds)]
-    for step in range(total):
-        batch = slice(step * BATCH, (step + 1) * BATCH)
+    logs = [[] for _ in m]
+    for step, batch in enumerate(batches):
         now = pairs.prior[:, batch] + tilt(theta, pairs.phi[:, batch])
         gained = dpo_margin(now.mT, reference[:, batch].mT, setting.beta)
         # de-coupled noise detection                                                        S9, S11
         p = torch.sigmoid(gained.detach())
-        flagging = step >= math.ceil(QUIET * total)
+        flagging = step >= math.ceil(QUIET * len(batches))
         tau = [threshold(log, PERCENTILE) if flagging else -math.inf for log in logs]
         flag = (p < torch.tensor(tau)[:, None]).double()
         for log, seen in zip(logs, p.tolist()):
@@ -294,8 +256,40 @@ def train_round(theta: torch.Tensor, pairs: Pairs, setting: Setting, t: int,
         # refined labels under the worst case
         loss = losses(stored[:, batch] + gained, flag, weight[:, batch], shift[:, batch],
                       setting.alpha)
-        update(theta, optimizer, pair_weight[:, batch] * loss, lr_at(step, total, setting.lr))
-    return theta.detach(), {"right": pairs.right.double().mean(1), "effective": effective}
+        # every seed on its own mean: AdamW acts on each number alone, the clip on each seed
+        optimizer.zero_grad()
+        (pair_weight[:, batch] * loss).mean(1).sum().backward()
+        norm = theta.grad.norm(dim=1, keepdim=True)
+        theta.grad *= (CLIP / (norm + 1e-6)).clamp(max=1.0)
+        optimizer.param_groups[0]["lr"] = lr_at(step, len(batches), lr)
+        optimizer.step()
+    return theta.detach(), {"right": pairs.right.double().mean(1),
+                            "effective": m.shape[1] * signal}
+
+
+def seed_stage(world: World, setting: Setting) -> torch.Tensor:
+    """θ [S, d] of π_0: DPO (S6) on the gold pairs."""
+    batches = []
+    for epoch in range(setting.epochs):
+        order = np.random.default_rng(epoch).permutation(setting.pairs)
+        batches += torch.from_numpy(order).split(BATCH)
+    start = torch.zeros(len(world.phi), setting.features, dtype=torch.float64)
+    dpo = Setting(beta=setting.beta, alpha=0.0)
+    return train(start, gold_pairs(world, setting), dpo, SEED_LR, batches, world.order)[0]
+
+
+def train_round(theta: torch.Tensor, world: World, setting: Setting, t: int,
+                start: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """As `train`, round t + 1 of a run from θ_0 (start)."""
+    pairs = label(world, setting, t, theta, start)
+    batches = torch.arange(PROMPTS).split(BATCH)
+    if setting.replay != "none":
+        more = gold_pairs(world, setting) if setting.replay == "gold" else pairs
+        pairs = Pairs(*(torch.cat([own, again[:, :setting.pairs]], 1)
+                        for own, again in zip(pairs, more)))
+        order = np.random.default_rng(t).permutation(PROMPTS + setting.pairs)
+        batches = torch.from_numpy(order).split(BATCH)
+    return train(theta, pairs, setting, setting.lr, batches, world.order[:, t])
 
 
 # ----------------------------------------------------------------------------------------- measures
@@ -342,12 +336,7 @@ def run(world: World, setting: Setting, start: torch.Tensor) -> dict[str, list]:
     """All seeds of one setting from π_0 (start [S, d]): measure → one number a seed."""
     theta, rounds = start, []
     for t in range(setting.rounds):
-        pairs = label(world, setting, t, theta, start)
-        if setting.replay == "gold":
-            pairs = with_replay(pairs, gold_pairs(world, setting), t)
-        elif setting.replay == "self":
-            pairs = with_replay(pairs, Pairs(*(x[:, :setting.pairs] for x in pairs)), t)
-        theta, seen = train_round(theta, pairs, setting, t, world.order[:, t])
+        theta, seen = train_round(theta, world, setting, t, start)
         rounds.append(seen)
     result = measure(world, setting, setting.scale * theta, start)
     for key in ("right", "effective"):
@@ -480,8 +469,8 @@ def measures_of(rows: dict[str, Setting], results: dict) -> dict[str, dict[str, 
     """Name → measures; those of RAY are π_0's at SPA's KL."""
     measures = {name: results[setting] for name, setting in rows.items()}
     spa = measures[SPA]
-    return measures | {RAY: measures[RAY] | {key: spa[key] for key in ("ray", "kl", "c")}
-                       | {"value": spa["ray"]}}
+    ray = {"value": spa["ray"], "ray": spa["ray"], "kl": spa["kl"], "c": spa["c"]}
+    return measures | {RAY: measures[RAY] | ray}
 
 
 def print_table(title: str, measures: dict[str, dict[str, np.ndarray]]) -> None:
