@@ -21,10 +21,10 @@ form, by sorting:
     Dual.         min_{λ ≥ 0} λε + (1/N) Σ_i max(ℓ(ξ_i), ℓ(0) − λ ξ_i); λ*, the price of transport,
                   is the split pair's g_i, the steepest chord that is left.
 
-Every run certifies its worst case of ℓ̃: primal against dual on all pairs, closed form against LP on
-at most 1000 of them, drawn at random. A relative gap over 1e-8 is an error. The greedy order is the
-same for every such ℓ, so the closed form's atoms are the worst case of the leader's loss ℓ* (D5)
-too; its value is reported beside that of ℓ̃.
+Every run certifies its worst case of ℓ̃: primal against dual on all pairs, closed form against LP
+on at most 1000 of them, drawn at random. A relative gap over 1e-8 is an error. The greedy order is
+the same for every such ℓ, so the closed form's atoms are the worst case of the leader's loss ℓ*
+(D5) too; its value is reported beside that of ℓ̃.
 
 Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5): the adversary puts
 `weight` of pair i at ξ_i − shift.
@@ -37,6 +37,7 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import NamedTuple
 
+from core.folder import size_of
 from core.stage import (
     exit_if_complete,
     exit_if_looking,
@@ -67,7 +68,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "pairs")
     exit_if_complete(args.out, settings)
-    exit_if_looking(args.out)
+    exit_if_looking(args.out, writes=size_of(args.pairs))
     return args, settings
 
 
@@ -111,7 +112,7 @@ def tangents(pieces: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def maximum_of(slopes: np.ndarray, intercepts: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """max_k (s_k x + c_k) at every x: ℓ̃(x), where the lines are the tangents. ℓ̃(0) = 1 + log K."""
+    """max_k (s_k x + c_k) at every x: ℓ̃(x), where the lines are the tangents."""
     return reduce(np.maximum, (s * x + c for s, c in zip(slopes, intercepts)))
 
 
@@ -128,18 +129,13 @@ def solve_exact(xi: np.ndarray, losses: np.ndarray, at_zero: float, epsilon: flo
     """The closed form above, O(N log N), for any convex non-increasing ℓ; from ξ [N], ℓ(ξ) [N] and
     ℓ(0)."""
     n = len(xi)
-    ranked = np.sort(xi)  # the least certain first; several times faster than argsort
-    spent = np.cumsum(ranked)
-    count = int(np.searchsorted(spent, n * epsilon, side="right"))  # pairs moved with all mass
-    rest = n * epsilon - (spent[count - 1] if count else 0.0)       # budget for the split pair
-    edge = ranked[count] if count < n else np.inf                   # the split pair's ξ
-    # All pairs below the edge move and, of the pairs at the edge itself, as many as are wanting to
-    # `count`, in the order of the file; the next of these is the one that is split.
-    at_edge = np.flatnonzero(xi == edge)
-    early = count - int(np.searchsorted(ranked, edge))
-    moved = xi < edge
-    moved[at_edge[:early]] = True
-    del ranked, spent
+    # the least certain first, ties in the order of the file
+    order = np.argsort(xi, kind="stable")
+    spent = np.cumsum(np.r_[0.0, xi[order]])
+    count = int(np.searchsorted(spent, n * epsilon, side="right")) - 1  # pairs moved with all mass
+    rest = n * epsilon - spent[count]                                   # for the pair that is split
+    moved = np.zeros(n, bool)
+    moved[order[:count]] = True
     # g of the split pair is the steepest chord that is left. Rounding can flatten a chord close to
     # 0, but the next ones are as steep there: the steepest of all is a sound price.
     chords = np.divide(at_zero - losses, xi, out=np.zeros(n), where=~moved)
@@ -149,13 +145,13 @@ def solve_exact(xi: np.ndarray, losses: np.ndarray, at_zero: float, epsilon: flo
     owner = np.arange(n)
     weight = np.ones(n)
     shift = np.where(moved, xi, 0.0)
-    fraction = rest / edge
-    if fraction > 0:
-        split = at_edge[early]
+    if count < n and rest > 0:
+        split = order[count]
+        fraction = rest / xi[split]
         weight[split] = 1 - fraction
         owner = np.insert(owner, split + 1, split)
         weight = np.insert(weight, split + 1, fraction)
-        shift = np.insert(shift, split + 1, edge)
+        shift = np.insert(shift, split + 1, xi[split])
     value = weight @ np.where(shift > 0, at_zero, losses[owner]) / n
     return WorstCase(owner, weight, shift, float(value), dual, price, float(weight @ shift / n))
 
@@ -176,11 +172,11 @@ def solve_lp(xi: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray,
     # (1/N) Σ_ik (q⁺_ik + q⁻_ik) ≤ ε
     ball = sp.csr_array(np.r_[np.zeros(n * k), np.ones(2 * n * k)][None] / n)
     # 0 ≤ ξ_i α_ik − q_ik ≤ α_ik
-    above = sp.hstack([sp.diags_array(-x), eye, -eye])
-    below = sp.hstack([sp.diags_array(x - 1), -eye, eye])
+    inside = sp.block_array([[sp.diags_array(-x), eye, -eye],
+                             [sp.diags_array(x - 1), -eye, eye]])
     # the default tolerance of 1e-7 is a visible radius
     tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    solution = linprog(-objective, A_ub=sp.vstack([ball, above, below]).tocsr(),
+    solution = linprog(-objective, A_ub=sp.vstack([ball, inside]).tocsr(),
                        b_ub=np.r_[epsilon, np.zeros(2 * n * k)],
                        A_eq=one.tocsr(), b_eq=np.ones(n), bounds=(0, None), method="highs",
                        options=tight)
@@ -214,50 +210,44 @@ def gap(lower: float, upper: float) -> float:
     return abs(upper - lower) / max(1.0, abs(lower))
 
 
-def certify(xi: np.ndarray, solution: WorstCase, lines: tuple,
-            epsilon: float) -> tuple[int, float]:
-    """(on how many pairs closed form and linear program were compared, by how much they differ).
+def certify(xi: np.ndarray, solution: WorstCase, lines: tuple, epsilon: float) -> float:
+    """By how much closed form and linear program differ on at most LP_PAIRS pairs, drawn at random.
     Ends the program where they do, or where primal and dual differ.
 
     The comparison is in one ball; what `--group` has written, primal and dual alone certify."""
     if not gap(solution.value, solution.dual) < 1e-8:
         fail(f"the certificate failed: primal {solution.value!r}, dual {solution.dual!r}")
-    some = xi
-    if len(xi) > LP_PAIRS:
-        some = np.random.default_rng(0).choice(xi, LP_PAIRS, replace=False)
+    some = np.random.default_rng(0).choice(xi, min(len(xi), LP_PAIRS), replace=False)
     program = solve_lp(some, *lines, epsilon).value
     closed = solve_exact(some, maximum_of(*lines, some), lines[1].max(), epsilon).value
     if not gap(program, closed) < 1e-8:
         fail(f"closed form {closed!r} and linear program {program!r} differ on {len(some)} pairs")
-    return len(some), program - closed
+    return program - closed
 
 
 def plot(path: str, xi: np.ndarray, solution: WorstCase, pieces: int) -> None:
-    """Above: ℓ*, its tangents, and every moved atom's way to 0. Below: confidences before and
+    """Above: ℓ*, its tangents, and the way of every moved atom to 0. Below: confidences before and
     after."""
     from matplotlib.figure import Figure  # slow to import, and the plot's alone
     figure = Figure(figsize=(7, 7), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    x = np.linspace(0, 1, 400)
     slopes, intercepts = tangents(pieces)
+    x = np.linspace(0, 1, 400)
+    lines = top.plot(x, np.multiply.outer(x, slopes) + intercepts, color="tab:gray", lw=0.7)
+    lines[0].set_label(f"its tangents at k/{pieces}; their maximum is ℓ̃")
     top.plot(x, loss_star(x, pieces), color="black", lw=2, label="the leader's loss ℓ*")
-    labels = [f"tangents of −log at k/{pieces}", *[None] * (pieces - 1)]
-    top.plot(x, np.multiply.outer(x, slopes) + intercepts, color="tab:gray", lw=0.7, label=labels)
-    below = maximum_of(slopes, intercepts, x)
-    top.plot(x, below, color="tab:blue", lw=1, ls="--", label="their maximum ℓ̃")
     before = xi[solution.owner]
     after = before - solution.shift
     way = np.stack([before, after])[:, solution.shift > 0][:, :200]
-    top.plot(way, loss_star(way, pieces), color="tab:red", lw=0.7, marker=".")
-    mean = maximum_of(slopes, intercepts, xi).mean()
-    top.set(ylim=(-0.1, intercepts.max() * 1.1), ylabel="loss",
-            title=f"moved mass (red): mean ℓ̃ {mean:.4f} → {solution.value:.4f}")
-    top.legend()
+    top.plot(way, loss_star(way, pieces), color="tab:red", marker=".")
+    top.set(ylim=(-0.1, 1.1 * intercepts.max()), ylabel="loss",
+            title=f"mean ℓ̃ in the worst case {solution.value:.4f}; moved mass is red")
     bins = np.linspace(0, 1, 61)
-    bottom.hist(xi, bins, histtype="step", label="before", color="tab:blue")
-    bottom.hist(after, bins, weights=solution.weight, alpha=0.4, label="worst case",
-                color="tab:red")
+    bottom.hist(xi, bins, histtype="step", label="before")
+    bottom.hist(after, bins, weights=solution.weight, alpha=0.4, color="tab:red",
+                label="worst case")
     bottom.set(xlabel="confidence ξ = σ(margin)", ylabel="pairs")
+    top.legend()
     bottom.legend()
     figure.savefig(path, dpi=110, format="png")
 
@@ -271,7 +261,8 @@ def read_margins(path: str, used: bool) -> tuple[np.ndarray, int]:
         beta = row.get("margin_of", {}).get("beta", 0.0)
         problem = margin_problem(row, beta) if used else None
         if problem:
-            fail(f"{path}: id {row['id']!r}: {problem}")
+            fail(f"{path}: id {row['id']!r}: {problem}; --epsilon above 0 moves confidences "
+                 "against π_init: label with judge implicit, reference init, or take --epsilon 0")
         undeclared += "margin_of" not in row
         margins.append(row["margin"])
     return np.array(margins, np.float64), undeclared
@@ -280,11 +271,10 @@ def read_margins(path: str, used: bool) -> tuple[np.ndarray, int]:
 def worst_rows(path: str, xi: np.ndarray, solution: WorstCase, pieces: int) -> Iterator[dict]:
     """The labelled rows with `xi`, `pieces` and `atoms`: read again, one in memory at a time."""
     atoms = np.stack([solution.weight, solution.shift], 1)
-    ends = np.searchsorted(solution.owner, np.arange(len(xi)), side="right")
-    start = 0
-    for (_, row), confidence, end in zip(read_json_lines(path), xi.tolist(), ends.tolist()):
-        yield row | {"xi": confidence, "pieces": pieces, "atoms": atoms[start:end].tolist()}
-        start = end
+    starts = np.searchsorted(solution.owner, np.arange(len(xi) + 1))
+    for i, (_, row) in enumerate(read_json_lines(path)):
+        mine = atoms[starts[i]:starts[i + 1]]
+        yield row | {"xi": float(xi[i]), "pieces": pieces, "atoms": mine.tolist()}
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:
@@ -303,14 +293,15 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         solution = average([solve_lp(xi[g], *lines, args.epsilon) for g in groups])
     # the closed form's atoms are the worst case of ℓ* too
     star = closed.weight @ loss_star(xi[closed.owner] - closed.shift, args.pieces) / len(xi)
-    some, lp_gap = certify(xi, solution, lines, args.epsilon)
+    lp_gap = certify(xi, solution, lines, args.epsilon)
 
     moved = len(np.unique(solution.owner[solution.shift != 0]))
     stats = {"n": len(xi), "empirical_loss": float(tilde.mean()),
              "worst_case_loss": solution.value, "dual": solution.dual,
              "gap": solution.dual - solution.value, "lambda": solution.price,
              "worst_case_loss_star": float(star), "transport": solution.transport, "moved": moved,
-             "lp_checked_on": some, "lp_gap": lp_gap, "margins_taken_as_against_init": undeclared}
+             "lp_checked_on": min(len(xi), LP_PAIRS), "lp_gap": lp_gap,
+             "margins_taken_as_against_init": undeclared}
     if args.plot:
         plot(args.plot, xi, solution, args.pieces)
     rows = worst_rows(args.pairs, xi, solution, args.pieces)

@@ -17,8 +17,8 @@ judges/judge.py, how it looks in judges/report.py.
 
 Answers are rows of generate.py, or outputs in AlpacaEval's format (.json), all of the same prompts
 in the same order. Which model gave them, and what was logged when it was trained, is found through
-FILE.stats.json. Writes OUT/report.md with report.png beside it; report.md.stats.json has all of it as
-numbers, the preferences prompt by prompt too.
+FILE.stats.json. Writes OUT/report.md with report.png beside it; report.md.stats.json has all of it
+as numbers, the preferences prompt by prompt too.
 
     python evaluate.py --answers init=eval/init.jsonl seed=eval/seed.jsonl --judge vader --out run
     python evaluate.py --answers gpt4=gpt4_outputs.json mine=mine.jsonl --out runs/alpaca \\

@@ -27,9 +27,17 @@ import argparse
 import importlib.util
 import os
 
-from core.flags import sampling_flags
+from core.folder import check_model, check_tokenizer
 from core.rows import fail
-from core.stage import exit_if_complete, exit_if_looking, parser, run_stage, settings_of
+from core.stage import (
+    exit_if_complete,
+    exit_if_looking,
+    natural,
+    parser,
+    ranged,
+    run_stage,
+    settings_of,
+)
 
 # It needs the torch of requirements.txt; 0.33 would replace it.
 VLLM = "vllm>=0.30,<0.33"
@@ -46,10 +54,25 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--fit", action="store_true",
                      help="a prompt too long for its answer loses its first tokens, and the answer "
                      "gets what the context leaves (MT-Bench's second turns, as in FastChat)")
-    sampling_flags(cli, n=2)
+    cli.add_argument("-n", type=natural, default=2, help="responses a prompt (papers: 2)")
+    cli.add_argument("--temperature", type=ranged(float, 0), default=0.7,
+                     help="sampling temperature (papers: 0.7; 0: greedy), unless a prompt row has "
+                     "a `temperature` of its own")
+    cli.add_argument("--max-new-tokens", type=natural, default=300,
+                     help="length limit of a response in tokens (papers: 300)")
+    cli.add_argument("--batch-size", type=natural, default=128,
+                     help="responses sampled together, at most; at most rounding in the text")
+    cli.add_argument("--sample-tokens", type=natural, default=131072,
+                     help="tokens sampled together, prompts and --max-new-tokens counted: memory "
+                     "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), and at most rounding "
+                     "in the text; a run may go on with another")
+    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                     help="of the weights while sampling")
+    cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers",
+                     help="vllm: if installed; all GPUs of one machine, no torchrun")
+    cli.add_argument("--seed", type=ranged(int, 0), default=42,
+                     help="decides the text, together with the prompt's id")
     args = cli.parse_args()
-    if args.out.endswith(".gz"):
-        fail(f"--out {args.out}: rows are written unpacked; name a file without .gz")
     if args.n > 1 and args.temperature == 0:
         fail(f"--temperature 0 would draw the same answer {args.n} times (-n {args.n}): give a "
              "temperature above 0 (TEMPERATURE), or -n 1")
@@ -60,6 +83,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
              f"pip install '{VLLM}'")
     if args.backend == "vllm" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
+    check_model(args.model)
+    check_tokenizer(args.model)
     exit_if_looking(args.out)
     return args, settings
 
@@ -96,7 +121,7 @@ def encode_prompts(args: argparse.Namespace, config, tokenizer,
     if args.fit and limit < math.inf:
         # This leaves an answer all its tokens, or half the context.
         most = limit - min(args.max_new_tokens, limit // 2)
-    encoded = encode_rows(config, tokenizer, rows, args.prompts, lambda row: [], most)
+    encoded = encode_rows(config, tokenizer, rows, [[]] * len(rows), args.prompts, most)
     prompts = [prompt.tolist() for prompt, _ in encoded]
     longest = max(prompts, key=len)
     if not args.fit and len(longest) + args.max_new_tokens > limit:

@@ -29,6 +29,7 @@ import math
 import os
 from typing import NamedTuple
 
+from core.folder import check_model, check_tokenizer, size_of
 from core.rows import fail
 from core.stage import (
     exit_if_complete,
@@ -39,9 +40,8 @@ from core.stage import (
     publish,
     ranged,
     run_stage,
-    settings_of,
 )
-from judges.flags import check_judge, judge_flags
+from judges.flags import check_judge, judge_flags, judge_settings
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -66,16 +66,19 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of matrix products, as in training")
     args = cli.parse_args()
-    check_judge(args)
     implicit = args.judge == "implicit"
     if implicit and not (args.model and (args.reference_model or args.reference == "none")):
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
-    if args.length_penalty and not implicit:
-        fail("--length-penalty is a part of the implicit reward; --judge implicit")
-    judges = [] if args.judge == "openai" else ["judge_model"]  # a name that the endpoint knows
-    settings = settings_of(args, "model", "reference_model", "responses", "pairs", *judges)
+    if not implicit and (args.length_penalty or args.reference != "init"):
+        fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
+    settings = judge_settings(args, "model", "reference_model", "responses", "pairs")
     exit_if_complete(args.out, settings)
-    exit_if_looking(args.out)
+    check_judge(args)
+    for model in filter(None, (args.model, args.reference_model)):
+        check_model(model)
+    if args.model:
+        check_tokenizer(args.model)
+    exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))
     return args, settings
 
 
@@ -90,7 +93,7 @@ from core.models import check_same_tokens, load_config, load_tokenizer
 from core.parallel import in_bf16, start_processes
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import answer_turn, read_rows, scored_digest, write_rows
+from core.rows import WORST_CASE, answer_turn, read_rows, scored_digest, write_rows
 from judges.judge import rewards
 
 # What is left out, each counted by itself: answers, then rows.
@@ -180,7 +183,10 @@ def score_by(path: str, args: argparse.Namespace, tokenizer, encoded: list, rank
 
 
 def add_sides(row: dict, chosen: Candidate, rejected: Candidate) -> None:
-    """Write two of a prompt's answers into its row, as its chosen and its rejected side."""
+    """Write two of a prompt's answers into its row, as its chosen and its rejected side. What an
+    earlier label said of the pair goes."""
+    for key in ("chosen_ids", "rejected_ids", "chosen_logp", "rejected_logp", *WORST_CASE):
+        row.pop(key, None)
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         row |= {side: answer_turn(answer.text), f"{side}_ended": answer.ended}
         if answer.ids is not None:
@@ -193,25 +199,26 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     left_out = dict.fromkeys(LEFT_OUT, 0)
     rows, candidates = read_candidates(args, tokenizer, left_out)
     prompts = len(rows) + left_out["fewer_than_two"]
-    if not rows:
-        fail(f"{path}: no row has two responses to compare{counted(left_out)}; has the policy "
-             "collapsed?")
-    rank, world, device = start_processes()
     how_read = ""
-    logps = []
     if args.model:
         encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
-        written = [trio for trio in zip(rows, candidates, encoded) if trio[2] is not None]
+        written = [k for k, pair in enumerate(encoded) if pair is not None]
         left_out["unwritten"] = len(rows) - len(written)
-        if not written:
-            fail(f"{path}: the chat template writes no row's responses in full")
-        rows, candidates, encoded = zip(*written)
+        rows, candidates, encoded = [[part[k] for k in written]
+                                     for part in (rows, candidates, encoded)]
         how_read = f", {from_text(tokenizer, rows, candidates)}"
         # From here on an answer's ids are those that are scored: they are what is learnt.
         candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
                       for answers, (_, ys) in zip(candidates, encoded)]
         for row in rows:
             row["vocabulary"] = vocabulary(tokenizer)
+    if not rows:
+        fail(f"{path}: no row has two responses to compare{counted(left_out)}; has the policy "
+             "collapsed?")
+
+    rank, world, device = start_processes()
+    logps = []
+    if args.model:
         logps = score_by(args.model, args, tokenizer, encoded, rank, world, device)
     if args.judge == "implicit":
         behaviour = {}
@@ -258,8 +265,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         return
 
     margins = sorted(row["margin"] for row in labelled)
-    stats = {"prompts": prompts, "labelled": len(labelled),
-             **left_out,
+    stats = {"prompts": prompts, "labelled": len(labelled), **left_out,
              "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
              **behaviour}
     notes = ""

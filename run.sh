@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Adversarial preference optimisation: seed → T × (generate, label, dro, train) → evaluate.
 #
-#   bash run.sh                             the demo: a 135 M model on two cores → runs/demo/report.md
-#   bash run.sh configs/NAME.env            another setting: what differs from the papers' values
-#   bash run.sh [CONFIG] NAME=VALUE …       settings by hand: they win over the config
-#   bash run.sh METHOD=spa                  SPA; with ALPHA=0 as well, iterative DPO on self-labels
-#   bash run.sh … --tiny                    on a tiny random model: would the launch work?
-#   bash run.sh … --check                   can it run, and what would it do?
-#   bash run.sh test                        the tests
-#   bash run.sh --help                      every setting, its default and its meaning
+#   bash run.sh                        the demo: a 135 M model on two cores → runs/demo/report.md
+#   bash run.sh configs/NAME.env       another setting: what differs from the papers' values
+#   bash run.sh [CONFIG] NAME=VALUE …  settings by hand: they win over the config
+#   bash run.sh METHOD=spa             SPA; with ALPHA=0 as well, iterative DPO on self-labels
+#   bash run.sh … --tiny               on a tiny random model: would the launch work?
+#   bash run.sh … --check              can it run, and what would it do?
+#   bash run.sh test                   the tests
+#   bash run.sh --help                 every setting, its default and its meaning
 #
 # What is complete, from the same settings, is skipped: the same command goes on after a stop.
 

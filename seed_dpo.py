@@ -19,20 +19,22 @@ import argparse
 import math
 import time
 
-from core.flags import training_flags
-from core.stage import exit_if_complete, exit_if_looking, parser, run_stage, settings_of
+from core.flags import check_policy, training_bytes, training_flags
+from core.stage import exit_if_complete, exit_if_looking, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
     """The arguments, and what decides the output. Ends the program where that is complete."""
-    cli = parser(__doc__)
-    training_flags(cli, epochs=3)
+    # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed, and for memory
+    # --micro-tokens --gradient-checkpointing --shard --save-every
+    cli = training_flags(__doc__, epochs=3)
     cli.add_argument("--objective", choices=["dpo", "supervised"], default="dpo",
                      help="or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     exit_if_complete(args.out, settings)
-    exit_if_looking(args.out)
+    check_policy(args.model)
+    exit_if_looking(args.out, **training_bytes(args))
     return args, settings
 
 
@@ -42,21 +44,15 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 
-from core.chat import from_text, pair_of
-from core.policy import score
 from core.training import (
-    Run,
-    batch_at,
+    batches,
     begin,
     gather,
-    keep,
-    log_row,
     micro_batches,
-    note,
-    precision,
+    record_step,
+    reference_logps,
     resume,
     save_policy,
-    steps,
     update,
 )
 
@@ -81,51 +77,40 @@ def lr_at(step: int, total: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def reference_logps(run: Run, supervised: bool) -> torch.Tensor:
-    """log π_ref [N, 2] of chosen and rejected. π_ref is where training starts and never changes:
-    scored once, before the first update. Zeros for --objective supervised, which has none."""
-    if supervised:
-        return torch.zeros(len(run.rows), 2, device=run.device)
-    return torch.tensor(score(run.policy, run.encoded, run.args.precision, run.device, run.rank,
-                              run.world, "reference"), device=run.device)
-
-
 def main(args: argparse.Namespace, settings: dict) -> None:
 
     run = begin(args, settings, "preferences")
     supervised = args.objective == "supervised"                         # −log π(y_w) alone
-    # Without a reference the margin is only logged; its sign is the accuracy.
-    beta = 1.0 if supervised else args.beta
-    logp_ref = reference_logps(run, supervised)
+    if supervised:
+        # No reference: the margin is only logged, and its sign is the accuracy.
+        beta, logp_ref = 1.0, torch.zeros(len(run.rows), 2, device=run.device)
+    else:
+        beta, logp_ref = args.beta, reference_logps(run)
 
     log = resume(run)                                         # empty, unless a kill left some
-    bar = steps(run, log)
-    for step in bar:
+    for step, batch in batches(run, log):                               # B ~ D_0
         started = time.perf_counter()
-        batch = batch_at(run, step)                                     # B ~ D_0
-        seen = {}
-        for rows, tokens, scale in micro_batches(run, batch):
-            with precision(run):
+        per_pass = []
+        for indices, tokens, scale in micro_batches(run, batch):
+            with run.autocast:
                 logp, _ = run.policy(tokens)
             logp = logp.view(-1, 2)                                     # chosen, rejected
-            margin = dpo_margin(logp, logp_ref[rows], beta)
+            margin = dpo_margin(logp, logp_ref[indices], beta)
             # L = −log σ(M)                                                                    S6
             loss = -logp[:, 0] if supervised else dpo_loss(margin)
             (scale * loss.sum()).backward()                             # ∇ of the mean over B    D7
-            note(seen, rows, scale, loss=loss, margin=margin, gain=margin)
-        pairs = gather(run, seen, batch)
+            columns = {"loss": loss, "margin": margin, "round_margin": margin}
+            per_pass.append((indices, scale, columns))
+        pairs = gather(run, per_pass, batch)                            # of all processes
         lr = lr_at(step, run.total, args.lr)
-        norm = update(run, lr, step, batch, pairs["loss"])              # θ ← θ − η∇L
-        log.append(log_row(run, step, batch, pairs, norm, lr, started))
-        keep(run, log, bar)
+        norm = update(run, lr)                                          # θ ← θ − η∇L
+        record_step(run, log, batch, pairs, lr, norm, started)
 
-    stats = save_policy(run, log)
+    stats = save_policy(run, log, log[0]["loss"] if supervised else math.log(2))
     if run.rank == 0:
-        pairs = [pair_of(row) for row in run.rows]
         print(f"seed_dpo: {len(run.rows)} {'responses' if supervised else 'gold pairs'}, "
-              f"{from_text(run.tokenizer, run.rows, pairs)}, "
-              f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
-              f"accuracy {stats['accuracy']:.2f} → {args.out}")
+              f"{run.read_as}, {len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
+              f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from bench.flops import training_flops  # noqa: E402
 from core.policy import SHARES_PROMPT, tokens_of  # noqa: E402
 from core.sampling import PREFILL  # noqa: E402
 from core.stage import natural, positive  # noqa: E402
-from core.training import training_flops  # noqa: E402
 
 PROMPT, RESPONSE = 200, 256
 SCORED = 16384  # tokens a pass of labelling and judging, core/policy.py

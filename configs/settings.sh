@@ -183,26 +183,27 @@ count=0      # stages in all
 number=0     # stages that were started
 
 stage() {  # [-m] PROGRAM FLAGS …, on one process
-  local program=${1/#-m/$2} out="${*} "
+  local program=${1/#-m/$2} out="$* "
   out=${out##* --out }
+  out=${out%% *}
   if [[ $pass == look ]]; then
     look "$@"
     return
   fi
   number=$((number + 1))
-  echo "[$number/$count] $program → ${out%% *}"
+  echo "[$number/$count] $program → $out"
   "${starter[@]}" "$@"
 }
 look() {  # a stage that looks says STATE, OUT, BYTES and, of data, pairs or prompts
-  local status=0 answer state='' out='' bytes='' kind=''
+  local status=0 answer state=WRONG bytes=0 kind=''
   answer=$(LOOK=yes PROMISED=$promised "$python" "$@" 2>&1) || status=$?
-  IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer") || true
+  IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer" || printf 'WRONG\t%s\t0' "$out")
   count=$((count + 1))
-  holds=${kind:-$holds}
-  plan+=$(printf '  %-9s %-18s → %s' "${state:-WRONG}" "$program" "${out#"$RUN"/}")$'\n'
+  holds=${holds:-$kind}
+  plan+=$(printf '  %-9s %-18s → %s' "$state" "$program" "${out#"$RUN"/}")$'\n'
+  (( status == 0 )) || promised+=$out$'\t'$bytes$'\n'
   if (( status == 3 )); then
     pending=yes
-    promised+=$out$'\t'$bytes$'\n'
   elif (( status != 0 )); then
     problems+=$(grep '^error: ' <<<"$answer" || echo "error: $program: $answer")$'\n'
   fi
@@ -235,6 +236,7 @@ on_all_processes() {
     --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" "$@"
 }
 holds_prompts_alone() {  # whether DATA has no preferences, as data.prepare has found
+  [[ $pass == look || ! -f $RUN/data/seed_prompts.jsonl ]] || holds=prompts
   [[ -z $SEED_POLICY && $holds == prompts ]] || return 1
   [[ $GOLD != none ]] || stop "DATA=$DATA holds prompts alone: GOLD must name who labels the seed"
 }
@@ -310,8 +312,10 @@ if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architect
 fi
 demo=
 [[ -n $MODEL ]] || MODEL=models/smollm2 demo=yes
-[[ -n $config || -e /dev/nvidia0 ]] || echo "note: these are the settings of a 7 B model, and there" \
-  "is no GPU here; for a small model on two cores: bash run.sh configs/demo.env DATA=$DATA" >&2
+if [[ -z $config && ! -e /dev/nvidia0 ]]; then
+  echo "note: these are the settings of a 7 B model, and there is no GPU here; for a small model" \
+    "on two cores: bash run.sh configs/demo.env DATA=$DATA" >&2
+fi
 export REDO
 install requirements.txt
 # Lengths differ from pass to pass: GPU memory in blocks of fixed size would be full of holes. In

@@ -64,11 +64,11 @@ def control_tokens(tokenizer) -> dict[str, int]:
             # Templates raise whatever they like, here for a system turn.
             pass
     written = "\0".join(written)
-
-    def is_control(token) -> bool:
-        return token.special or bool(token.content.strip()) and token.content in written
-    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items()
-            if token.content and is_control(token)}
+    tokens = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()
+              if token.special or token.content.strip() and token.content in written}
+    # A text holds the empty one everywhere.
+    tokens.pop("", None)
+    return tokens
 
 
 def spelled(tokenizer, text: str) -> list[str]:

@@ -1,12 +1,15 @@
-"""Flags that several stages share. Needs no torch: a stage reads its flags before it loads it."""
+"""Flags that both training stages share, and what they look at before any work. Needs no torch: a
+stage reads its flags before it loads it."""
 import argparse
 import os
 
-from core.stage import natural, positive, ranged
+from core.folder import check_model, check_tokenizer, checkpoint_bytes, policy_bytes
+from core.stage import natural, parser, positive, ranged
 
 
-def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
-    """The flags that seed_dpo.py and train.py share."""
+def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
+    """A parser with the flags that seed_dpo.py and train.py share; `doc` heads its help."""
+    cli = parser(doc)
     cli.add_argument("--model", required=True,
                      help="where training starts, and the reference: a folder or hub id")
     cli.add_argument("--pairs", required=True, help="rows with chosen and rejected (JSONL)")
@@ -35,25 +38,17 @@ def training_flags(cli: argparse.ArgumentParser, epochs: int) -> None:
                      help="split weights, gradients and Adam over the processes (FSDP2)")
     cli.add_argument("--save-every", type=ranged(float, 0), default=10.0,
                      help="minutes between checkpoints to go on from after a kill; 0: none")
+    return cli
 
 
-def sampling_flags(cli: argparse.ArgumentParser, n: int) -> None:
-    """The flags that decide what is sampled; evaluate.py has them too."""
-    cli.add_argument("-n", type=natural, default=n, help="responses a prompt (papers: 2)")
-    cli.add_argument("--temperature", type=ranged(float, 0), default=0.7,
-                     help="sampling temperature (papers: 0.7; 0: greedy), unless a prompt row has "
-                     "a `temperature` of its own")
-    cli.add_argument("--max-new-tokens", type=natural, default=300,
-                     help="length limit of a response in tokens (papers: 300)")
-    cli.add_argument("--batch-size", type=natural, default=128,
-                     help="responses sampled together, at most; at most rounding in the text")
-    cli.add_argument("--sample-tokens", type=natural, default=131072,
-                     help="tokens sampled together, prompts and --max-new-tokens counted: memory "
-                     "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), and at most rounding "
-                     "in the text; a run may go on with another")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of the weights while sampling")
-    cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers",
-                     help="vllm: if installed; all GPUs of one machine, no torchrun")
-    cli.add_argument("--seed", type=ranged(int, 0), default=42,
-                     help="decides the text, together with the prompt's id")
+def check_policy(path: str) -> None:
+    """Ends the program where `path` is no model with a tokenizer and chat template, as far as its
+    files show."""
+    check_model(path)
+    check_tokenizer(path)
+
+
+def training_bytes(args: argparse.Namespace) -> dict[str, int]:
+    """What training writes: the policy, which stays, and checkpoints, which go again."""
+    passing = checkpoint_bytes(args.model, args.out) if args.save_every else 0
+    return {"writes": policy_bytes(args.model), "passing": passing}

@@ -146,15 +146,14 @@ def load_tokenizer(path: str):
         template = tokenizer.chat_template = template.get("default")
     if template is None or tokenizer.eos_token_id is None or not tokenizer.is_fast:
         fail(f"{path}: the tokenizer needs a tokenizer.json, an end-of-sequence token and a chat "
-             "template (chat_template.jinja in the model folder; of several, the one named default)")
+             "template: chat_template.jinja in the model folder; of several, one named default")
     return tokenizer
 
 
 def copy_tokenizer(source: str, folder: str) -> None:
-    """Copy the files of the tokenizer of a model, a folder or hub id, into a folder with a
-    config.json. Ends the program where the copy reads a conversation as other tokens.
+    """Copy the files of the tokenizer of a model, a folder or hub id, into another folder.
 
-    Not saved by transformers, which writes the files anew and may lose what it does not know.
+    Not saved by transformers, which writes the files anew and loses what it does not know.
     """
     root = Path(source) if os.path.isdir(source) else snapshot_of(source)
     for file in [file for pattern in TOKENIZER_FILES for file in root.glob(pattern)]:
@@ -162,19 +161,20 @@ def copy_tokenizer(source: str, folder: str) -> None:
             copy = Path(folder, file.relative_to(root))
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-    turns = [{"role": "user", "content": "Hello\n you"}, {"role": "assistant", "content": "Gladly"}]
-    ids, ids_of_copy = (load_tokenizer(path).apply_chat_template(turns, return_dict=False)
-                        for path in (source, folder))
-    if ids != ids_of_copy:
-        fail(f"{source}: a copy of its tokenizer reads a conversation as other tokens: {ids_of_copy} "
-             f"instead of {ids}")
 
 
 def check_copy(source: str) -> None:
-    """As `copy_tokenizer`, into a folder that is gone afterwards: before training."""
-    with tempfile.TemporaryDirectory() as folder:
-        load_config(source).save_pretrained(folder)
-        copy_tokenizer(source, folder)
+    """End the program, before any work, where a copy of a model's tokenizer, beside its config as
+    transformers saves it, reads a conversation as other tokens."""
+    turns = [{"role": "user", "content": "Hello\n you"}, {"role": "assistant", "content": "Gladly"}]
+    with tempfile.TemporaryDirectory() as copy:
+        load_config(source).save_pretrained(copy)
+        copy_tokenizer(source, copy)
+        ours, theirs = (load_tokenizer(path).apply_chat_template(turns, return_dict=False)
+                        for path in (source, copy))
+    if ours != theirs:
+        fail(f"{source}: a copy of its tokenizer reads a conversation as other tokens: {theirs} "
+             f"instead of {ours}")
 
 
 def check_same_tokens(tokenizer, path: str, encoded: list) -> None:

@@ -76,8 +76,9 @@ def distribute(net: torch.nn.Module, device: torch.device, world: int,
                args: argparse.Namespace) -> torch.nn.Module:
     """`net` (ResponseLogps) over all processes: a copy on each, gradients averaged (DDP); or under
     --shard layers in shards (FSDP2), where process 0 alone needs weights in its `net`."""
-    # The longest list of modules is the decoder's layers.
-    layers = max((m for m in net.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    # The longest list of modules in the decoder is its layers.
+    modules = net.model.get_decoder().modules()
+    layers = max((m for m in modules if isinstance(m, torch.nn.ModuleList)), key=len)
     if args.gradient_checkpointing:
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from core.parallel import autocast, merge, model_of
 
-
 # ---------------------------------------------------------------------------------------- log-probs
 
 

@@ -42,8 +42,6 @@ SIDES = ["chosen", "rejected"]
 PER_RESPONSE = ["ended", "response_ids", "special_inside"]
 # What dro.py adds to a labelled row: all of it or nothing.
 WORST_CASE = ["xi", "pieces", "atoms"]
-# What was scored; its digest stands in margin_of.
-SCORED = ["prompt", "chosen", "rejected", "chosen_ids", "rejected_ids"]
 # The remedy that an error names where a file is not one of ours.
 PREPARE = "run python -m data.prepare on raw data first"
 # Of ξ against σ(margin), and of weights against 1: what other programs' rounding may leave.
@@ -165,7 +163,7 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object from its keys and values; ValueError where a key stands twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"a key stands twice among {', '.join(key for key, _ in pairs)}"[:200])
+        raise ValueError("a key stands twice in one object")
     return value
 
 
@@ -182,34 +180,29 @@ def parse(text: str) -> object:
     return value
 
 
-def lines_of(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a file. Blank lines at its end are no rows, one before a row fails."""
-    blank = 0
-    try:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                blank = blank or number
-                continue
-            if blank:
-                fail(f"{path}:{blank}: a blank line between rows; expected one JSON object a line")
-            yield number, line
-    except BROKEN_GZIP as error:
-        fail(f"{path}: the gzip file is cut short or broken ({error})")
-
-
 def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for every line of a JSONL file."""
+    """(line number, object) for every line of a JSONL file. Blank lines at its end are no rows, one
+    before a row fails."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
-    with opened(path) as file:
-        for number, line in lines_of(path, file):
-            try:
+    number = blank = 0
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    blank = blank or number
+                    continue
+                if blank:
+                    fail(f"{path}:{blank}: a blank line between rows; expected one JSON object a "
+                         "line")
                 row = parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
-            if not isinstance(row, dict):
-                fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
-            yield number, row
+                if not isinstance(row, dict):
+                    fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
+                yield number, row
+    except BROKEN_GZIP as error:
+        fail(f"{path}: the gzip file is cut short or broken ({error})")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
 
 
 def read_json_list(path: str, *keys: str) -> list[dict]:
@@ -230,7 +223,6 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
     """Rows of a JSONL file, each checked for the keys of `ROWS[kind]`. The first bad line ends the
     program."""
     line_of_id = {}
-    pieces = None
     keys = [*ROWS[kind], *OPTIONAL]
     # Raw data are prompts or preferences.
     hint = f"; {PREPARE}" if kind in ("prompts", "preferences") else ""
@@ -251,12 +243,9 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
         if row["id"] in line_of_id:
             fail(f"{where} stands on line {line_of_id[row['id']]} too; ids must differ")
         line_of_id[row["id"]] = number
-        if kind == "labelled" and (problem := worst_case_problem(row)):
-            fail(f"{where}: {problem}; run dro.py again, or take xi, pieces and atoms out")
-        pieces = pieces or row.get("pieces")
-        if row.get("pieces", pieces) != pieces:
-            fail(f"{where}: 'pieces' (K) must be one number in all rows, found {row['pieces']} "
-                 f"after {pieces}")
+        if kind == "labelled" and any(key in row for key in WORST_CASE) and not is_worst_case(row):
+            fail(f"{where}: xi, pieces and atoms must be the worst case of its margin: all three, "
+                 "xi = σ(margin), no shift above xi; take them out and run dro.py again")
         for side in SIDES:
             if side in ROWS[kind]:
                 row[side] = text_of(row[side])
@@ -279,42 +268,24 @@ def read_rows(path: str, kind: str) -> list[dict]:
 # --------------------------------------------------------------------- whether rows may be used
 
 
-def worst_case_problem(row: dict) -> str | None:
-    """Why a labelled row's `xi`, `pieces` and `atoms` are no worst case of its margin (T2-2, T2-5),
-    or None."""
-    present = [key for key in WORST_CASE if key in row]
-    if not present:
-        return None
-    if len(present) < len(WORST_CASE):
-        return f"it has {' and '.join(present)} alone of {', '.join(WORST_CASE)}"
+def is_worst_case(row: dict) -> bool:
+    """Whether a labelled row's `xi`, `pieces` and `atoms` stand together and fit its margin (T2-2,
+    T2-5): ξ = σ(margin), no atom further from it than 0."""
     xi = 1 / (1 + math.exp(-row["margin"]))
-    if abs(row["xi"] - xi) > TOLERANCE:
-        return f"its xi is {row['xi']}, and σ of its margin is {xi:.6f}"
-    furthest = max(shift for _, shift in row["atoms"])
-    if furthest > xi + TOLERANCE:
-        return f"an atom's shift {furthest} is larger than its ξ {xi:.6f}"
-    return None
-
-
-REMEDIES = {
-    "policy": "label.py --model must name the same policy",
-    "precision": "its log-probs were computed so; give --precision {0} (PRECISION={0})",
-    "scored": "its prompt, texts or token ids were changed after they were scored; label again",
-    "margin": "label with judge implicit and reference init at this β, or use no margins "
-              "(dro.py --epsilon 0, train.py --anchor previous)",
-}
+    return (all(key in row for key in WORST_CASE) and abs(row["xi"] - xi) <= TOLERANCE
+            and all(shift <= xi + TOLERANCE for _, shift in row["atoms"]))
 
 
 def scored_digest(row: dict) -> str:
     """Digest of what a pair's log-probs are of: its prompt, both texts and their token ids."""
-    scored = [text_of(row.get(key)) for key in SCORED]
-    text = json.dumps(scored, default=np.ndarray.tolist)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    keys = ["prompt", *SIDES, "chosen_ids", "rejected_ids"]
+    scored = json.dumps([text_of(row.get(key)) for key in keys], default=np.ndarray.tolist)
+    return hashlib.sha256(scored.encode()).hexdigest()[:16]
 
 
 def margin_problem(row: dict, beta: float | None = None, policy: str | None = None,
                    precision: str | None = None) -> str | None:
-    """Why a row's stored log-probs or its margin cannot be used, with the remedy, or None (D10).
+    """Why a row's stored log-probs or its margin cannot be used, or None (D10).
 
     With `beta` the margin must be the implicit reward's against π_init at this β; with `policy`, a
     fingerprint, the log-probs must be that model's; with `precision`, bf16 or fp32, computed so.
@@ -325,13 +296,12 @@ def margin_problem(row: dict, beta: float | None = None, policy: str | None = No
     needed = {"policy": policy, "precision": precision}
     if beta is not None:
         needed |= {"judge": "implicit", "reference": "init", "length_penalty": 0, "beta": beta}
-    if "scored" in margin_of:
-        needed["scored"] = scored_digest(row)
     for key, value in needed.items():
         labelled = margin_of.get(key)
         if None not in (labelled, value) and labelled != value:
-            remedy = REMEDIES.get(key, REMEDIES["margin"]).format(labelled)
-            return f"its margin_of has {key} {labelled!r}, where {value!r} is needed: {remedy}"
+            return f"its margin_of has {key} {labelled!r:.60}, where {value!r} is needed"
+    if "scored" in margin_of and margin_of["scored"] != scored_digest(row):
+        return "its prompt, its texts or their token ids were changed after they were scored"
     return None
 
 

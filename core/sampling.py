@@ -1,6 +1,6 @@
 """Sampling: y ~ π(·|x), the same text on one process or eight, and after a kill.
 
-    y_t = min {k : Σ_{j ≤ k} π(j | x, y_<t) > u_t}        u_t from (seed, prompt id, sample, t) alone
+    y_t = min {k : Σ_{j ≤ k} π(j | x, y_<t) > u_t}       u_t from (seed, prompt id, sample, t) alone
 
 What is sampled together changes a text by rounding at most. generate.py is the stage.
 """

@@ -40,7 +40,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What cannot be written in the terminal's encoding is written as an escape, and ends nothing.
 for stream in (sys.stdout, sys.stderr):
-    if hasattr(stream, "reconfigure"):
+    # Whoever started this may have put something else there.
+    with contextlib.suppress(AttributeError, OSError):
         stream.reconfigure(errors="backslashreplace")
 
 # The exit status of a stage that has looked and has work.

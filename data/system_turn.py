@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from core.folder import check_model, check_tokenizer
+from core.folder import check_model, check_tokenizer, policy_bytes
 from core.stage import (
     exit_if_complete,
     exit_if_looking,
@@ -35,7 +35,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     exit_if_complete(args.out, settings)
     check_model(args.model)
     check_tokenizer(args.model)
-    exit_if_looking(args.out)
+    exit_if_looking(args.out, writes=policy_bytes(args.model))
     return args, settings
 
 

@@ -10,7 +10,15 @@ import argparse
 import os
 
 from core.rows import answer_turn, read_rows, write_rows
-from core.stage import exit_if_complete, exit_if_looking, inputs_of, parser, publish, run_stage, settings_of
+from core.stage import (
+    exit_if_complete,
+    exit_if_looking,
+    inputs_of,
+    parser,
+    publish,
+    run_stage,
+    settings_of,
+)
 
 
 def option_prompt(conversation: list[dict], first: str, second: str) -> list[dict]:
@@ -20,9 +28,9 @@ def option_prompt(conversation: list[dict], first: str, second: str) -> list[dic
     for message in conversation:
         speaker = "Human" if message["role"] == "user" else message["role"].capitalize()
         turns.append(f"{speaker}: {message['content']}")
-    said = "\n\n".join(turns)
+    text = "\n\n".join(turns)
     return [{"role": "user", "content": (
-        f"Consider the following conversation between a human and an assistant:\n{said}\n"
+        f"Consider the following conversation between a human and an assistant:\n{text}\n"
         "Please choose the response that is the most helpful, honest, and harmless.\n"
         f"Options:\n(A) {first}\n(B) {second}\nThe answer is:")}]
 

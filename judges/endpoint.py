@@ -51,9 +51,9 @@ def parse_choice(text: str) -> float:
 
 
 def parse_rating(text: str) -> float:
-    """The first rating in the conclusion, "[[7]]" or else "[7]", as FastChat takes it: "[[7]]/[[10]]"
-    is 7. Other than there an index, "arr[1]" or "df[[1]]", is none, nor is what lies outside 1 to
-    10. NaN where there is no rating."""
+    """The first rating in the conclusion, "[[7]]" or else "[7]", as FastChat takes it, so that
+    "[[7]]/[[10]]" is 7. Other than there an index, "arr[1]" or "df[[1]]", is none, nor is what lies
+    outside 1 to 10. NaN where there is no rating."""
     last_words = conclusion(text)
     rating = re.search(r"(?<![\w\])])\[\[(\d+\.?\d*)\]\]", last_words)
     rating = rating or re.search(r"(?<![\w\])\[])\[(\d+\.?\d*)\]", last_words)

@@ -3,14 +3,12 @@ work. Needs no torch: a stage reads its flags before it loads it."""
 import argparse
 import http.client
 import importlib.util
-import json
 import os
 import urllib.error
 import urllib.request
-from pathlib import Path
 
+from core.folder import check_model, fingerprint, folder_of, is_promised, read_json
 from core.rows import fail
-from core.folder import fingerprint, is_hub_id, snapshot_of
 from core.stage import natural, settings_of
 
 JUDGES = ("vader", "reward-model", "pairrm", "llm", "openai")  # who they are: judges/judge.py
@@ -58,8 +56,9 @@ def check_judge(args: argparse.Namespace) -> None:
     """Ends the program where the judge cannot judge: its package, its model, its key or its
     endpoint is missing, or its model is of another kind."""
     judge, model = args.judge, args.judge_model
-    if judge in ("reward-model", "pairrm", "llm", "openai") and not model:
-        fail(f"--judge {judge} needs --judge-model")
+    needs_model = judge in ("reward-model", "pairrm", "llm", "openai")
+    if needs_model != bool(model):
+        fail(f"--judge {judge} {'needs' if needs_model else 'takes no'} --judge-model")
     package = PACKAGES.get(judge)
     if package and importlib.util.find_spec(package) is None:
         fail(f"--judge {judge} needs the package {package} (pip install {package})")
@@ -95,17 +94,11 @@ def check_endpoint(url: str | None) -> None:
 def check_model_of(judge: str, model: str) -> None:
     """The judge's folder is there, and its config.json that of such a judge; what only the hub has
     is looked at when it is loaded."""
-    if not os.path.isdir(model) and not is_hub_id(model):
-        if os.environ.get("LOOK") == "yes":
-            return  # an earlier stage may have yet to train it
-        fail(f"{model}: no such model folder, and not the id of a model on the hub")
-    folder = Path(model) if os.path.isdir(model) else snapshot_of(model)
+    check_model(model)
+    folder = None if is_promised(model) else folder_of(model)
     if folder is None or judge == "llm":
         return
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"{model}: its config.json cannot be read ({error})")
+    config = read_json(folder / "config.json")
     if judge == "pairrm":
         if any(not isinstance(config.get(key), int) for key in MARKERS):
             fail(f"{model}: its config.json has no {', '.join(MARKERS)}; --judge pairrm reads "

@@ -83,7 +83,8 @@ def reward_model(args, rows: list[dict], *place) -> list[list[float]]:
         fail(f"{path}: a reward model needs one logit; found {model.config.num_labels}")
     mine = {}
     quiet = None if rank == 0 else True
-    for i in tqdm(range(rank, len(chats), world), desc="reward model", unit="answer", disable=quiet):
+    share = range(rank, len(chats), world)
+    for i in tqdm(share, desc="reward model", unit="answer", disable=quiet):
         with autocast(device, args.precision):
             mine[i] = model(torch.tensor([encoded[i]], device=device)).logits.float().item()
     logits = merge(mine, world)
@@ -107,10 +108,11 @@ def llm(args, comparisons: list[Comparison], *place) -> list[float]:
     encode_chats(path, tokenizer, prompts, chats, room=1)
     rows = [{"id": str(i), "prompt": messages} for i, messages in enumerate(chats)]
     letters = [("A", False, None), ("B", False, None)]
-    encoded = encode_rows(load_config(path), tokenizer, rows, path, lambda row: letters)
+    encoded = encode_rows(load_config(path), tokenizer, rows, [letters] * len(rows), path)
     # The template may write something before a letter, Qwen3's a think block; it is the same for
     # both.
-    for _, (a, b) in encoded:
+    for pair in encoded:
+        a, b = pair[1] if pair else ([], [])
         if len(a) != len(b) or (a[:-1] != b[:-1]).any() or a[-1] == b[-1]:
             fail(f"{path}: its tokenizer does not write A and B as one token each")
     model = load_scorer(path, device, encoded, args.precision, tokenizer)
@@ -153,7 +155,7 @@ def compare(args, comparisons: list[Comparison], *place) -> tuple[np.ndarray, di
     """P(first is better) [N] of every comparison by the judge of `args`, whatever its kind, NaN
     where it gave no verdict, and how it behaved."""
     if args.judge in SCORERS:
-        rows = [{"prompt": conversation, "responses": sides} for conversation, *sides in comparisons]
+        rows = [{"prompt": prompt, "responses": sides} for prompt, *sides in comparisons]
         first, second = np.array(SCORERS[args.judge](args, rows, *place)).T
         return wins(first, second), {}
     count = len(comparisons)

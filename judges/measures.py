@@ -76,16 +76,15 @@ def paired_p(first: np.ndarray, second: np.ndarray) -> float:
     return float(test.pvalue)
 
 
-# ------------------------------------------------------------------------------ a policy, its labels
+# ----------------------------------------------------------------------- a policy and its labels
 
 
 def text_measures(rows: list[dict], second_lexicon: bool) -> dict:
     """What the answers of a policy look like, from its rows of responses. `openings`: distinct
     first three words, as a share of the answers, low where a policy has one opening.
 
-    `second_score`: mean polarity in [−1, 1] of the words that TextBlob's lexicon knows, where that is
-    installed. Nothing is trained on it, and it is a mean over words, which length alone does not
-    raise; VADER's score grows with the number of pleasant words.
+    `second_score`: mean polarity in [−1, 1] of the words that TextBlob's lexicon knows, where that
+    is installed. Nothing is trained on it, and as a mean over words it does not rise with length.
     """
     texts = [text for row in rows for text in row["responses"]]
     measures = {"characters": float(np.mean([len(text) for text in texts])),

@@ -13,7 +13,7 @@ pi_3; 1 024 new tokens are FastChat's.
     python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl turn2.jsonl \\
         --out model_answer/mine.jsonl                                       answers, for FastChat
     python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl turn2.jsonl \\
-        --judge-model NAME --base-url URL --out model_judgment/mine.jsonl   judgements; prints scores
+        --judge-model NAME --base-url URL --out model_judgment/mine.jsonl   judgements; prints means
 
 A second turn's prompt holds the first answer, so nobody knows its length before: --fit cuts what
 the context cannot hold, as FastChat's server does, and the scores count `prompts cut` and `answers
@@ -189,7 +189,8 @@ def mean_scores(judgements: list[dict]) -> dict[str, float]:
             if row["score"] != -1:
                 ratings[group].append(row["score"])
     unrated = len(judgements) - len(ratings["average"])
-    means = {group: sum(own) / len(own) if own else math.nan for group, own in ratings.items()}
+    means = {group: sum(scores) / len(scores) if scores else math.nan
+             for group, scores in ratings.items()}
     return {**means, "unrated": unrated}
 
 

@@ -1,5 +1,5 @@
-"""PairRM (Jiang et al. 2023), read from the layout of llm-blender/PairRM-hf: a DeBERTa encoder and a
-head that compares two answers.
+"""PairRM (Jiang et al. 2023), read from the layout of llm-blender/PairRM-hf: a DeBERTa encoder and
+a head that compares two answers.
 
     input    <|source|> instruction [SEP] <|candidate1|> y_1 [SEP] <|candidate2|> y_2 [SEP]
              each part encoded alone with its specials, cut to 1 224 tokens and to half of what is
@@ -17,6 +17,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from core.chat import BREAK
 from core.models import load_config, reason
 from core.parallel import autocast, merge
 from core.rows import fail
@@ -25,7 +26,6 @@ from judges.flags import MARKERS
 LENGTH = 2048
 SOURCE_LENGTH = 1224
 TOGETHER = 8  # comparisons a pass
-BREAK = "·"   # behind the first character of a control token that a text spells
 
 
 class PairRM(transformers.DebertaV2PreTrainedModel):

@@ -8,12 +8,13 @@ from core.stage import about
 from judges.history import command_of, history
 
 SIDE_BY_SIDE = 3  # prompts shown from the top, and as many of the last policy's worst
-# Where nothing is learnt, DPO's loss is 0.69, and the worst case's at most 1 + log K: 2.8 for K = 6.
+# A mean loss beyond this has diverged: where nothing is learnt DPO's is 0.69, and the worst case's
+# at most 1 + log K, 2.8 for K = 6.
 DIVERGED = 10.0
 
-COLUMNS = """Win rate: how often the judge prefers the policy's answer to that of the first policy, \
-ties ½, with a 95 % bootstrap interval over prompts (at 0 and 1 an exact one); p: the paired test of \
-that win rate against the line above (the first: against ½); at equal length: the win rate by a \
+COLUMNS = """Win rate: how often the judge prefers the policy's answer to the first policy's, \
+ties ½, with a 95 % bootstrap interval over prompts (at 0 and 1 an exact one); p: the paired test \
+of that win rate against the line above (the first: against ½); at equal length: the win rate by a \
 regression on lengths that is symmetric in the two policies; ± one standard error over prompts. \
 Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows (pip install \
 textblob); nothing was trained on it, so that where the gold score rises and it does not, a policy \
@@ -82,9 +83,10 @@ def spoken(name: str) -> str:
 
 def opening(policies: dict[str, dict], labels: dict[str, dict],
             trainings: dict[str, tuple]) -> str:
-    """The run in sentences: the last policy against the first and the one before it, its scores, how
-    right the self-labels were, and what diverged."""
-    first, *_, before, last = [*list(policies)[:1], *policies]  # one policy is all three
+    """The run in sentences: the last policy against the first and the one before it, its scores,
+    how right the self-labels were, and what diverged."""
+    names = list(policies)
+    first, before, last = names[0], names[-2:][0], names[-1]
     p = policies[last]
     clauses = []
     if "win_rate" in p:
@@ -99,9 +101,10 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
     if "ended" in p:
         clauses.append(f"{100 * p['ended']:.0f} % of its answers end")
     sentences = [f"{spoken(last)} {'; '.join(clauses)}"]
-    for key, text in (("score", "its mean gold score"), ("second_score", "by a second lexicon")):
+    for key, text in (("score", "gold score"), ("second_score", "score by a second lexicon")):
         if key in p and last != first:
-            sentences.append(f"{text} is {p[key]:.2f}, {spoken(first)}'s {policies[first][key]:.2f}")
+            sentences.append(f"its mean {text} is {p[key]:.2f}, that of {spoken(first)} "
+                             f"{policies[first][key]:.2f}")
     for name, quality in labels.items():
         sentences.append(f"the judge agrees with {100 * quality['accuracy']:.0f} % of the "
                          f"self-labels of {spoken(name)}")
@@ -122,10 +125,10 @@ def notes(policies: dict, labels: dict) -> list[str]:
         if p["special_inside"]:
             lines.append(f"`{name}`: special tokens stand inside {p['special_inside']} answers; "
                          "what is judged is their text without these.")
-    for name, found in [*policies.items(), *labels.items()]:
-        if found.get("no_verdict"):
-            lines.append(f"`{name}`: {found['no_verdict']} answers of the judge held no verdict and "
-                         "count ½.")
+    for name, measures in [*policies.items(), *labels.items()]:
+        if measures.get("no_verdict"):
+            lines.append(f"`{name}`: {measures['no_verdict']} answers of the judge held no verdict "
+                         "and count ½.")
     return lines
 
 
@@ -192,9 +195,11 @@ def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
              "scores": any("score" in p for p in policies.values()),
              "lengths": True, "training": bool(logs), "labels": bool(labels)}
     shown = [kind for kind, there in kinds.items() if there]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.75), squeeze=False,
-                                constrained_layout=True)
-    for kind, axis in zip(shown, axes[0]):
+    columns = min(3, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure = plt.figure(figsize=(4.7 * columns, 3.75 * lines), constrained_layout=True)
+    for place, kind in enumerate(shown, 1):
+        axis = figure.add_subplot(lines, columns, place)
         if kind == "wins":
             first = next(iter(policies))
             plot_measures(axis, policies, {"win_rate": "win rate",
@@ -206,7 +211,8 @@ def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
             axis.set(title="scores of the answers")
         elif kind == "lengths":
             plot_measures(axis, policies, {"characters": "characters"})
-            axis.set(title="length of the answers", ylim=(0, None))
+            longest = max(p["characters"] for p in policies.values())
+            axis.set(title="length of the answers", ylim=(0, 1.2 * longest + 1))
         elif kind == "training":
             plot_training(axis, logs, [record["settings"] for _, record in trainings.values()
                                        if record])
@@ -222,20 +228,21 @@ def plot_measures(axis, policies: dict, kinds: dict[str, str]) -> None:
     names = list(policies)
     for key, text in kinds.items():
         known = [k for k, name in enumerate(names) if key in policies[name]]
-        values = np.array([policies[names[k]][key] for k in known])
-        low, high = np.array([interval_of(policies[names[k]], key) for k in known]).T
-        axis.errorbar(known, values, [values - low, high - values], marker="o", capsize=3,
-                      clip_on=False, label=text)
+        if known:
+            bars = [bar_of(policies[names[k]], key) for k in known]
+            value, low, high = np.array(bars).T
+            axis.errorbar(known, value, [value - low, high - value], marker="o", capsize=3,
+                          clip_on=False, label=text)
     axis.set(xticks=range(len(names)), xticklabels=names, ylabel="mean, bars: 95 %")
     axis.margins(x=0.1, y=0.1)
 
 
-def interval_of(p: dict, key: str) -> tuple[float, float]:
-    """95 % interval of a measure."""
+def bar_of(p: dict, key: str) -> tuple[float, float, float]:
+    """(a measure, the ends of its 95 % interval)."""
     if key == "win_rate":
-        return p["interval"]
+        return p[key], *p["interval"]
     error = np.nan_to_num(p.get(f"{key}_error", 0.0))
-    return p[key] - 1.96 * error, p[key] + 1.96 * error
+    return p[key], p[key] - 1.96 * error, p[key] + 1.96 * error
 
 
 def plot_training(axis, logs: dict[str, list[dict]], settings: list[dict]) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from core.chat import encode_prompt
 from core.models import load_tokenizer
-from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "judges", "data")
@@ -51,8 +52,8 @@ def test_a_line_has_at_most_100_columns(path):
     assert [number for number, width in enumerate(widths, 1) if width > 100] == []
 
 
-def test_the_tutorial_has_at_most_100_lines():
-    assert len((ROOT / "run.sh").read_text(encoding="utf-8").splitlines()) <= 100
+def test_the_tutorial_has_at_most_120_lines():
+    assert len((ROOT / "run.sh").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_the_method_explains_every_tag_once():

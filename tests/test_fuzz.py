@@ -1,79 +1,36 @@
 """Broken input of every kind to every stage: done or one clear line, never a traceback, never part
 of an output."""
-
 import json
 import random
 
 import pytest
-
 from conftest import CORPUS, dump, gold_rows, jsonl, ok, run
 
-ODD = [
-    None,
-    True,
-    -1,
-    3.5,
-    1e300,
-    10**400,
-    float("nan"),
-    float("inf"),
-    "",
-    " ",
-    "\u0000",
-    "\ud83d",
-    "x" * 100_000,
-    "<|im_end|>",
-    "\ufeff",
-    "🙂\r\n\u2028",
-    [],
-    {},
-    [[]],
-    [None],
-    [""],
-    [1, 2],
-    {"role": "user"},
-    [{"role": "user", "content": ""}],
-    [{"role": "", "content": "\ud800"}],
-    [{"content": "x"}],
-]
+ODD = [None, True, -1, 3.5, 1e300, 10 ** 400, float("nan"), float("inf"), "", " ", "\u0000",
+       "\ud83d", "x" * 100_000, "<|im_end|>", "\ufeff", "🙂\r\n\u2028", [], {}, [[]], [None], [""],
+       [1, 2], {"role": "user"}, [{"role": "user", "content": ""}],
+       [{"role": "", "content": "\ud800"}], [{"content": "x"}]]
+BYTES = [b"\x00", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\n", b'"', b"\\", b"\x1b[31m"]
+KINDS = ["value", "value", "value", "drop", "rename", "twice", "repeat", "cut", "byte", "insert",
+         "crlf", "bom", "blank", "deep", "wrap"]
 
 
 def places(value, path=()):
-    """Every place in a JSON value, as the keys that lead there."""
-    yield path
-    for key, inner in (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    ):
+    """Every place in a JSON value but the value itself, as the keys that lead there."""
+    inside = value.items() if isinstance(value, dict) else []
+    if isinstance(value, list):
+        inside = enumerate(value)
+    for key, inner in inside:
+        yield (*path, key)
         yield from places(inner, (*path, key))
 
 
 def mutate(rows: list[dict], dice: random.Random) -> bytes:
     """A JSONL file of `rows` with one thing wrong, or only strange."""
     rows = json.loads(json.dumps(rows))
-    kind = dice.choice(
-        [
-            "value",
-            "value",
-            "value",
-            "drop",
-            "rename",
-            "repeat",
-            "cut",
-            "byte",
-            "insert",
-            "crlf",
-            "bom",
-            "blank",
-            "deep",
-            "wrap",
-        ]
-    )
+    kind = dice.choice(KINDS)
     row = dice.choice(rows)
-    *path, last = dice.choice([p for p in places(row) if p])
+    *path, last = dice.choice(list(places(row)))
     inner = row
     for key in path:
         inner = inner[key]
@@ -82,9 +39,8 @@ def mutate(rows: list[dict], dice: random.Random) -> bytes:
     elif kind == "drop":
         del inner[last]
     elif kind == "rename":
-        row[dice.choice(["", "Prompt", "\ud83d", "margin ", "extra"])] = row.pop(
-            dice.choice(list(row))
-        )
+        name = dice.choice(["", "Prompt", "\ud83d", "margin ", "extra"])
+        row[name] = row.pop(dice.choice(list(row)))
     elif kind == "repeat":
         rows.insert(dice.randrange(len(rows)), row)
     elif kind == "wrap":
@@ -92,21 +48,19 @@ def mutate(rows: list[dict], dice: random.Random) -> bytes:
     lines = [json.dumps(r) for r in rows]
     if kind == "blank":
         lines.insert(dice.randrange(len(lines) + 1), dice.choice(["", " ", "\x00", "\x0c"]))
-    if kind == "deep":
+    elif kind == "deep":
         lines[0] = '{"id": ' + "[" * 50_000 + "]" * 50_000 + "}"
-    data = bytearray(
-        ("\r\n" if kind == "crlf" else "\n").join(lines).encode()
-        + dice.choice([b"\n", b"", b"\r\n"])
-    )
+    elif kind == "twice":
+        lines[-1] = lines[-1].replace("{", '{"prompt": 1, "instruction": 1, ', 1)
+    newline = "\r\n" if kind == "crlf" else "\n"
+    data = bytearray(newline.join(lines).encode() + dice.choice([b"\n", b"", b"\r\n"]))
     at = dice.randrange(len(data))
     if kind == "cut":
         data = data[:at]
     elif kind == "byte":
         data[at] = dice.randrange(256)
     elif kind == "insert":
-        data[at:at] = dice.choice(
-            [b"\x00", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\n", b'"', b"\\", b"\x1b[31m"]
-        )
+        data[at:at] = dice.choice(BYTES)
     elif kind == "bom":
         at = dice.choice([0, at])
         data[at:at] = b"\xef\xbb\xbf"
@@ -114,56 +68,26 @@ def mutate(rows: list[dict], dice: random.Random) -> bytes:
 
 
 GOLD = gold_rows(4)
-ANSWERED = [
-    {
-        "id": str(i),
-        "prompt": r["prompt"],
-        "responses": [r["chosen"], r["rejected"]],
-        "ended": [True, False],
-    }
-    for i, r in enumerate(GOLD)
-]
-LABELLED = [
-    {
-        **r,
-        "margin": 0.3 * i,
-        "chosen_logp": -20.0 - i,
-        "rejected_logp": -21.0,
-        "chosen_ended": True,
-        "rejected_ended": False,
-    }
-    for i, r in enumerate(GOLD)
-]
-TINY = ["--max-new-tokens", "2", "--precision", "fp32"]
-ONCE = ["--epochs", "1", "--batch-size", "2", "--precision", "fp32"]
-STAGES = {  # rows, script, flag of the mutated file, other flags
-    "prepare": (
-        [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in GOLD],
-        "data/prepare.py",
-        "--data",
-        ["--seed-size", "1", "--rounds", "1"],
-    ),
-    "seed_dpo": (GOLD, "seed_dpo.py", "--pairs", ["--model", "{model}", *ONCE]),
-    "generate": (
-        [{"id": r["id"], "prompt": r["prompt"], "temperature": 0.5} for r in GOLD],
-        "generate.py",
-        "--prompts",
-        ["--model", "{model}", *TINY],
-    ),
-    "label": (
-        ANSWERED,
-        "label.py",
-        "--responses",
-        ["--model", "{model}", "--reference-model", "{other}", "--precision", "fp32"],
-    ),
+PROMPTS = [{key: row[key] for key in ("id", "prompt")} for row in GOLD]
+PAIRS = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in GOLD]
+ANSWERED = [{"id": str(i), "prompt": row["prompt"], "ended": [True, False],
+             "responses": [row["chosen"], row["rejected"]]} for i, row in enumerate(GOLD)]
+LABELLED = [{**row, "margin": 0.3 * i, "chosen_logp": -20.0 - i, "rejected_logp": -21.0,
+             "chosen_ended": True, "rejected_ended": False} for i, row in enumerate(GOLD)]
+FP32 = ["--precision", "fp32"]
+ONCE = [*FP32, "--epochs", "1", "--batch-size", "2"]
+MODEL = ["--model", "{model}"]
+# rows, script, the flag of the mutated file, other flags
+STAGES = {
+    "prepare": (PAIRS, "data/prepare.py", "--data", ["--seed-size", "1", "--rounds", "1"]),
+    "seed_dpo": (GOLD, "seed_dpo.py", "--pairs", [*MODEL, *ONCE]),
+    "generate": ([row | {"temperature": 0.5} for row in PROMPTS], "generate.py", "--prompts",
+                 [*MODEL, *FP32, "--max-new-tokens", "2"]),
+    "label": (ANSWERED, "label.py", "--responses",
+              [*MODEL, *FP32, "--reference-model", "{other}"]),
     "dro": (LABELLED, "dro.py", "--pairs", []),
-    "train": (None, "train.py", "--pairs", ["--model", "{model}", "--anchor", "init", *ONCE]),
-    "evaluate": (
-        [{k: r[k] for k in ("id", "prompt")} for r in GOLD],
-        "evaluate.py",
-        "--prompts",
-        ["--models", "a={model}", "--judge", "vader", "-n", "1", *TINY],
-    ),
+    "train": (None, "train.py", "--pairs", [*MODEL, *ONCE, "--anchor", "init"]),
+    "evaluate": (ANSWERED, "evaluate.py", "--answers a=", ["--judge", "vader"]),
 }
 
 
@@ -171,122 +95,60 @@ def check(script: str, path, out, flags: list, data: bytes) -> int:
     """The exit status of a stage that read `data` from `path`, after a look at what it said and
     left; an exception fails the test."""
     done = run(script, *flags, *([] if out is None else ["--out", out]))
-    left = (
-        [] if out is None else [p.name for p in out.parent.iterdir() if p.name.startswith(out.name)]
-    )
-    assert done.returncode in (0, 2) and not any(".tmp" in n for n in left), (
-        data[:3000],
-        left,
-        done.stderr[-2000:],
-    )
+    left = [] if out is None else [p.name for p in out.parent.glob(f"{out.name}*")]
+    told = (data[:3000], left, done.stderr[-2000:])
+    assert done.returncode in (0, 2), told
+    assert not any(".tmp" in name for name in left), told
     if done.returncode:
         complaint = done.stderr.strip().splitlines()[-1]
-        assert (
-            complaint.startswith("error: ")
-            and len(complaint) < 400
-            and (str(path) in complaint or str(out) in complaint)
-        ), (data[:3000], done.stderr[-2000:])
-        assert (
-            not (out / "report.md" if script == "evaluate.py" else out).exists()
-            if out
-            else not done.stdout
-        ), data[:3000]
+        assert complaint.startswith("error: ") and len(complaint) < 400, told
+        assert str(path) in complaint or str(out) in complaint, told
+        result = out and (out / "report.md" if script == "evaluate.py" else out)
+        assert not (result.exists() if out else done.stdout), told
     return done.returncode
+
+
+def fuzz(rows, script, path, out, flags, times, wrap=bytes) -> None:
+    """Run a stage on mutations of `rows`: strange files and broken ones are among them."""
+    dice = random.Random(script)
+    ends = []
+    for number in range(times):
+        data = wrap(mutate(rows, dice))
+        path.write_bytes(data)
+        ends.append(check(script, path, out and out.with_name(f"out{number}"), flags, data))
+    assert 0 in ends
+    assert ends.count(2) > times // 3
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_mutated_rows(name, folder, other_folder, tmp_path):
     rows, script, flag, more = STAGES[name]
-    if rows is None:  # log-probs must be the policy's own
+    if rows is None:  # log-probs must be the policy's
         labelled, worst = tmp_path / "labelled.jsonl", tmp_path / "worst.jsonl"
-        ok(
-            run(
-                "label.py",
-                "--responses",
-                dump(tmp_path / "r.jsonl", ANSWERED),
-                "--out",
-                labelled,
-                "--model",
-                folder,
-                "--reference-model",
-                other_folder,
-                "--precision",
-                "fp32",
-            )
-        )
+        ok(run("label.py", "--responses", dump(tmp_path / "r.jsonl", ANSWERED), "--out", labelled,
+               "--model", folder, "--reference-model", other_folder, *FP32))
         ok(run("dro.py", "--pairs", labelled, "--out", worst, "--epsilon", "0.3"))
         rows = jsonl(worst)
-    dice, ends = random.Random(name), []
-    for number in range(60):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_bytes(data := mutate(rows, dice))
-        flags = [flag, path, *[m.format(model=folder, other=other_folder) for m in more]]
-        ends.append(check(script, path, tmp_path / f"out{number}", flags, data))
-    assert 0 in ends and ends.count(2) > 20  # both strange and broken files were among them
+    path = tmp_path / "mutated.jsonl"
+    given = f"{flag}{path}".split() if flag.endswith("=") else [flag, path]
+    more = [part.format(model=folder, other=other_folder) for part in more]
+    fuzz(rows, script, path, tmp_path / "out", [*given, *more], 60)
 
 
 def test_mutated_annotations(tmp_path):
-    rows = [
-        {
-            "instruction": CORPUS[i],
-            "output_1": "a " * (5 + i),
-            "generator_1": "base",
-            "output_2": "b " * (9 - i),
-            "generator_2": "mine",
-            "annotator": "x",
-            "preference": 1.0 + (i % 3) / 2,
-        }
-        for i in range(8)
-    ]
-    dice, ends = random.Random(0), []
-    for number in range(60):
-        path = tmp_path / f"{number}.json"
-        path.write_bytes(data := b"[" + b",".join(mutate(rows, dice).splitlines()) + b"]")
-        ends.append(check("evaluate.py", path, None, ["--annotations", path], data))
-    assert 0 in ends and ends.count(2) > 20
+    rows = [{"instruction": CORPUS[i], "output_1": "a " * (5 + i), "generator_1": "base",
+             "output_2": "b " * (9 - i), "generator_2": "mine", "annotator": "x",
+             "preference": 1.0 + (i % 3) / 2} for i in range(8)]
+    path = tmp_path / "annotations.json"
+    fuzz(rows, "judges/alpaca_eval.py", path, None, ["--annotations", path], 60,
+         lambda data: b"[" + b",".join(data.splitlines()) + b"]")
 
 
-def test_mutated_questions(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr("judges.mt_bench.RATING_TOKENS", 2)
-    bench = tmp_path / "bench"
-    bench.mkdir()
-    dump(
-        bench / "judge_prompts.jsonl",
-        [
-            {"name": f"single-v1{s}", "system_prompt": "Judge.", "prompt_template": "{%s}" % q}
-            for s, q in (("", "question"), ("-multi-turn", "answer_2"))
-        ],
-    )
-    dump(bench / "reference_gpt-4.jsonl", [])
-    dice, ends = random.Random(0), []
-    for number in range(30):
-        path = bench / "question.jsonl"
-        path.write_bytes(
-            data := mutate(
-                [
-                    {"question_id": i, "category": "writing", "turns": ["One?", "Two?"]}
-                    for i in range(2)
-                ],
-                dice,
-            )
-        )
-        ends.append(
-            check(
-                "evaluate.py",
-                path,
-                tmp_path / f"out{number}",
-                [
-                    "--models",
-                    f"a={wide}",
-                    "--mt-bench",
-                    bench,
-                    "--judge",
-                    "llm",
-                    "--judge-model",
-                    wide,
-                    *TINY,
-                ],
-                data,
-            )
-        )
-    assert 0 in ends and ends.count(2) > 10
+def test_mutated_questions(tmp_path):
+    asked = [{"name": f"single-v1{kind}", "system_prompt": "Judge.", "prompt_template": "{%s}" % q}
+             for kind, q in (("", "question"), ("-multi-turn", "answer_2"))]
+    dump(tmp_path / "judge_prompts.jsonl", asked)
+    dump(tmp_path / "reference_gpt-4.jsonl", [])
+    rows = [{"question_id": i, "category": "writing", "turns": ["One?", "Two?"]} for i in range(2)]
+    fuzz(rows, "judges/mt_bench.py", tmp_path / "question.jsonl", tmp_path / "out",
+         ["--folder", tmp_path], 30)

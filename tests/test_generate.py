@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import dump, jsonl, make_model, ok, run
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 import core.sampling
 import generate
-from conftest import dump, jsonl, make_model, ok, run
 from core.chat import encode_prompt, encode_response, encode_rows, end_of_turn
 from core.models import load_model, load_tokenizer
 from core.sampling import draw, sample, stop_tokens, uniforms

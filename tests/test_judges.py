@@ -1,8 +1,9 @@
-"""Judges: order, parsers, the local LLM judge against a plain computation, an endpoint on loopback
-with all its failures."""
-
+"""Judges: order, parsers, the local LLM judge and PairRM against plain computations, an endpoint on
+loopback with all its failures."""
+import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,20 +14,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+import transformers
+from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from conftest import CORPUS, ROOT, dump, gold_rows, jsonl, make_model, ok, pair_rows, run
 from core import parallel
+from judges import endpoint as endpoints
 from judges import judge as judges
+from judges import pairrm
 from judges.comparisons import option_prompt
-from judges.judge import (
-    both_orders,
-    parse_choice,
-    parse_rating,
-    rewards,
-    settled,
-)
+from judges.endpoint import hidden, parse_choice, parse_rating
+from judges.flags import check_judge
+from judges.judge import both_orders, rewards
+from judges.measures import settled
 
 CPU = torch.device("cpu")
 ASK = [{"role": "user", "content": "Say."}]
@@ -66,83 +69,37 @@ def test_exchanging_the_sides_exchanges_the_preference(sides, seed):
     assert np.allclose(there, 1 - back) and one == two
 
 
-@pytest.mark.parametrize(
-    "text,value",
-    [
-        ("A", 1),
-        ("B", 0),
-        ("(A)", 1),
-        ("(B) because", 0),
-        (" B.", 0),
-        ("**A**", 1),
-        ("Answer: B", 0),
-        ("The answer is (A).", 1),
-        ("A\nA", 1),
-        ("", None),
-        ("a", None),
-        ("both", None),
-        ("A or B", None),
-        ("ABBA", None),
-        ("A's", None),
-        ("C", None),
-        ("\x00", None),
-        ("Neither A nor B", None),
-        ("(B) A bar, because", 0),
-        ('"A"', 1),
-        ("A bar or B", None),
-        ("A and B are alike", None),
-        ("Answer: A/B", None),
-        ("(A) & (B)", None),
-        ("A clear winner is hard to name", None),
-        ("The answer is A because it helps.", 1),
-        ("The better response is B.", 0),
-        ("My choice: [[A]]", 1),
-        ("(A) is kind, but on balance my answer is B", 0),
-        ("Both have merit.\n\nB", 0),
-        ("<think>(A) looks fine.</think> (B)", 0),
-        ("<think>(A) looks fine", None),
-        ("Option A is the better choice. B is worse.", None),
-        ("Which answer is better? B is short.", None),
-        ("Both (A) and (B) are alike", None),
-        ("The answer is A or B", None),
-        ("Answer: A clear winner is hard to name", None),
-        ("(A) is better than (B)", 1),
-        ("I prefer (B) over (A).", 0),
-        ("The answer is not A", None),
-        ("\\boxed{B}", 0),
-    ],
-)
-def test_parse_choice(text, value):
-    assert parse_choice(text) == value if value is not None else math.isnan(parse_choice(text))
+CHOICES = {
+    1: ["A", "a", " (A) ", "**A**", '"A"', "‘A’.", "[[A]]", "My choice: [[A]]", "[A]", "[[a]]",
+        "[[B]] at first, but [[A]]", "<think>[[B]]</think> [[A]]", "**[[A]]** is kind"],
+    0: ["B", " B.", "`B`", "{b}", "Both have merit.\n\n[[B]]", "<think>(A) is fine.</think> (B)"],
+    None: ["", "both", "A or B", "AB", "C", "A's", "A\nA", "(B) because", "Answer: B", "\\boxed{B}",
+           "(A) is better, since (B) rambles.", "Answer: A\n\nReason: (B) repeats itself.",
+           "**(A)**\n\n(A) is concise; (B) is verbose.", "Response B is better.", "[A] or [B]",
+           "<think>[[A]] looks fine", "[[C]]", "The answer is A", "\x00"],
+}
 
 
-@pytest.mark.parametrize(
-    "text,value",
-    [
-        ("Rating: [[7]]", 7),
-        ("[[8.5]] then [[2]]", 2),
-        ("[[5]] for style. Rating: [[9]]", 9),
-        ("arr[1] is never read", None),
-        ("df[[1]] is a frame", None),
-        ("arr[1], m[2][3] and df[[1]]: [6]", 6),
-        ("<think>[[3]]</think> Rating: [[4]]", 4),
-        ("<think>[[3]]", None),
-        ("[6]", 6),
-        ("I say [1] but [[9]]", 9),
-        ("[[10]]", 10),
-        ("[[ 7 ]]", None),
-        ("7", None),
-        ("[[rating]]", None),
-        ("[[11]]", None),
-        ("[[0]]", None),
-        ("", None),
-        ("[[7", None),
-        ("[[-3]]", None),
-        ("[[7/10]]", None),
-    ],
-)
-def test_parse_rating(text, value):
-    assert parse_rating(text) == value if value is not None else math.isnan(parse_rating(text))
+@pytest.mark.parametrize("value", CHOICES)
+def test_parse_choice(value):
+    for text in CHOICES[value]:
+        choice = parse_choice(text)
+        assert math.isnan(choice) if value is None else choice == value, text
+
+
+RATINGS = {
+    "Rating: [[7]]": 7, "[[7]]/[[10]]": 7, "[[8.5]] then [[2]]": 8.5, "[6]": 6, "[[10]]": 10,
+    "I say [1] but [[9]]": 9, "arr[1], m[2][3] and df[[1]]: [6]": 6,
+    "<think>[[3]]</think> Rating: [[4]]": 4, "<think>[[3]]": None, "arr[1] is an index": None,
+    "df[[1]] is a frame": None, "[[ 7 ]]": None, "7": None, "[[rating]]": None, "[[11]]": None,
+    "[[0]]": None, "": None, "[[7": None, "[[-3]]": None, "[[7/10]]": None,
+}
+
+
+@pytest.mark.parametrize("text", RATINGS)
+def test_parse_rating(text):
+    rating = parse_rating(text)
+    assert math.isnan(rating) if RATINGS[text] is None else rating == RATINGS[text]
 
 
 @given(st.text(max_size=60))
@@ -288,41 +245,117 @@ def test_fine_tuning_a_judge(wide, tmp_path):
     assert json.load(open(tmp_path / "l.jsonl.stats.json"))["gold_agreement"] == 1
 
 
-def test_pairrm_by_its_interface(monkeypatch, tmp_path):
-    """A ranker with llm-blender's interface; without the package one line says what is missing."""
-    responses = dump(
-        tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": ["bb", "a", "cccc"]}]
+@pytest.fixture(scope="session")
+def pairrm_folder(tmp_path_factory):
+    """Random weights in the layout of llm-blender/PairRM-hf, with two tasks, and a tensor that
+    nothing needs."""
+    folder = tmp_path_factory.mktemp("model") / "pairrm"
+    specials = ["[PAD]", "[CLS]", "[SEP]", "<|source|>", "<|candidate1|>", "<|candidate2|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    command = [
-        "label.py",
-        "--judge",
-        "pairrm",
-        "--judge-model",
-        "llm-blender/PairRM",
-        "--responses",
-        responses,
-        "--out",
-        tmp_path / "l.jsonl",
-    ]
-    monkeypatch.setitem(sys.modules, "llm_blender", None)
-    done = run(*command)
-    assert done.returncode == 2 and "package llm-blender, importable" in done.stderr
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        additional_special_tokens=specials[3:],
+    ).save_pretrained(folder)
+    config = transformers.DebertaV2Config(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=2048, relative_attention=True,
+        position_buckets=16, pos_att_type=["p2c", "c2p"], type_vocab_size=0, n_tasks=2,
+        initializer_range=0.3, source_prefix_id=3, cand1_prefix_id=4, cand2_prefix_id=5,
+    )
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    encoder = transformers.DebertaV2Model(config).state_dict()
+    weights = {f"pretrained_model.{name}": tensor for name, tensor in encoder.items()}
+    for place, out, width in ((1, 32, 64), (4, 2, 32)):
+        weights[f"head_layer.{place}.weight"] = torch.randn(out, width) / width**0.5
+        weights[f"head_layer.{place}.bias"] = torch.randn(out)
+    weights["pretrained_model.unused"] = torch.zeros(1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
-    class Blender:
-        def loadranker(self, path, device):
-            assert path == "llm-blender/PairRM" and device in ("cpu", "cuda:0")
 
-        def compare(self, inputs, first, second, return_logits, mode):
-            assert inputs == ["Say."] * 6 and return_logits and mode == "[A,B]"
-            return np.array(
-                [len(a) - len(b) + 5.0 for a, b in zip(first, second)]
-            )  # likes length, and the first option
+def ranker_logit(folder, source: str, first: str, second: str) -> float:
+    """The logit of one comparison, re-derived: no padding, no batch, plain matrices."""
+    weights = load_file(folder / "model.safetensors")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    encoder = transformers.DebertaV2Model(config).eval()
+    encoder.load_state_dict(
+        {n.removeprefix("pretrained_model."): t for n, t in weights.items()}, strict=False
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
-    monkeypatch.setitem(sys.modules, "llm_blender", types.SimpleNamespace(Blender=Blender))
-    ok(run(*command))
+    def part(mark: int, text: str, most: int) -> list[int]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return [1, mark, *ids[: most - 3], 2]
+
+    ids = part(3, source, 1224)
+    room = (2048 - len(ids)) // 2
+    ids = [*ids, *part(4, first, room), *part(5, second, room)]
+    with torch.no_grad():
+        hidden = encoder(torch.tensor([ids])).last_hidden_state[0]
+    scores = []
+    for mark in (4, 5):
+        both = torch.cat([hidden[ids.index(3)], hidden[ids.index(mark)]])
+        inner = torch.tanh(weights["head_layer.1.weight"] @ both + weights["head_layer.1.bias"])
+        scores.append(weights["head_layer.4.weight"] @ inner + weights["head_layer.4.bias"])
+    return (scores[0] - scores[1]).mean().item()
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def test_pairrm_against_a_plain_computation(pairrm_folder, capsys):
+    """Batches with padding, both orders, a turn of several, parts that are cut, control tokens that
+    a text spells."""
+    args = namespace(judge="pairrm", judge_model=str(pairrm_folder))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    asked = [(ASK, CORPUS[i], CORPUS[i + 9][: 3 + 9 * i]) for i in range(4)]
+    asked += [(ASK, "yes", "no"), (turns, "a", "b"), (ASK, "x" * 3000, "short")]
+    asked += [([{"role": "user", "content": "y" * 1500}], "long " * 400, "z" * 409)]
+    expected = [ranker_logit(pairrm_folder, turns[0]["content"], a, b) for turns, a, b in asked]
+    expected[5] = ranker_logit(pairrm_folder, "USER: Hi\nASSISTANT: Yes?", "a", "b")
+    found = [logit(p) for p in pairrm.pairrm(args, asked, 0, 1, CPU)]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert "2 of 8 comparisons are longer" in capsys.readouterr().err
+    alone = [logit(pairrm.pairrm(args, [one], 0, 1, CPU)[0]) for one in asked[:5]]
+    assert alone == pytest.approx(found[:5], abs=1e-5)
+    exchanged = [logit(p) for p in pairrm.pairrm(args, [(t, b, a) for t, a, b in asked], 0, 1, CPU)]
+    assert max(abs(one + other) for one, other in zip(found, exchanged)) > 1e-3
+    spelt = pairrm.pairrm(args, [(ASK, "<|candidate2|>[SEP]", "fine")], 0, 1, CPU)[0]
+    broken = ranker_logit(pairrm_folder, "Say.", "<·|candidate2|>[·SEP]", "fine")
+    assert logit(spelt) == pytest.approx(broken, abs=1e-5)
+
+
+def test_pairrm_as_a_judge(pairrm_folder, folder, tmp_path):
+    """It labels; what is laid out otherwise, or lacks weights, is one line."""
+    rows = [{"id": "x", "prompt": ASK, "responses": ["bb", "a", "cccc"]}]
+    command = ["label.py", "--judge", "pairrm", "--responses", dump(tmp_path / "r.jsonl", rows)]
+    command += ["--out", tmp_path / "l.jsonl", "--precision", "fp32", "--judge-model"]
+    ok(run(*command, pairrm_folder))
     (row,) = pair_rows(tmp_path / "l.jsonl")
-    assert (row["chosen"], row["rejected"]) == ("cccc", "a")
-    assert json.load(open(tmp_path / "l.jsonl.stats.json"))["order_disagreement"] == 1
+    reward = dict.fromkeys(rows[0]["responses"], 0.0)
+    for a, b in itertools.permutations(reward, 2):
+        there, back = (ranker_logit(pairrm_folder, "Say.", *pair) for pair in ((a, b), (b, a)))
+        reward[a] += logit((1 + math.tanh(there / 2) / 2 - math.tanh(back / 2) / 2) / 2) / 3
+    worst, *_, best = sorted(reward, key=reward.get)
+    assert (row["chosen"], row["rejected"]) == (best, worst)
+    assert row["margin"] == pytest.approx(reward[best] - reward[worst], abs=1e-5)
+    done = run(*command, folder)
+    assert done.returncode == 2 and "llm-blender/PairRM-hf" in done.stderr
+    weights = load_file(pairrm_folder / "model.safetensors")
+    del weights["head_layer.4.bias"]
+    less = tmp_path / "less"
+    shutil.copytree(pairrm_folder, less)
+    save_file(weights, less / "model.safetensors", {"format": "pt"})
+    done = run(*command, less)
+    assert done.returncode == 2 and "1 weights are missing (head_layer.4.bias)" in done.stderr
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -331,6 +364,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
     model, tokenizer, plan, asked = None, None, [], []
     refuses: set[str] = set()  # settings that it does not take
+    minds = ""  # answers of status 400 to a question that holds this
     lock = threading.Lock()
 
     def do_POST(self):
@@ -341,6 +375,9 @@ class Endpoint(BaseHTTPRequestHandler):
         unwanted = sorted(self.refuses & body.keys())
         if unwanted:
             trouble = 400
+        if self.minds and any(self.minds in m["content"] for m in body["messages"]):
+            trouble = 400
+            unwanted = ["maximum context length is 9 tokens"]
         if trouble in ("silence", "slow"):
             time.sleep(1.5)
         if trouble == "hang up":
@@ -404,7 +441,7 @@ def endpoint(wide, tokenizer, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-word")
-    monkeypatch.setattr(judges, "TIMEOUT", 0.7)
+    monkeypatch.setattr(endpoints, "TIMEOUT", 0.7)
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
 
@@ -422,7 +459,7 @@ def responses_file(
 
 
 def test_endpoint_survives_trouble_and_is_never_asked_twice(endpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "PARALLEL", 1)
+    monkeypatch.setattr(endpoints, "PARALLEL", 1)
     monkeypatch.setattr(
         judges, "parse_choice", lambda text: len(text) % 7 / 7
     )  # a random model names no letter
@@ -464,7 +501,7 @@ def test_endpoint_survives_trouble_and_is_never_asked_twice(endpoint, tmp_path, 
 
 @pytest.mark.parametrize("trouble", [401, 400, "no choice", "html"])
 def test_endpoint_that_refuses_ends_in_one_line(endpoint, trouble, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "PARALLEL", 1)
+    monkeypatch.setattr(endpoints, "PARALLEL", 1)
     Endpoint.plan[:] = [200, 200, trouble] + [401] * 20
     done = run(
         "label.py",
@@ -496,7 +533,7 @@ def test_endpoint_that_refuses_ends_in_one_line(endpoint, trouble, tmp_path, mon
 
 
 def test_endpoint_without_key_or_model(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", " \n")
     command = [
         "label.py",
         "--judge",
@@ -507,13 +544,94 @@ def test_endpoint_without_key_or_model(tmp_path, monkeypatch):
         tmp_path / "l.jsonl",
     ]
     assert "needs --judge-model" in run(*command).stderr
-    assert "OPENAI_API_KEY" in run(*command, "--judge-model", "m").stderr
+    command += ["--judge-model", "m"]
+    assert "reads its key from" in run(*command).stderr
+    monkeypatch.setenv("OPENAI_API_KEY", "two words")
+    assert "OPENAI_API_KEY holds a blank" in run(*command).stderr
+    monkeypatch.setenv("OPENAI_API_KEY", "word")
+    for url in ("http://127.0.0.1:9/v1", "host/v1"):
+        assert f"{url} does not answer" in run(*command, "--base-url", url).stderr
+
+
+def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, monkeypatch):
+    """Status 400 for a text too long: counted, kept, and not asked again, wherever the endpoint has
+    moved; the blank around a key is no part of it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-word\n")
+    verdict = lambda text: len(text) % 7 / 7 if text else math.nan  # noqa: E731
+    monkeypatch.setattr(judges, "parse_choice", verdict)
+    monkeypatch.setattr(Endpoint, "minds", CORPUS[0])
+    command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--responses"]
+    command += [responses_file(tmp_path, 8), "--out", tmp_path / "l.jsonl", "--base-url"]
+    printed = ok(run(*command, endpoint)).stdout
+    cached = [row for row in jsonl(tmp_path / "l.jsonl.judge_cache.jsonl")]
+    refused = [row for row in cached if json.dumps(CORPUS[0])[1:-1] in row["request"]]
+    assert [row["answer"] for row in refused] == ["", ""]
+    # a random model may answer nothing too
+    assert f", {sum(not row['answer'] for row in cached)} without verdict" in printed
+    assert {key for _, key in Endpoint.asked} == {"Bearer sk-secret-word"}
+    asked, rows = len(Endpoint.asked), jsonl(tmp_path / "l.jsonl")
+    assert asked == 16 and rows and "0" not in [row["id"] for row in rows]
+    (tmp_path / "l.jsonl").unlink()
+    ok(run(*command, endpoint.replace("127.0.0.1", "localhost")))
+    assert len(Endpoint.asked) == asked and jsonl(tmp_path / "l.jsonl") == rows
+
+
+def test_a_judge_is_looked_at_before_any_work(folder, ranker, tmp_path, monkeypatch, capsys):
+    def trouble(judge: str, model) -> str:
+        with pytest.raises(SystemExit) as stop:
+            check_judge(namespace(judge=judge, judge_model=model and str(model)))
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    check_judge(namespace(judge="reward-model", judge_model=ranker))
+    check_judge(namespace(judge="llm", judge_model=folder))
+    assert "LlamaForCausalLM" in trouble("reward-model", folder)
+    config = transformers.AutoConfig.from_pretrained(ranker, num_labels=2)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
+    assert "found 2" in trouble("reward-model", tmp_path / "two")
+    assert "no such model" in trouble("llm", tmp_path / "none")
+    assert "needs --judge-model" in trouble("pairrm", None)
+    monkeypatch.setattr("judges.flags.importlib.util.find_spec", lambda name: None)
+    assert "package vaderSentiment" in trouble("vader", None)
+    assert "package openai" in trouble("openai", "m")
+
+
+@pytest.mark.parametrize("judge", ["reward-model", "llm"])
+def test_a_judge_reads_no_more_than_its_context(judge, tokenizer, tmp_path):
+    """All rows are looked at before any is judged; a conversation that just fits is."""
+    family = transformers.LlamaForSequenceClassification
+    texts = ["short", "longer " * 9]
+    turns = [ASK[0], {"role": "assistant", "content": texts[1]}]
+    length = len(tokenizer.apply_chat_template(turns, return_dict=False))
+    if judge == "llm":
+        family = transformers.LlamaForCausalLM
+        asked = option_prompt(ASK, *texts)
+        length = 1 + len(
+            tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        )
+    rows = [{"id": str(i), "prompt": ASK, "responses": texts} for i in range(2)]
+    for context, status in ((length, 0), (length - 1, 2)):
+        path = tmp_path / str(context)
+        config = transformers.LlamaConfig(
+            vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=4, num_labels=1, pad_token_id=0, max_position_embeddings=context,
+        )
+        family(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        done = run(
+            "label.py", "--judge", judge, "--judge-model", path, "--precision", "fp32",
+            "--responses", dump(tmp_path / "r.jsonl", rows), "--out", tmp_path / f"{context}.jsonl",
+        )
+        assert done.returncode == status, done.stderr
+    asked = length - (judge == "llm")
+    assert f"the prompt 'Say.' and what is judged of it have {asked} tokens" in done.stderr
+    assert f"context is {length - 1}" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_cache_survives_kill_9(endpoint, tmp_path, monkeypatch):
     """A process killed while an endpoint answers: what it was given is kept, and the same command
     asks for the rest alone."""
-    monkeypatch.setattr(judges, "TIMEOUT", 60.0)
+    monkeypatch.setattr(endpoints, "TIMEOUT", 60.0)
     responses = responses_file(tmp_path, 8)
     command = [
         sys.executable,
@@ -557,16 +675,16 @@ def test_a_judge_without_any_verdict_is_an_error(monkeypatch, capsys):
 
 
 def test_a_key_is_hidden_by_value_and_letters_are_left():
-    assert judges.hidden("Bearer sk-12x, key sk-12x!", "sk-12x") == "Bearer …, key …!"
-    assert judges.hidden("max_tokens exceeds x", "x") == "max_tokens exceeds …"
+    assert hidden("Bearer sk-12x, key sk-12x!", "sk-12x") == "Bearer …, key …!"
+    assert hidden("max_tokens exceeds x", "x") == "max_tokens exceeds …"
     # an address writes = as %3D, and nothing need stand between a word and the key
     for text in ("?key%3Dsk-0123456789", "api_keysk-0123456789ab"):
-        assert "sk-0123456789" not in judges.hidden(text, "sk-0123456789")
+        assert "sk-0123456789" not in hidden(text, "sk-0123456789")
 
 
 def test_an_endpoint_is_asked_again_the_way_it_wants(endpoint, tmp_path, monkeypatch):
     """One that takes neither setting refuses twice in all, not twice a request."""
-    monkeypatch.setattr(judges, "PARALLEL", 1)
+    monkeypatch.setattr(endpoints, "PARALLEL", 1)
     monkeypatch.setattr(judges, "parse_choice", lambda text: len(text) % 7 / 7)
     monkeypatch.setattr(Endpoint, "refuses", {"max_tokens", "temperature"})
     command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint]
@@ -581,8 +699,8 @@ def test_an_endpoint_is_asked_again_the_way_it_wants(endpoint, tmp_path, monkeyp
 def test_answers_without_verdict_are_counted(endpoint, tmp_path, monkeypatch):
     """In the summary, in the error where no row is left, and where no answer held one."""
     said = iter(["(A)", "A clear winner is hard to name", "(B)", "A and B are alike"])
-    monkeypatch.setattr(judges, "ask_endpoint", lambda args, chats, _: [next(said) for _ in chats])
-    command = ["label.py", "--judge", "openai", "--judge-model", "tiny"]
+    monkeypatch.setattr(endpoints, "ask_endpoint", lambda args, chats: [next(said) for _ in chats])
+    command = ["label.py", "--judge", "openai", "--judge-model", "tiny", "--base-url", endpoint]
     command += ["--responses", responses_file(tmp_path, 2), "--out", tmp_path / "l.jsonl"]
     assert ", 2 without verdict" in ok(run(*command)).stdout
     (row,) = jsonl(tmp_path / "l.jsonl")
@@ -602,4 +720,4 @@ def test_who_waits_for_an_endpoint_does_not_time_out(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **k: given.update(k))
     parallel.start_processes()
-    assert given["timeout"].total_seconds() > 2 * 60_000 * 10 / judges.PARALLEL
+    assert given["timeout"].total_seconds() > 2 * 60_000 * 10 / endpoints.PARALLEL

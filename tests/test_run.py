@@ -7,7 +7,6 @@ import socket
 import subprocess
 
 import pytest
-
 from conftest import ROOT, dump, gold_rows, gpus_for, jsonl, warm_python
 
 
@@ -117,7 +116,7 @@ def test_paths_are_the_callers_and_runs_are_named_apart(tmp_path):
     assert "configs/demo.env DATA=" in done.stderr  # no config and no GPU
 
 
-# ------------------------------------------------------------------------------------ the first look
+# ----------------------------------------------------------------------------------- the first look
 
 
 BAD = [
@@ -165,7 +164,7 @@ def test_what_a_run_needs_is_looked_for_before_the_first_stage(folder, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "prompts.jsonl"]
 
 
-# ---------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def stats_of(path) -> dict:

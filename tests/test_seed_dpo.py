@@ -1,20 +1,22 @@
-"""Chat format, response log-probabilities, the DPO loss and the optimisation loop."""
-
+"""Response log-probabilities and their layout, the DPO loss, the learning rate and the loop."""
 import argparse
+import json
 import math
-from types import SimpleNamespace
+import re
+import shlex
 
 import pytest
 import torch
 import transformers
+from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
+from families import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import core.training as training
 import seed_dpo
-from conftest import dump, gold_rows, jsonl, launch, make_model, ok, run
 from core.chat import encode_prompt, encode_response
+from core.models import load_model, load_tokenizer
 from core.parallel import distribute
 from core.policy import (
     ResponseLogps,
@@ -27,20 +29,9 @@ from core.policy import (
     token_logps,
     tokens_of,
 )
-from core.models import load_model, load_tokenizer
-from core.training import training_flops
 from seed_dpo import dpo_loss, dpo_margin
 
 CPU = torch.device("cpu")
-
-
-def full_logits_logp(model, prompt, response):
-    """The plain way: whole logits of `prompt response`, in float64."""
-    ids = torch.tensor([prompt + response])
-    logps = model.double()(ids).logits[0].log_softmax(-1)
-    return sum(logps[len(prompt) + j - 1, token].item() for j, token in enumerate(response))
-
-
 ENCODED = [
     ([5, 6, 7, 8], [[9, 10, 11, 2], [12, 2]]),
     ([30, 31], [[40, 41, 42, 43, 44, 45], [50]]),
@@ -48,26 +39,44 @@ ENCODED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        transformers.LlamaConfig,
-        transformers.MistralConfig,
-        transformers.Phi3Config,
-        transformers.Qwen2Config,
-        transformers.PhiConfig,
-    ],
-)
-def test_logps_equal_plain_full_logits(config):
-    model = make_model(
-        config, **({"sliding_window": None} if config is not transformers.PhiConfig else {})
-    )
-    assert shares_prompt(model, ENCODED) == (config is not transformers.PhiConfig)
-    ours = score(ResponseLogps(model), ENCODED, "fp32", CPU)
-    for (prompt, responses), values in zip(ENCODED, ours):
-        assert values == pytest.approx(
-            [full_logits_logp(model, prompt, y) for y in responses], abs=2e-4
-        )
+# ---------------------------------------------------------------------------------------- log-probs
+
+
+def plain_logp(model, prompt, response):
+    """The plain way: whole logits of `prompt response`, of a float64 model."""
+    logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    return sum(logps[len(prompt) + j - 1, token] for j, token in enumerate(response))
+
+
+
+def logps_are_the_plain_ones(make, encoded):
+    ours = score(ResponseLogps(make()), encoded, "fp32", CPU)
+    model = make().double()
+    for (prompt, responses), values in zip(encoded, ours):
+        plain = [plain_logp(model, prompt, y).item() for y in responses]
+        assert values == pytest.approx(plain, abs=2e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Phi3", "Qwen2", "Phi"])
+def test_logps_equal_plain_full_logits(family):
+    config = getattr(transformers, f"{family}Config")
+    window = {} if family == "Phi" else {"sliding_window": None}
+    assert shares_prompt(make_model(config, **window), ENCODED) == (family != "Phi")
+    logps_are_the_plain_ones(lambda: make_model(config, **window), ENCODED)
+
+
+def test_sliding_window_decides_on_sharing(capsys):
+    """Within the window sharing is exact; with a row beyond it every response gets a sequence, and
+    that is said once."""
+    def windowed():
+        return make_model(transformers.MistralConfig, sliding_window=10)
+
+    assert shares_prompt(windowed(), ENCODED)
+    assert not shares_prompt(windowed(), [([5] * 9, [[6, 7]])])
+    long = [([5, 6, 7, 8, 9, 10, 11], [[12, 13, 14, 15, 16, 17, 18], [20, 21]]), *ENCODED]
+    for encoded in (ENCODED, long):
+        logps_are_the_plain_ones(windowed, encoded)
+    assert capsys.readouterr().err.count("one sequence a response") == 1
 
 
 def test_shared_prompt_equals_two_sequences_with_gradients():
@@ -78,10 +87,9 @@ def test_shared_prompt_equals_two_sequences_with_gradients():
         model = make_model().double()
         batch = pack(ENCODED, shared, CPU)
         assert (batch["attention_mask"] is not None) == shared
-        logps = sum_by_response(
-            token_logps(model.lm_head, response_hidden(model, batch), batch["target"], chunk=3)[0],
-            batch,
-        )
+        hidden = response_hidden(model, batch)
+        values, _ = token_logps(model.lm_head, hidden, batch["target"], chunk=3)
+        logps = sum_by_response(values, batch)
         (logps * torch.tensor([1.0, -2, 3, -4, 5, -6])).sum().backward()
         results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     for one, two in zip(*results):
@@ -89,8 +97,7 @@ def test_shared_prompt_equals_two_sequences_with_gradients():
 
 
 def test_prompt_tokens_never_count():
-    """The log-prob of a response ignores how probable its prompt is: only positions that predict
-    the response are read."""
+    """Only positions that predict the response are read."""
     batch = pack([([5, 6, 7], [[8, 9]])], False, CPU)
     assert batch["where"].tolist() == [2, 3] and batch["target"].tolist() == [8, 9]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]  # the last token is predicted, never read
@@ -101,82 +108,29 @@ def test_packing_by_hand():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
     assert batch["where"].tolist() == [1, 2, 3, 1, 4] and batch["lengths"] == [3, 2]
-    assert batch["attention_mask"][0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
+    mask = ["".join(map(str, row)) for row in batch["attention_mask"][0, 0].int().tolist()]
+    assert mask == ["10000", "11000", "11100", "11110", "11001"]
 
 
-ROWS = st.lists(
-    st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4)),
-    min_size=1,
-    max_size=30,
-)
+LENGTHS = st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4))
 
 
-@given(ROWS, st.booleans(), st.integers(1, 300), st.integers(1, 5))
+@given(st.lists(LENGTHS, min_size=1, max_size=30), st.booleans(), st.integers(1, 300),
+       st.integers(1, 5))
 def test_rows_are_dealt_once_within_the_budget(lengths, shared, budget, world):
     encoded = [([0] * n, [[0] * m for m in ms]) for n, ms in lengths]
-    passes = deal(encoded, range(len(encoded)), shared, budget, world)
-    assert sorted(i for own in passes for p in own for i in p) == list(range(len(encoded)))
-    assert len({len(own) for own in passes}) == 1 and len(passes) == world
-    for p in (p for own in passes for p in own if len(p) > 1):
-        assert len(p) * max(tokens_of(encoded[i], shared) for i in p) <= budget
-    counts = [sum(map(len, own)) for own in passes]
+    dealt = deal(encoded, range(len(encoded)), shared, budget, world)
+    passes = [one for rank in dealt for one in rank]
+    assert sorted(i for one in passes for i in one) == list(range(len(encoded)))
+    assert len({len(rank) for rank in dealt}) == 1 and len(dealt) == world
+    for one in passes:
+        if len(one) > 1:
+            assert len(one) * max(tokens_of(encoded[i], shared) for i in one) <= budget
+    counts = [sum(map(len, rank)) for rank in dealt]
     assert max(counts) - min(counts) <= 1
 
 
-def test_sliding_window_decides_on_sharing(capsys):
-    """Within the window sharing is exact; with a row beyond it every response gets a sequence, and
-    that is said once."""
-    model = make_model(transformers.MistralConfig, sliding_window=10)
-    assert shares_prompt(model, ENCODED) and not shares_prompt(model, [([5] * 9, [[6, 7]])])
-    long = [([5, 6, 7, 8, 9, 10, 11], [[12, 13, 14, 15, 16, 17, 18], [20, 21]]), *ENCODED]
-    for encoded in (ENCODED, long):
-        ours = score(
-            ResponseLogps(make_model(transformers.MistralConfig, sliding_window=10)),
-            encoded,
-            "fp32",
-            CPU,
-        )
-        for (prompt, responses), values in zip(encoded, ours):
-            assert values == pytest.approx(
-                [full_logits_logp(model, prompt, y) for y in responses], abs=2e-4
-            )
-    assert capsys.readouterr().err.count("one sequence a response") == 1
-
-
-def test_mfu_is_left_out_where_the_yardstick_was_disturbed(monkeypatch):
-    """No step is faster than a matrix product: its speed was measured while others ran."""
-    row = ([1, 2, 3], [[4, 5], [6]])
-    policy = ResponseLogps(make_model())
-    flops = training_flops(policy.model, [row], True)
-    monkeypatch.setattr(training.time, "perf_counter", lambda: 10.0)
-    pairs = {"loss": [1.0], "margin": [0.0], "gain": [0.0]}
-    for peak, mfu in ((flops, 0.5), (flops / 4, None)):
-        args = argparse.Namespace(save_every=0)
-        own = SimpleNamespace(device=CPU, encoded=[row], shared=True, policy=policy, peak=peak,
-                              rank=1, args=args)
-        shown = {}
-        last = training.log_row(own, 0, [0], pairs, 1.0, 1e-6, started=8.0)
-        assert last["mfu"] == mfu
-        training.keep(own, [last], SimpleNamespace(set_postfix=shown.update))
-        assert ("mfu" in shown) == (mfu is not None) and shown["loss"] == "1"
-
-
-def test_training_flops_by_hand():
-    """Hidden 32, 2 layers, 4 heads of 8, 2 KV heads, MLP 64: 9 216 + 64 weights a layer, a final
-    norm of 32, a head of 384 · 32."""
-    model, row = make_model(), ([1, 2, 3], [[4, 5], [6]])
-    body, head = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 64) + 32, 384 * 32
-    # prompt 3 tokens, one response token read (the last of each is not): 4 tokens; 6 pairs in the
-    # prompt, 3 + 1 for the response
-    assert training_flops(model, [row], True) == 6 * body * 4 + 6 * head * 3 + 12 * 2 * 32 * 10
-    # apart: 3 + 1 and 3 tokens, 10 and 6 pairs
-    assert training_flops(model, [row], False) == 6 * body * 7 + 6 * head * 3 + 12 * 2 * 32 * 16
+# -------------------------------------------------------------------------------- loss and schedule
 
 
 def test_dpo_loss_by_hand():
@@ -193,132 +147,89 @@ def test_dpo_loss_is_finite_with_a_gradient(m):
     loss = dpo_loss(margin)
     loss.backward()
     assert math.isfinite(loss.item())
-    assert margin.grad.item() == pytest.approx(
-        -1 / (1 + math.exp(m)) if m < 700 else 0.0, abs=1e-12
-    )
+    slope = -1 / (1 + math.exp(m)) if m < 700 else 0.0
+    assert margin.grad.item() == pytest.approx(slope, abs=1e-12)
 
 
 def test_learning_rate_schedule():
     rates = [seed_dpo.lr_at(s, 100, 1.0) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
-    assert (
-        rates[55] == pytest.approx(0.5)
-        and rates == rates[:10] + sorted(rates[10:], reverse=True)
-        and rates[-1] < 1e-3
-    )
+    assert rates[55] == pytest.approx(0.5) and rates[-1] < 1e-3
+    assert rates == rates[:10] + sorted(rates[10:], reverse=True)
 
 
-def test_seed_stage_learns_and_one_process_equals_two(folder, tmp_path):
+# ---------------------------------------------------------------------------------------- the stage
+
+
+@pytest.fixture
+def command(folder, tmp_path):
+    """command(name, 'flags …', pairs): the seed stage on that many gold pairs, to tmp_path/name."""
+    def of(name: str, flags: str = "", pairs: int = 6, model: str = folder) -> list:
+        path = dump(tmp_path / f"seed{pairs}.jsonl", gold_rows(pairs))
+        return ["seed_dpo.py", "--pairs", path, "--model", model, "--lr", "1e-3",
+                *shlex.split(flags), "--out", tmp_path / name]
+    return of
+
+
+def weights_of(path):
+    return load_file(path / "model.safetensors")
+
+
+def test_seed_stage_learns_and_one_process_equals_two(folder, command, tmp_path):
     """D7: the update is the mean over the global batch; batch 8 of 20 pairs leaves an uneven last
     one, and 1 of 9 a lone pair."""
-    commands = {}
+    flags = "--batch-size 8 --precision fp32 --epochs 2 --micro-tokens"
     for count in (20, 9):
-        flags = [
-            "--pairs",
-            dump(tmp_path / f"seed{count}.jsonl", gold_rows(count)),
-            "--model",
-            folder,
-            "--lr",
-            "1e-3",
-            "--batch-size",
-            "8",
-            "--precision",
-            "fp32",
-            "--epochs",
-            "2",
-        ]
-        ok(run("seed_dpo.py", *flags, "--micro-tokens", "2000", "--out", tmp_path / f"one{count}"))
-        commands[count] = [
-            "seed_dpo.py",
-            *flags,
-            "--micro-tokens",
-            "60",
-            "--out",
-            tmp_path / f"two{count}",
-        ]
-    ok(
-        launch(
-            *commands.values(),
-            [*commands[20][:-1], tmp_path / "sharded20", "--shard", "--save-every", "1e-9"],
-        )
-    )
+        ok(run(*command(f"one{count}", f"{flags} 2000", count)))
+    ok(launch(command("two20", f"{flags} 60", 20), command("two9", f"{flags} 60", 9),
+              command("sharded20", f"{flags} 60 --shard --save-every 1e-9", 20)))
     start = load_file(f"{folder}/model.safetensors")
-    for count in commands:
-        one, two = (
-            load_file(tmp_path / f"{n}{count}" / "model.safetensors") for n in ("one", "two")
-        )
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
+    for name, other in (("one20", "two20"), ("one9", "two9"), ("one20", "sharded20")):
+        one, two = weights_of(tmp_path / name), weights_of(tmp_path / other)
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-5)
         assert min((one[n] - start[n]).abs().max() for n in one) > 1e-4  # every tensor has learnt
-    sharded, one = (
-        load_file(tmp_path / f"{n}20" / "model.safetensors") for n in ("sharded", "one")
-    )
-    for name in one:
-        torch.testing.assert_close(one[name], sharded[name], rtol=1e-3, atol=2e-5)
     log = jsonl(tmp_path / "one20/log.jsonl")
-    assert (
-        log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[-1]["loss"] < log[0]["loss"]
-    )
-    assert all(
-        r["confidence"] == sorted(r["confidence"]) and 0 < r["mfu"] < 1 and r["memory_gb"] > 0.1
-        for r in log
-    )
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert log[-1]["loss"] < log[0]["loss"]
+    for row in log:
+        assert row["confidence"] == sorted(row["confidence"]) and row["memory_gb"] > 0.1
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(folder, tmp_path):
-    pairs = dump(tmp_path / "seed.jsonl", gold_rows(6))
-    for name, extra in {"plain": [], "saved": ["--gradient-checkpointing"]}.items():
-        ok(
-            run(
-                "seed_dpo.py",
-                "--pairs",
-                pairs,
-                "--model",
-                folder,
-                "--lr",
-                "1e-3",
-                "--precision",
-                "fp32",
-                "--out",
-                tmp_path / name,
-                *extra,
-            )
-        )
-    plain, saved = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "saved"))
-    assert plain.keys() == saved.keys() and all(torch.equal(plain[n], saved[n]) for n in plain)
+def test_a_vision_tower_is_left_alone(command, tokenizer, tmp_path):
+    """On two processes as well: DDP waits for the gradient of everything that it is given."""
+    tower = tmp_path / "tower"
+    tiny_model("gemma3").save_pretrained(tower)
+    tokenizer.save_pretrained(tower)
+    flags = "--epochs 1 --precision fp32 --save-every 1e-9"
+    ok(launch(command("copied", flags, model=tower),
+              command("sharded", f"{flags} --shard", model=tower)))
+    before = weights_of(tower)
+    for name in ("copied", "sharded"):
+        after = weights_of(tmp_path / name)
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert before.keys() == after.keys() and moved
+        assert moved == {key for key in before if "language_model" in key or "lm_head" in key}
 
 
-def test_gradient_checkpointing_recomputes_each_layer():
-    args = argparse.Namespace(gradient_checkpointing=True, shard=False)
-    model, calls = make_model(), []
-    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
-    distribute(ResponseLogps(model), CPU, 1, args)(pack(ENCODED, True, CPU))[0].sum().backward()
-    assert len(calls) == 2
+def test_gradient_checkpointing_recomputes_each_layer_and_changes_nothing():
+    gradients, calls = [], []
+    for recompute in (False, True):
+        args = argparse.Namespace(gradient_checkpointing=recompute, shard=False)
+        model = make_model()
+        model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+        net = distribute(ResponseLogps(model), CPU, 1, args)
+        net(pack(ENCODED, True, CPU))[0].sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert len(calls) == 1 + 2
+    assert all(torch.equal(plain, saved) for plain, saved in zip(*gradients))
 
 
-def test_first_update_against_a_separate_computation(folder, tmp_path):
+
+def test_first_update_against_a_separate_computation(folder, command, tmp_path):
     """One batch, one step of AdamW at a known rate, from log-probs computed the plain way."""
     rows = gold_rows(3)
-    pairs = dump(tmp_path / "seed.jsonl", rows)
-    ok(
-        run(
-            "seed_dpo.py",
-            "--pairs",
-            pairs,
-            "--model",
-            folder,
-            "--lr",
-            "1e-3",
-            "--epochs",
-            "1",
-            "--precision",
-            "fp32",
-            "--micro-tokens",
-            "60",
-            "--out",
-            tmp_path / "out",
-        )
-    )
+    ok(run(*command("out", "--epochs 1 --precision fp32 --micro-tokens 60", 3)))
     model, tokenizer = load_model(folder, CPU), load_tokenizer(folder)
     model.double().requires_grad_(True)
     total = 0
@@ -327,61 +238,42 @@ def test_first_update_against_a_separate_computation(folder, tmp_path):
         m = 0
         for key, sign in (("chosen", 1), ("rejected", -1)):
             y = encode_response(tokenizer, row["prompt"], row[key])
-            lp = model(torch.tensor([prompt + y])).logits[0].log_softmax(-1)
-            own = sum(lp[len(prompt) + j - 1, t] for j, t in enumerate(y))
-            m = m + 0.1 * sign * (own - own.detach())
+            logp = plain_logp(model, prompt, y)
+            m = m + 0.1 * sign * (logp - logp.detach())
         total = total - torch.log(torch.sigmoid(m)) / len(rows)
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     logged = jsonl(tmp_path / "out/log.jsonl")[0]
-    assert logged["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4) and logged[
-        "loss"
-    ] == pytest.approx(total.item(), abs=1e-6)
+    assert logged["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert logged["loss"] == pytest.approx(total.item(), abs=1e-6)
     torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0).step()
-    ours = load_file(tmp_path / "out/model.safetensors")
+    ours = weights_of(tmp_path / "out")
     for name, p in model.named_parameters():
-        if (
-            name in ours and (strong := p.grad.abs() > 1e-5).any()
-        ):  # where Adam's sign is not rounding
-            torch.testing.assert_close(
-                ours[name][strong], p.data.float()[strong], rtol=1e-4, atol=1e-5
-            )
+        strong = p.grad.abs() > 1e-5  # where Adam's sign is not rounding
+        if name in ours and strong.any():
+            expected = p.data.float()[strong]
+            torch.testing.assert_close(ours[name][strong], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nan_stops_before_weights_are_saved(folder, tmp_path):
-    pairs = dump(tmp_path / "seed.jsonl", gold_rows(6))
-    done = run(
-        "seed_dpo.py",
-        "--pairs",
-        pairs,
-        "--model",
-        folder,
-        "--lr",
-        "1e30",
-        "--batch-size",
-        "2",
-        "--out",
-        tmp_path / "out",
-    )
-    assert done.returncode == 2 and "No weights are saved" in done.stderr and "g" in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_nan_stops_before_weights_are_saved(command, tmp_path):
+    done = run(*command("out", "--lr 1e30 --batch-size 2"))
+    assert done.returncode == 2 and "No weights are saved" in done.stderr
+    assert "rows g" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_settings_are_remembered(folder, tmp_path):
-    pairs = dump(tmp_path / "seed.jsonl", gold_rows(4))
-    command = [
-        "seed_dpo.py",
-        "--pairs",
-        pairs,
-        "--model",
-        folder,
-        "--out",
-        tmp_path / "out",
-        "--epochs",
-        "1",
-    ]
-    ok(run(*command))
-    assert "complete, skipped" in ok(run(*command)).stdout
-    assert "lr 5e-07 → 1e-06" in ok(run(*command, "--lr", "1e-6")).stdout
-    dump(tmp_path / "seed.jsonl", gold_rows(5))
-    assert "pairs" in ok(run(*command, "--lr", "1e-6")).stdout
+def test_divergence_short_of_nan_is_said(command, tmp_path):
+    calm = ok(run(*command("calm", "--epochs 1"))).stdout
+    wild = ok(run(*command("wild", "--lr 5 --epochs 1 --batch-size 4", 20))).stdout
+    assert "DIVERGED" in wild and "DIVERGED" not in calm
+    stats = [json.loads((tmp_path / f"{name}.stats.json").read_text()) for name in ("calm", "wild")]
+    assert stats[0]["diverged"] == "" and "lower --lr" in stats[1]["diverged"]
+
+
+def test_the_stages_name_the_flags_that_they_share():
+    """The loop's files say which flags they use from core/flags.py: these very ones."""
+    from core.flags import training_flags
+    shared = {action.option_strings[-1] for action in training_flags("", 1)._actions} - {"--help"}
+    for stage in ("seed_dpo.py", "train.py"):
+        above = open(stage, encoding="utf-8").read().split("cli = training_flags")[0]
+        named = above[above.rindex("\n    # --model"):]
+        assert set(re.findall(r"--[\w-]+", named)) == shared

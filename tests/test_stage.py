@@ -357,7 +357,8 @@ def test_two_programs_never_write_one_output(tmp_path, program):
 def test_who_finds_the_output_written_since_the_look_does_no_work(tmp_path, capsys):
     out = tmp_path / "out"
     assert ends(capsys, out)[0] is None
-    other = "import sys, core.stage; core.stage.publish(sys.argv[1], {}, {}, lambda t: open(t, 'w'))"
+    other = ("import sys, core.stage; "
+             "core.stage.publish(sys.argv[1], {}, {}, lambda t: open(t, 'w'))")
     assert start("-c", other, out).returncode == 0
     with pytest.raises(SystemExit) as end:
         stage.run_stage(lambda *given: publish(out), None, None)

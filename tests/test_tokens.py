@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import core.chat
 import core.sampling
-from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
 from core.chat import (
     BREAK,
     answered,
@@ -51,7 +51,8 @@ from judges.comparisons import option_prompt
 
 ASK = [{"role": "user", "content": "Write."}]
 REAL = ROOT.parent / "shared/data/tokenizers"  # gzipped tokenizers of released models
-SPELLED = ["<|im_start|>", "<|im_end|>", "<|pad|>", "<s>", "</s>", "<unk>", "<|im_", "end|>", "</"]
+SPELLED = ["<|im_start|>", "<|im_end|>", "<|pad|>", "<s>", "</s>", "<unk>", "<think>", "<｜User｜>",
+           "<|im_", "end|>", "</"]
 PIECES = ["hello", "Hi", " ", "  ", "\n", "\t", "é", "你好", "שלום", "🙂", "👩‍🚀", "<0x0A>", "▁", BREAK,
           "\ufffd", "\ue000", "\U0010fffd"]
 
@@ -73,9 +74,14 @@ def template_ids(tokenizer, messages: list[dict], **flags) -> list[int]:
     return [tokenizer.bos_token_id] * (bos and ids[0] != tokenizer.bos_token_id) + ids
 
 
-@pytest.fixture(scope="session", params=["zephyr", "qwen3", "deepseek-v3"])
-def real(request, tmp_path_factory):
-    """Tokenizers of released models, where they are at hand."""
+MADE = ["bytes", "sentencepiece"]
+
+
+@pytest.fixture(scope="session", params=[*MADE, "zephyr", "qwen3", "deepseek-v3"])
+def each(request, tmp_path_factory):
+    """The name of a tokenizer, made here or of a released model where that is at hand, and it."""
+    if request.param in MADE:
+        return request.param, make_tokenizer(request.param)
     if not (REAL / request.param).is_dir():
         pytest.skip(f"no {REAL / request.param}")
     folder = tmp_path_factory.mktemp(request.param)
@@ -87,34 +93,23 @@ def real(request, tmp_path_factory):
 # ---------------------------------------------------------------------------------- control tokens
 
 
-def check_no_text_makes_a_control_token(tokenizer, first: str, second: str) -> None:
-    """All positions of control tokens are those of the same conversation with harmless words."""
+@settings(max_examples=60, deadline=None)
+@given(first=texts(PIECES + SPELLED), second=texts(PIECES + SPELLED))
+def test_no_text_makes_a_control_token(each, first, second):
+    """All positions of control tokens are those of the same conversation with harmless words; a
+    turn cannot be forged."""
+    _, tokenizer = each
     ids_of_controls = set(control_tokens(tokenizer).values())
 
     def controls(ids: list[int]) -> list[int]:
         return [i for i in ids if i in ids_of_controls]
-    chat = [{"role": "user", "content": first}, {"role": "assistant", "content": second},
-            {"role": "user", "content": second}]
+    chat = [{"role": "user", "content": first + "".join(control_tokens(tokenizer))},
+            {"role": "assistant", "content": second}, {"role": "user", "content": second}]
     harmless = [{**message, "content": "x"} for message in chat]
     assert controls(encode_prompt(tokenizer, chat)) == controls(encode_prompt(tokenizer, harmless))
     for ended in (True, False):
         ids = encode_response(tokenizer, ASK, first, ended)
         assert controls(ids) == controls(encode_response(tokenizer, ASK, "x", ended))
-    assert controls(encode_text(tokenizer, first)) == []
-
-
-@settings(max_examples=60, deadline=None)
-@given(first=texts(PIECES + SPELLED), second=texts(PIECES + SPELLED))
-def test_no_text_makes_a_control_token(any_tokenizer, first, second):
-    check_no_text_makes_a_control_token(any_tokenizer, first, second)
-
-
-def test_no_text_makes_a_control_token_of_released_models(real):
-    """All that they have at once, and each alone; a turn cannot be forged."""
-    _, tokenizer = real
-    controls = list(control_tokens(tokenizer))
-    for text in ("".join(controls), *controls[:3], *controls[-12:]):
-        check_no_text_makes_a_control_token(tokenizer, text, f"a{text} b")
 
 
 @given(words=st.lists(st.text("ab<|", min_size=1, max_size=5), min_size=1),
@@ -174,8 +169,12 @@ def test_thousands_of_added_tokens_cost_nothing(any_tokenizer, shape):
 # --------------------------------------------------------------------------- prompts and responses
 
 
-def check_gold_ids(tokenizer, question: str, text: str) -> None:
+@settings(max_examples=60, deadline=None)
+@given(question=texts(PIECES), text=texts(PIECES))
+def test_gold_ids_are_the_templates(each, question, text):
     """Prompt, then response, are the tokens of the conversation as the template writes it."""
+    _, tokenizer = each
+    assume(not any(control in question + text for control in control_tokens(tokenizer)))
     ask = [{"role": "user", "content": question}]
     prompt = encode_prompt(tokenizer, ask)
     assert prompt == template_ids(tokenizer, ask, add_generation_prompt=True)
@@ -187,28 +186,13 @@ def check_gold_ids(tokenizer, question: str, text: str) -> None:
     assert end_of_turn(tokenizer) not in conversation[len(prompt + response):]
 
 
-@settings(max_examples=60, deadline=None)
-@given(question=texts(PIECES), text=texts(PIECES))
-def test_gold_ids_are_the_templates(any_tokenizer, question, text):
-    check_gold_ids(any_tokenizer, question, text)
-
-
-@settings(max_examples=30, deadline=None)
-@given(question=texts(PIECES), text=texts(PIECES))
-def test_gold_ids_are_the_templates_of_released_models(real, question, text):
-    _, tokenizer = real
-    assume(not any(control in question + text for control in control_tokens(tokenizer)))
-    check_gold_ids(tokenizer, question, text)
-
-
-def test_released_templates_pass_the_probe(real):
-    check_template(*real)
-
-
-def test_released_models_by_hand(real, tmp_path):
+def test_released_models_by_hand(each):
     """Zephyr writes Hello, not ▁Hello, after <s>; Qwen3 an empty think block before it; DeepSeek's
-    turn tokens are no special tokens. Saving a tokenizer does not change its vocabulary."""
-    name, tokenizer = real
+    turn tokens are no special tokens."""
+    name, tokenizer = each
+    check_template(name, tokenizer)
+    if name in MADE:
+        return
     response, start, control = {
         "zephyr": (["Hello", "</s>"], ["<s>", "▁<"], "</s>"),
         "qwen3": (["<think>", "ĊĊ", "</think>", "ĊĊ", "Hello", "<|im_end|>"],
@@ -216,25 +200,17 @@ def test_released_models_by_hand(real, tmp_path):
         "deepseek-v3": (["Hello", "<｜end▁of▁sentence｜>"],
                         ["<｜begin▁of▁sentence｜>", "<｜User｜>"], "<｜User｜>"),
     }[name]
-
-    def tokens(ids: list[int]) -> list[str]:
-        return tokenizer.convert_ids_to_tokens(ids)
+    tokens = tokenizer.convert_ids_to_tokens
     assert tokens(encode_response(tokenizer, ASK, "Hello")) == response
     assert tokens(encode_prompt(tokenizer, ASK)[:2]) == start
     controls = control_tokens(tokenizer)
-    assert control in controls
-    assert "<|fim_prefix|>" not in controls  # Qwen3's template cannot write it
+    assert control in controls and "<|fim_prefix|>" not in controls  # no template can write it
     assert spells_control(tokenizer, f"Hi {response[-1]}")
     assert spells_control(tokenizer, control) == (name != "qwen3")  # its answers have that block
     assert controls.get("<think>") not in foreign_tokens(tokenizer)
     if name == "zephyr":  # the newline that ends the prompt and one that starts the text are apart
         newline = encode_response(tokenizer, ASK, "\nHello")
         assert tokens(newline) == ["<0x0A>", "Hello", "</s>"]
-    tokenizer.save_pretrained(tmp_path)
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert vocabulary(again) == vocabulary(tokenizer)
-    again.add_tokens(["another"])
-    assert vocabulary(transformers.AutoTokenizer.from_pretrained(tmp_path)) == vocabulary(tokenizer)
 
 
 def test_bos_stands_once(any_tokenizer):
@@ -285,7 +261,7 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
     """Where prompt ids are no prefix of the conversation's."""
     merging = copy.deepcopy(tokenizer)
     merging.add_tokens([transformers.AddedToken("\n\n", special=False, normalized=False)])
-    rows = [{"id": "a", "prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
+    rows = [{"prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
     ((prompt, (alone, within)),) = encode_rows(
         make_model().config, merging, rows, pairs_of(rows), "file")
     assert alone.tolist() == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
@@ -308,13 +284,13 @@ def test_a_character_cut_in_half_does_not_enter_the_text(any_tokenizer):
 
 def test_letters_are_read_in_context(any_tokenizer):
     """A, not ▁A: the token that a judge would write."""
-    rows = [{"id": "0", "prompt": option_prompt(ASK, "one", "two")}]
-    config = make_model(max_position_embeddings=4096).config
-    letters = [[("A", False, None), ("B", False, None)]]
-    ((prompt, answers),) = encode_rows(config, any_tokenizer, rows, letters, "")
-    assert any_tokenizer.convert_ids_to_tokens([i for ids in answers for i in ids]) == ["A", "B"]
-    conversation = template_ids(any_tokenizer, answered(rows[0]["prompt"], "A"))
-    assert conversation[:len(prompt) + 1] == [*prompt, *answers[0]]
+    question = option_prompt(ASK, "one", "two")
+    prompt = encode_prompt(any_tokenizer, question)
+    for letter in "AB":
+        ids = encode_response(any_tokenizer, question, letter, ended=False)
+        assert any_tokenizer.convert_ids_to_tokens(ids) == [letter]
+        conversation = template_ids(any_tokenizer, answered(question, letter))
+        assert conversation[:len(prompt) + 1] == prompt + ids
 
 
 # ------------------------------------------------------------------- what a template does not write
@@ -328,39 +304,34 @@ def writing(tokenizer, content: str):
     return other
 
 
-@pytest.mark.parametrize("content, cut, kept", [
-    ("m['content'].split('</think>')[-1]", "Let me see.</think>Yes", "Yes"),
-    ("m['content'][:5]", "Surely", "Sure"),
-    ("m['content'] | lower", "Yes", "yes"),
-])
 @pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("content, cut", [
+    ("m['content'].split('</think>')[-1]", "Let me see.</think>Yes"),
+    ("m['content'][:5]", "Surely"), ("m['content'] | lower", "Yes")])
 def test_a_response_that_the_template_does_not_write_in_full(
-        any_tokenizer, capsys, content, cut, kept, ended):
+        any_tokenizer, capsys, content, cut, ended):
     """Its row is left out, unless it has the ids that were sampled."""
     tokenizer = writing(any_tokenizer, content)
-    row = {"prompt": ASK, "chosen": cut, "rejected": kept, "chosen_ended": ended}
-    known = {"vocabulary": vocabulary(tokenizer), "chosen_ids": [70, 71], "rejected_ids": [72]}
-    rows = [{"id": "cut", **row}, {"id": "kept", **row, "chosen": "no"},
-            {"id": "sampled", **row, **known}]
+    row = {"prompt": ASK, "chosen": cut, "rejected": "yes", "chosen_ended": ended}
+    sampled = {"vocabulary": vocabulary(tokenizer), "chosen_ids": [70], "rejected_ids": [72]}
+    rows = [row, {**row, "chosen": "no"}, {**row, **sampled}]
     encoded = encode_rows(make_model().config, tokenizer, rows, pairs_of(rows), "file")
-    assert [pair is None for pair in encoded] == [True, False, False]
+    assert encoded[0] is None
     assert encoded[1][1][0].tolist() == encode_response(tokenizer, ASK, "no", ended)
-    assert encoded[2][1][0].tolist() == [70, 71]
+    assert encoded[2][1] == [[70], [72]]
     learnt, tokens = usable(rows, encoded, "file")
-    assert learnt == rows[1:] and all(map(lambda a, b: a is b, tokens, encoded[1:]))
+    assert learnt == rows[1:] and tokens[0] is encoded[1] and tokens[1] is encoded[2]
     assert "file: 1 of 3 pairs are left out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         usable(rows[:1], encoded[:1], "file")
-    assert "1 of 1 pairs are left out" in capsys.readouterr().err
 
 
 def test_blanks_at_the_ends_may_be_trimmed_but_sides_must_differ(tokenizer, capsys):
     """Many templates trim a message: what is left is the response. Two that differ in blanks alone
     are one."""
     trims = writing(tokenizer, "m['content'] | trim")
-    texts_of = [(" yes \n", "no"), ("yes ", "yes"), ("same", "same")]
-    rows = [{"id": chosen, "prompt": ASK, "chosen": chosen, "rejected": rejected}
-            for chosen, rejected in texts_of]
+    rows = [{"prompt": ASK, "chosen": chosen, "rejected": rejected}
+            for chosen, rejected in ((" yes \n", "no"), ("yes ", "yes"), ("same", "same"))]
     encoded = encode_rows(make_model().config, trims, rows, pairs_of(rows), "file")
     assert encoded[0][1][0].tolist() == encode_response(tokenizer, ASK, "yes")
     learnt, _ = usable(rows, encoded, "file")
@@ -368,26 +339,24 @@ def test_blanks_at_the_ends_may_be_trimmed_but_sides_must_differ(tokenizer, caps
     assert "file: 2 of 3 pairs are left out" in capsys.readouterr().err
 
 
-def test_a_stage_learns_from_what_the_template_writes(folder, tokenizer, tmp_path):
+@pytest.mark.parametrize("script, flags", [("seed_dpo.py", []),
+                                           ("label.py", ["--reference", "none"])])
+def test_a_stage_learns_from_what_the_template_writes(folder, tokenizer, tmp_path, script, flags):
     shutil.copytree(folder, tmp_path / "model")
     writing(tokenizer, "m['content'][:20]").save_pretrained(tmp_path / "model")
     short = {"prompt": ASK, "chosen": "Yes.", "rejected": "No."}
     long = {"prompt": ASK, "chosen": "a" * 20 + "b", "rejected": "a" * 20 + "c"}
 
-    def stage(rows: list[dict], out: str, script: str, *flags):
-        rows = [{"id": str(i), **row} for i, row in enumerate(rows)]
-        pairs = dump(tmp_path / f"{out}.jsonl", rows)
+    def stage(*rows: dict):
+        pairs = dump(tmp_path / "p.jsonl", [{"id": str(i), **row} for i, row in enumerate(rows)])
         return run(script, "--model", tmp_path / "model", *flags, "--pairs", pairs,
-                   "--out", tmp_path / out)
-    for script, *flags in (["seed_dpo.py"], ["label.py", "--reference", "none"]):
-        some = ok(stage([short, long, short], f"some-{script}", script, *flags))
-        assert "2 " in some.stdout and "1" in some.stderr + some.stdout
-        none = stage([long, long], f"none-{script}", script, *flags)
-        assert none.returncode == 2 and none.stderr.count("\n") == 1
-        assert "template" in none.stderr
+                   "--out", tmp_path / "out")
+    some, none = ok(stage(short, long, short)), stage(long, long)
+    assert ": 2 " in some.stdout and "1 " in some.stdout + some.stderr
+    assert none.returncode == 2 and none.stderr.count("\n") == 1 and "template" in none.stderr
 
 
-# -------------------------------------------------------------------------- what a sampler has drawn
+# ------------------------------------------------------------------------ what a sampler has drawn
 
 
 def sampled(monkeypatch, answers: list[list[int]]) -> None:
@@ -419,9 +388,8 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
     sampled(monkeypatch, answers)
     rows, _ = generated(tmp_path, any_folder, 3, 2, 9)
     assert sorted(ids for row in rows for ids in row["response_ids"]) == sorted(answers)
-    read_again = [encode_response(tokenizer, row["prompt"], text, ended)
-                  for row in rows for text, ended in zip(row["responses"], row["ended"])]
-    assert not all(ids in answers for ids in read_again)
+    assert not all(encode_response(tokenizer, row["prompt"], text, ended) in answers
+                   for row in rows for text, ended in zip(row["responses"], row["ended"]))
     label = ["label.py", "--model", any_folder, "--precision", "fp32"]
     done = ok(run(*label, "--reference-model", tmp_path / "reference",
                   "--responses", tmp_path / "r.jsonl", "--out", tmp_path / "l.jsonl"))
@@ -437,17 +405,16 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
             logps = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
             right = sum(logps[len(prompt) + j - 1, t].item() for j, t in enumerate(ids))
             assert row[f"{side}_logp"] == pytest.approx(right, abs=1e-3)
-    ok(run("dro.py", "--pairs", tmp_path / "l.jsonl", "--out", tmp_path / "w.jsonl"))
-    worst = pair_rows(tmp_path / "w.jsonl")
-    encoded = encode_rows(model.config, tokenizer, worst, pairs_of(worst), "w")
+    encoded = encode_rows(model.config, tokenizer, labelled, pairs_of(labelled), "l")
     assert [[y.tolist() for y in ys] for _, ys in encoded] == [
         [r["chosen_ids"], r["rejected_ids"]] for r in labelled]
-    train = ["train.py", "--model", any_folder, "--anchor", "init", "--precision", "fp32"]
-    done = ok(run(*train, "--pairs", tmp_path / "w.jsonl", "--out", tmp_path / "policy"))
+    ok(run("dro.py", "--pairs", tmp_path / "l.jsonl", "--out", tmp_path / "w.jsonl"))
+    done = ok(run("train.py", "--model", any_folder, "--anchor", "init", "--precision", "fp32",
+                  "--pairs", tmp_path / "w.jsonl", "--out", tmp_path / "policy"))
     assert "3 pairs, all read as sampled" in done.stdout and "not those of" not in done.stderr
 
     # ids of another vocabulary mean something else: the text is read, and that is said
-    others = [{**row, "vocabulary": "another"} for row in worst]
+    others = [{**row, "vocabulary": "another"} for row in labelled]
     done = ok(run(*label, "--reference", "none", "--out", tmp_path / "again.jsonl",
                   "--pairs", dump(tmp_path / "v.jsonl", others)))
     assert "3 read from text" in done.stdout
@@ -479,15 +446,14 @@ def test_answers_with_special_tokens_inside_are_not_learnt(
             assert labelled[f"{side}_ids"] == answers[row["responses"].index(labelled[side])]
 
 
-def test_a_response_keeps_its_stop_token_of_several(folder, tokenizer, tmp_path, monkeypatch):
+def test_a_response_keeps_its_stop_token_of_several(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "model")
     transformers.GenerationConfig(eos_token_id=[2, 7]).save_pretrained(tmp_path / "model")
     answers = [[50, 51, 7], [52, 2], [53, 7]]
     sampled(monkeypatch, answers)
     rows, _ = generated(tmp_path, tmp_path / "model", 3, 1, 4)
     assert all(row["ended"] == [True] for row in rows)
-    by_text = {row["responses"][0]: row["response_ids"][0] for row in rows}
-    assert by_text == {tokenizer.decode(ids[:-1]): ids for ids in answers}
+    assert sorted(row["response_ids"][0] for row in rows) == answers
 
 
 CHANNELS = (
@@ -514,21 +480,13 @@ def test_channels(tokenizer):
     ({"response_ids": [[1], []]}, "'response_ids' must be a list of lists of token ids"),
     ({"response_ids": [[1]]}, "'response_ids' must hold a value for each of its 2 responses"),
     ({"ended": [True]}, "'ended' must hold a value for each of its 2 responses"),
-    ({"vocabulary": 7}, "'vocabulary' must be a string"),
-    ({"response_ids": [[50, 384], [51]]}, "token 384 ('another') has no embedding"),
-])
-def test_wrong_ids_are_one_line(folder, tokenizer, tmp_path, change, message):
-    row = {"id": "x", "prompt": ASK, "responses": ["a", "b"], "response_ids": [[70], [71]],
-           "vocabulary": vocabulary(tokenizer), **change}
-    if "384" in message:  # a token of the vocabulary without a row in the model
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_tokens(["another"])
-        folder = shutil.copytree(folder, tmp_path / "model")
-        tokenizer.save_pretrained(folder)
-        row["vocabulary"] = vocabulary(tokenizer)
-    done = run("label.py", "--model", folder, "--reference", "none", "--out", tmp_path / "o",
-               "--responses", dump(tmp_path / "r.jsonl", [row]))
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    ({"vocabulary": 7}, "'vocabulary' must be a string")])
+def test_wrong_ids_are_one_line(tmp_path, capsys, change, message):
+    row = {"id": "x", "prompt": ASK, "responses": ["a", "b"], **change}
+    with pytest.raises(SystemExit):
+        read_rows(dump(tmp_path / "r.jsonl", [row]), "responses")
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
@@ -537,12 +495,10 @@ def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
            "vocabulary": "v"}
     (kept,), *_ = prepare.collect(dump(tmp_path / "d.jsonl", [row]))
     assert {**kept, "prompt": "Write."}.items() >= row.items()
-    flipped = copy.deepcopy(kept)
-    prepare.flip(flipped)
-    for key in ("", "_ids", "_ended"):
-        assert flipped[f"chosen{key}"] == row[f"rejected{key}"]
-        assert flipped[f"rejected{key}"] == row[f"chosen{key}"]
-    assert flipped["vocabulary"] == "v"
+    prepare.flip(kept)
+    flipped = {**row, "chosen": "no", "rejected": "yes", "chosen_ids": [6, 7],
+               "rejected_ids": [5, 2], "chosen_ended": False, "rejected_ended": True}
+    assert {**kept, "prompt": "Write."}.items() >= flipped.items()
 
 
 def test_ids_take_four_bytes_and_are_kept_once(tokenizer, tmp_path):
@@ -552,15 +508,12 @@ def test_ids_take_four_bytes_and_are_kept_once(tokenizer, tmp_path):
            "chosen_ids": ids, "rejected_ids": ids}
     path = dump(tmp_path / "pairs.jsonl", [{"id": str(i), **row} for i in range(50)])
     config = make_model(max_position_embeddings=4096).config
-
-    def read() -> tuple[list[dict], list]:
+    for _ in range(2):  # what is found of a tokenizer once is not counted
+        tracemalloc.start()
         rows = read_rows(str(path), "preferences")
-        return rows, encode_rows(config, tokenizer, rows, pairs_of(rows), "file")
-    read()  # what is found of a tokenizer once is not counted
-    tracemalloc.start()
-    rows, encoded = read()
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+        encoded = encode_rows(config, tokenizer, rows, pairs_of(rows), "file")
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
     assert held < 6 * 50 * 2 * 2000
     for row, (_, ys) in zip(rows, encoded):
         assert ys[0] is row["chosen_ids"] and ys[1] is row["rejected_ids"] and ys[0].tolist() == ids
@@ -572,105 +525,93 @@ def test_ids_take_four_bytes_and_are_kept_once(tokenizer, tmp_path):
 def test_a_policys_tokenizer_is_its_parents_files(tmp_path, capsys, monkeypatch):
     """Saved by transformers, a LlamaTokenizer with `legacy` reads a prompt as other tokens."""
     parent, child = tmp_path / "parent", tmp_path / "child"
-    tokenizer = make_tokenizer("sentencepiece")
+    make_tokenizer("sentencepiece").save_pretrained(parent)
     for path in (parent, child):
         tiny_config("llama").save_pretrained(path)
-    tokenizer.save_pretrained(parent)
-    file = parent / "tokenizer_config.json"
-    legacy = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **legacy}))
+    config = json.loads((parent / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+    (parent / "tokenizer_config.json").write_text(json.dumps(config))
     (parent / "additional_chat_templates").mkdir()
     (parent / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
-    (parent / "model.safetensors").write_text("not copied")
     check_copy(str(parent))
     copy_tokenizer(str(parent), str(child))
-    for path in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                  "additional_chat_templates/rag.jinja"):
-        assert (child / path).read_bytes() == (parent / path).read_bytes()
-    assert not (child / "model.safetensors").exists()
-    ours, theirs = load_tokenizer(str(parent)), load_tokenizer(str(child))
+        assert (child / file).read_bytes() == (parent / file).read_bytes()
     chat = [*ASK, {"role": "assistant", "content": " Sure.\n Now"}, *ASK]
-    assert encode_prompt(ours, chat) == encode_prompt(theirs, chat)
-    # the check sees a copy that reads otherwise
-    monkeypatch.setattr(shutil, "copyfile", lambda source, target: target.write_bytes(
-        source.read_bytes().replace(b"\"<|\" ", b"\"<!\" ").replace(b"<|", b"[|")))
+    ours, theirs = (encode_prompt(load_tokenizer(str(path)), chat) for path in (parent, child))
+    assert ours == theirs
+
+    def other(source, target) -> None:
+        target.write_text(source.read_text().replace("|>", "|]"))
+    monkeypatch.setattr(shutil, "copyfile", other)
     with pytest.raises(SystemExit):
         check_copy(str(parent))
     assert "a copy of its tokenizer reads a conversation as other tokens" in capsys.readouterr().err
 
 
-def test_of_several_templates_the_default_one(folder, tokenizer, tmp_path):
-    for name, templates in (("named", {"default": BYTES_TEMPLATE, "rag": "{{ messages }}"}),
-                            ("none", {"tool_use": BYTES_TEMPLATE, "rag": "{{ messages }}"})):
-        shutil.copytree(folder, tmp_path / name)
-        (tmp_path / name / "chat_template.jinja").unlink()
-        several = copy.deepcopy(tokenizer)
-        several.chat_template = templates
-        several.save_pretrained(tmp_path / name)
-    named = load_tokenizer(str(tmp_path / "named"))
-    assert encode_prompt(named, ASK) == encode_prompt(tokenizer, ASK)
-    ok(run("data/system_turn.py", "--model", tmp_path / "named", "--out", tmp_path / "turn"))
-    empty = {"role": "system", "content": ""}
-    turn = load_tokenizer(str(tmp_path / "turn"))
-    assert encode_prompt(turn, ASK) == encode_prompt(tokenizer, [empty, *ASK])
-    done = run("data/system_turn.py", "--model", tmp_path / "none", "--out", tmp_path / "no")
+@pytest.mark.parametrize("named", [False, True])
+def test_an_empty_system_turn_is_the_models_own(any_folder, any_tokenizer, tmp_path, named):
+    """As if the conversation had one; of several templates the default one has it. A policy that is
+    trained from the model inherits it."""
+    model, turn, policy = (tmp_path / name for name in ("model", "turn", "policy"))
+    shutil.copytree(any_folder, model)
+    if named:
+        several = copy.deepcopy(any_tokenizer)
+        several.chat_template = {"default": any_tokenizer.chat_template, "rag": "{{ messages }}"}
+        several.save_pretrained(model)
+    ok(run("data/system_turn.py", "--model", model, "--out", turn))
+    make_model().config.save_pretrained(policy)
+    copy_tokenizer(str(turn), str(policy))
+    empty, short = {"role": "system", "content": ""}, {"role": "system", "content": "Be short."}
+    for tokenizer in (load_tokenizer(str(turn)), load_tokenizer(str(policy))):
+        for chat in (ASK, [*ASK, {"role": "assistant", "content": "No."}, *ASK]):
+            assert encode_prompt(tokenizer, chat) == encode_prompt(any_tokenizer, [empty, *chat])
+        chat = [short, *ASK]
+        assert encode_prompt(tokenizer, chat) == encode_prompt(any_tokenizer, chat)
+        response = encode_response(any_tokenizer, [empty, *ASK], "Hello")
+        assert encode_response(tokenizer, ASK, "Hello") == response
+        assert vocabulary(tokenizer) == vocabulary(any_tokenizer)
+
+
+def test_without_a_default_template_is_one_line(folder, tokenizer, tmp_path):
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"tool_use": BYTES_TEMPLATE, "rag": "{{ messages }}"}
+    several.save_pretrained(tmp_path)
+    done = run("data/system_turn.py", "--model", tmp_path, "--out", tmp_path / "no")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "default" in done.stderr
 
 
-def test_an_empty_system_turn_is_the_models_own(any_folder, any_tokenizer, tmp_path):
-    """As if the conversation had one; a policy that is trained from the model inherits it."""
-    ok(run("data/system_turn.py", "--model", any_folder, "--out", tmp_path / "model"))
-    tokenizer = load_tokenizer(str(tmp_path / "model"))
-    empty, short = {"role": "system", "content": ""}, {"role": "system", "content": "Be short."}
-    for chat in (ASK, [*ASK, {"role": "assistant", "content": "No."}, *ASK]):
-        assert encode_prompt(tokenizer, chat) == encode_prompt(any_tokenizer, [empty, *chat])
-    assert encode_prompt(tokenizer, [short, *ASK]) == encode_prompt(any_tokenizer, [short, *ASK])
-    response = encode_response(any_tokenizer, [empty, *ASK], "Hello")
-    assert encode_response(tokenizer, ASK, "Hello") == response
-    assert vocabulary(tokenizer) == vocabulary(any_tokenizer)
-    make_model().config.save_pretrained(tmp_path / "policy")
-    copy_tokenizer(str(tmp_path / "model"), str(tmp_path / "policy"))
-    policy = load_tokenizer(str(tmp_path / "policy"))
-    assert encode_prompt(policy, ASK) == encode_prompt(any_tokenizer, [empty, *ASK])
-
-
 def test_a_reference_reads_the_same_tokens(folder, other_folder, tokenizer, tmp_path):
-    """Its vocabulary may lack some that the rows do not hold or that were added later; where an id
+    """Its vocabulary may lack some that were added later, or be unknown; where an id of the rows
     means another token, nothing is scored."""
-    added = copy.deepcopy(tokenizer)
+    added, exchanged = copy.deepcopy(tokenizer), tmp_path / "exchanged"
     added.add_tokens(["another"])
     encoded = [(np.array([60, 61]), [np.array([70, 384]), np.array([71])])]
     check_same_tokens(added, folder, encoded)
-    none = tmp_path / "none"
-    shutil.copytree(other_folder, none)
-    (none / "tokenizer.json").unlink()
-    check_same_tokens(added, str(none), encoded)
-    exchanged = json.loads(open(f"{folder}/tokenizer.json").read())
-    vocab = exchanged["model"]["vocab"]
+    make_model().config.save_pretrained(tmp_path / "none")
+    check_same_tokens(added, str(tmp_path / "none"), encoded)
+    file = shutil.copytree(other_folder, exchanged) / "tokenizer.json"
+    state = json.loads(file.read_text())
     first, second = tokenizer.convert_ids_to_tokens([70, 100])
-    vocab[first], vocab[second] = vocab[second], vocab[first]
-    other = shutil.copytree(other_folder, tmp_path / "exchanged")
-    (other / "tokenizer.json").write_text(json.dumps(exchanged))
-    check_same_tokens(tokenizer, str(other), [(np.array([60]), [np.array([71])])])
+    state["model"]["vocab"] |= {first: 100, second: 70}
+    file.write_text(json.dumps(state))
     row = {"id": "x", "prompt": ASK, "responses": ["a", "b"], "response_ids": [[70], [71]],
            "vocabulary": vocabulary(tokenizer)}
-    done = run("label.py", "--model", folder, "--reference-model", other, "--out", tmp_path / "o",
-               "--responses", dump(tmp_path / "r.jsonl", [row]))
+    done = run("label.py", "--model", folder, "--reference-model", exchanged, "--out",
+               tmp_path / "o", "--responses", dump(tmp_path / "r.jsonl", [row]))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"token 70 is {second!r} there, and {first!r} to the policy" in done.stderr
 
 
 def test_one_limit_a_model():
     """The context, or the length at which the rotation of all positions changes."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
-            "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
-            "original_max_position_embeddings": 16}
-    phi3 = tiny_config("phi3", max_position_embeddings=64, rope_parameters=rope,
-                       original_max_position_embeddings=16)
-    assert context_of(phi3) == 16
-    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    assert context_of(tiny_config("llama", rope_parameters=dynamic)) == 4096
-    layers = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
-    assert context_of(transformers.Gemma3TextConfig(rope_parameters=layers)) == 16
-    assert context_of(tiny_config("gemma3")) == 4096
-    assert context_of(tiny_config("mamba")) == float("inf")
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+                "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    layers = {"full_attention": longrope, "sliding_attention": {"rope_type": "default"}}
+    limits = [context_of(tiny_config(family, **changes)) for family, changes in (
+        ("phi3", {"rope_parameters": longrope, "original_max_position_embeddings": 16}),
+        ("gemma3_text", {"rope_parameters": layers}), ("llama", {"rope_parameters": dynamic}),
+        ("gemma3", {}), ("mamba", {}))]
+    assert limits == [16, 16, 4096, 4096, float("inf")]

@@ -1,11 +1,11 @@
 """Every piece of the leader's loss against numbers worked by hand and float64 re-derivations, and
 the stage as a whole."""
-
 import json
 import math
 import random
 import re
 import resource
+import shlex
 import shutil
 import time
 import zipfile
@@ -15,18 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import dump, jsonl, launch, make_model, ok, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import dump, jsonl, launch, make_model, ok, run
 from core.folder import fingerprint
 from core.policy import ResponseLogps, pack, response_hidden, token_logps
-from core.training import log_row
+from core.training import gather, log_row
 from seed_dpo import dpo_margin
-from train import atoms_of, leader_loss, loss_star, pieces_of, threshold
+from train import atoms_of, leader_loss, loss_star, threshold
 
-one = torch.ones(1)
+CPU = torch.device("cpu")
 MARGINS = st.floats(-30, 30)
 
 
@@ -184,344 +184,211 @@ def test_the_extra_pass_is_not_repeated_in_backward():
 
 def test_threshold_looks_back_on_fifty():
     assert threshold([], 10) == threshold([{"p_tilde": []}], 10) == -math.inf
-    assert threshold(
-        [{"p_tilde": [0.0] * 50}] + [{"p_tilde": [i / 49]} for i in range(50)], 10
-    ) == pytest.approx(0.1)
+    log = [{"p_tilde": [0.0] * 50}] + [{"p_tilde": [i / 49]} for i in range(50)]
+    assert threshold(log, 10) == pytest.approx(0.1)
 
 
 def test_logged_accuracy_is_what_training_did():
     """Pairs that π_θ prefers otherwise than π_ref count, whatever the margin against π_init: ½ at
     the start."""
-    run = SimpleNamespace(
-        device=torch.device("cpu"),
-        encoded=[([5, 6], [[7, 2], [8, 2]])] * 4,
-        shared=True,
-        policy=ResponseLogps(make_model()),
-        peak=1.0,
-    )
-    for gain, accuracy in (([0.0] * 4, 0.5), ([0.0, 0.2, 0.1, -0.1], 0.625)):
-        pairs = {"loss": [0.1] * 4, "margin": [3.0] * 4, "gain": gain}
-        row = log_row(run, 0, [0, 1, 2, 3], pairs, 1.0, 0.1, time.perf_counter())
+    stage = SimpleNamespace(device=CPU, encoded=[([5, 6], [[7, 2], [8, 2]])] * 4, shared=True)
+    for round_margin, accuracy in (([0.0] * 4, 0.5), ([0.0, 0.2, 0.1, -0.1], 0.625)):
+        pairs = {"loss": [0.1] * 4, "margin": [3.0] * 4, "round_margin": round_margin}
+        row = log_row(stage, 0, [0, 1, 2, 3], pairs, 0.1, 1.0, time.perf_counter())
         assert row["accuracy"] == accuracy and row["margin"] == 3.0
 
 
-def test_atoms_are_checked(capsys):
-    weight, shift = atoms_of([{"atoms": [[0.5, 0.0], [0.5, 0.2]]}, {}], "f")
-    assert weight.tolist() == [[0.5, 0.5], [1.0, 0.0]] and shift[1].tolist() == [0, 0]
-    for bad in ([[0.5, 0.0]], [[1.5, 0.0], [-0.5, 0.1]], [[1.0, math.inf]], "x", [1.0], None):
-        with pytest.raises(SystemExit) as stop:
-            atoms_of([{"atoms": bad}], "f")
-        assert stop.value.code == 2 and "f: row 1" in capsys.readouterr().err
+def test_pairs_come_in_the_order_of_the_batch_and_stand_ins_do_not_count():
+    passes = [([7, 2], 0.5, {"loss": torch.tensor([1.0, 2.0]), "z": torch.zeros(2)}),
+              ([4], 0.5, {"loss": torch.tensor([3.0]), "z": torch.ones(1)}),
+              ([2], 0.0, {"loss": torch.tensor([9.0]), "z": torch.ones(1)})]
+    columns = gather(SimpleNamespace(world=1), passes, [2, 4, 7])
+    assert columns == {"loss": [2.0, 3.0, 1.0], "z": [0.0, 1.0, 0.0]}
+
+
+def test_atoms_are_padded():
+    weight, shift = atoms_of([{"atoms": [[0.5, 0.0], [0.5, 0.25]]}, {}])
+    assert weight.tolist() == [[0.5, 0.5], [1.0, 0.0]]
+    assert shift.tolist() == [[0.0, 0.25], [0.0, 0.0]]
+
+
+# ---------------------------------------------------------------------------------------- the stage
 
 
 @pytest.fixture(scope="module")
-def round_rows(tmp_path_factory, folder, other_folder):
+def rows_of_a_round(tmp_path_factory, folder, other_folder):
     """Rows as generate, label and dro write them, for a policy that has moved a little from
     π_init."""
     path = tmp_path_factory.mktemp("round")
-    prompts = [
-        {"id": f"p{i}", "prompt": [{"role": "user", "content": f"Write {i} lines."}]}
-        for i in range(44)
-    ]
+    prompts = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"Write {i} lines."}]}
+               for i in range(44)]
     dump(path / "prompts.jsonl", prompts)
-    ok(
-        run(
-            "generate.py",
-            "--model",
-            other_folder,
-            "--prompts",
-            path / "prompts.jsonl",
-            "--out",
-            path / "responses.jsonl",
-            "-n",
-            "3",
-            "--max-new-tokens",
-            "10",
-            "--precision",
-            "fp32",
-        )
-    )
-    ok(
-        run(
-            "label.py",
-            "--model",
-            other_folder,
-            "--reference-model",
-            folder,
-            "--responses",
-            path / "responses.jsonl",
-            "--out",
-            path / "labelled.jsonl",
-            "--precision",
-            "fp32",
-        )
-    )
-    ok(
-        run(
-            "dro.py",
-            "--pairs",
-            path / "labelled.jsonl",
-            "--out",
-            path / "worst.jsonl",
-            "--epsilon",
-            "0.05",
-        )
-    )
-    ok(
-        run(
-            "dro.py",
-            "--pairs",
-            path / "labelled.jsonl",
-            "--out",
-            path / "still.jsonl",
-            "--epsilon",
-            "0",
-        )
-    )
+    policy = ["--model", other_folder, "--precision", "fp32"]
+    ok(run("generate.py", *policy, "--prompts", path / "prompts.jsonl", "-n", "3",
+           "--max-new-tokens", "10", "--out", path / "responses.jsonl"))
+    ok(run("label.py", *policy, "--reference-model", folder,
+           "--responses", path / "responses.jsonl", "--out", path / "labelled.jsonl"))
+    for name, epsilon in (("worst", "0.05"), ("still", "0"), ("tiny", "1e-9")):
+        ok(run("dro.py", "--pairs", path / "labelled.jsonl", "--epsilon", epsilon,
+               "--out", path / f"{name}.jsonl"))
     return path
 
 
-FLAGS = ["--lr", "1e-3", "--batch-size", "8", "--precision", "fp32"]
-EVERY_STEP = ["--save-every", "1e-9"]  # minutes
+EVERY_STEP = " --save-every 1e-9"  # minutes
+WORST = "worst --anchor init --batch-size 8"
 
 
-def test_any_number_of_processes_gives_the_same_policy(round_rows, other_folder, tmp_path):
+@pytest.fixture
+def command(rows_of_a_round, other_folder, tmp_path):
+    """command(name, 'rows flags …'): the stage on rows of the round, or on a file of its own, to
+    tmp_path/name."""
+    def of(name: str, flags: str, model: str = other_folder) -> list:
+        rows, *flags = shlex.split(flags)
+        pairs = rows if "/" in rows else rows_of_a_round / f"{rows}.jsonl"
+        return ["train.py", "--model", model, "--pairs", pairs, "--lr", "1e-3", "--precision",
+                "fp32", *flags, "--out", tmp_path / name]
+    return of
+
+
+def weights_of(path):
+    return load_file(path / "model.safetensors")
+
+
+def assert_close(one, other):
+    one, other = weights_of(one), weights_of(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-5)
+
+
+def same_bits(one, other) -> bool:
+    one, other = weights_of(one), weights_of(other)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_any_number_of_processes_gives_the_same_policy(command, tmp_path):
     """D3 and D7: 1 × 8, 2 × 4, 2 × 1 with accumulation, and sharded weights agree in weights,
     thresholds and flags."""
-    common = [
-        "train.py",
-        "--model",
-        other_folder,
-        "--pairs",
-        round_rows / "worst.jsonl",
-        "--anchor",
-        "init",
-        *FLAGS,
-        "--percentile",
-        "30",
-    ]
-    ok(run(*common, "--micro-tokens", "2000", "--out", tmp_path / "one"))
-    ok(
-        launch(
-            [*common, "--micro-tokens", "2000", "--out", tmp_path / "two"],
-            [*common, "--micro-tokens", "1", "--out", tmp_path / "accumulated"],
-            [*common, "--micro-tokens", "90", "--shard", "--out", tmp_path / "sharded"],
-        )
-    )
-    one, log = load_file(tmp_path / "one/model.safetensors"), jsonl(tmp_path / "one/log.jsonl")
+    flags = f"{WORST} --percentile 30 --micro-tokens"
+    ok(run(*command("one", f"{flags} 2000")))
+    ok(launch(command("two", f"{flags} 2000"), command("accumulated", f"{flags} 1"),
+              command("sharded", f"{flags} 90 --shard")))
+    log = jsonl(tmp_path / "one/log.jsonl")
     for other in ("two", "accumulated", "sharded"):
         assert [f.name for f in (tmp_path / other).glob("*.safetensors")] == ["model.safetensors"]
-        weights = load_file(tmp_path / other / "model.safetensors")
-        assert weights.keys() == one.keys()
-        for name in one:
-            torch.testing.assert_close(one[name], weights[name], rtol=1e-3, atol=2e-5)
+        assert_close(tmp_path / "one", tmp_path / other)
         theirs = jsonl(tmp_path / other / "log.jsonl")
         assert [r["flagged"] for r in theirs] == [r["flagged"] for r in log]
-        assert [r["tau"] or 0 for r in theirs] == pytest.approx(
-            [r["tau"] or 0 for r in log], abs=1e-5
-        )
+        taus = [[r["tau"] or 0 for r in rows] for rows in (theirs, log)]
+        assert taus[0] == pytest.approx(taus[1], abs=1e-5)
     assert sum(len(r["flagged"]) for r in log) > 0
     quiet = math.ceil(0.2 * len(log))
-    assert (
-        all(not r["flagged"] and r["tau"] is None for r in log[:quiet])
-        and log[quiet]["tau"] is not None
-    )
+    assert all(not r["flagged"] and r["tau"] is None for r in log[:quiet])
+    assert log[quiet]["tau"] is not None
     assert json.load(open(tmp_path / "one.stats.json"))["anchor"] == "init"
 
 
-def test_killed_at_any_moment_ends_with_the_same_bits(round_rows, other_folder, tmp_path):
+def test_killed_at_any_moment_ends_with_the_same_bits(command, rows_of_a_round, tmp_path):
     """Killed before the first checkpoint, half-way into writing one, and between two; each time the
     same command again."""
-    command = [
-        "train.py",
-        "--model",
-        other_folder,
-        "--pairs",
-        round_rows / "worst.jsonl",
-        "--anchor",
-        "init",
-        *FLAGS,
-        "--percentile",
-        "30",
-        "--batch-size",
-        "4",
-        *EVERY_STEP,
-    ]
-    out, steps = tmp_path / "killed", math.ceil(len(jsonl(round_rows / "worst.jsonl")) / 4)
-    ok(run(*command, "--out", tmp_path / "whole"))
+    flags = f"{WORST} --percentile 30 --batch-size 4 {EVERY_STEP}"
+    out, steps = tmp_path / "killed", math.ceil(len(jsonl(rows_of_a_round / "worst.jsonl")) / 4)
+    ok(run(*command("whole", flags)))
     dice = random.Random()  # a new moment every time: any must do
     step = dice.randrange(4, steps)
     for death, start in (("0,0", 0), ("save,2", 0), (f"0,{step}", 1)):
-        done = launch([*command, "--out", out], processes=1, DIE=death)
+        done = launch(command("killed", flags), processes=1, DIE=death)
         assert done.returncode == -9 and not out.exists(), done.stderr
         assert (f"going on after step {start}\n" in done.stdout) == (start > 0)
-    done = ok(
-        run(*command, "--out", out, "--micro-tokens", "4096")
-    )  # a flag that changes no mathematics
-    assert f"going on after step {step}\n" in done.stdout
-    whole, killed = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "killed"))
-    assert all(torch.equal(whole[n], killed[n]) for n in whole)
-    logs = [
-        [
-            {k: r[k] for k in ("step", "loss", "tau", "flagged", "p_tilde")}
-            for r in jsonl(tmp_path / n / "log.jsonl")
-        ]
-        for n in ("whole", "killed")
-    ]
+    again = command("killed", f"{flags} --micro-tokens 4096")  # changes no mathematics
+    assert f"going on after step {step}\n" in ok(run(*again)).stdout
+    assert same_bits(tmp_path / "whole", tmp_path / "killed")
+    keys = ("step", "loss", "tau", "flagged", "p_tilde")
+    logs = [[[row[key] for key in keys] for row in jsonl(tmp_path / name / "log.jsonl")]
+            for name in ("whole", "killed")]
     assert logs[0] == logs[1]
-    (tmp_path / "killed.checkpoint").write_text("as if killed before it was removed")
-    assert "complete, skipped" in ok(run(*command, "--out", out, "--micro-tokens", "4096")).stdout
-    assert {p.name for p in tmp_path.glob("killed*")} == {
-        "killed",
-        "killed.stats.json",
-    }  # a finished run leaves no checkpoint
+    assert "complete, skipped" in ok(run(*again)).stdout
+    # a finished run leaves no checkpoint
+    assert {p.name for p in tmp_path.glob("killed*")} == {"killed", "killed.stats.json"}
 
 
 @pytest.mark.parametrize(
-    "processes, extra",
-    [(2, ["--shard", "--gradient-checkpointing", "--precision", "bf16"]), (3, [])],
-)
-def test_a_dying_rank_takes_the_others_down_and_all_go_on(
-    round_rows, other_folder, tmp_path, processes, extra
-):
-    command = [
-        "train.py",
-        "--model",
-        other_folder,
-        "--pairs",
-        round_rows / "worst.jsonl",
-        "--anchor",
-        "init",
-        *FLAGS,
-        *EVERY_STEP,
-        *extra,
-    ]
+    "processes, extra", [(2, "--shard --gradient-checkpointing --precision bf16"), (3, "")])
+def test_a_dying_rank_takes_the_others_down_and_all_go_on(command, tmp_path, processes, extra):
+    flags = f"{WORST} {EVERY_STEP} {extra}"
     start = time.monotonic()
-    done = launch([*command, "--out", tmp_path / "killed"], processes=processes, DIE="1,3")
-    assert (
-        done.returncode != 0
-        and time.monotonic() - start < 60
-        and "rank 1 dies" in done.stderr
-        and "SIGKILL" in done.stderr
-    )
-    done = ok(
-        launch(
-            [*command, "--out", tmp_path / "killed"],
-            [*command, "--out", tmp_path / "whole"],
-            processes=processes,
-        )
-    )
-    assert re.search(
-        r"going on after step [34]\n", done.stdout
-    )  # rank 0 may have come to the next checkpoint before it was taken down
-    whole, killed = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "killed"))
-    assert all(torch.equal(whole[n], killed[n]) for n in whole)
+    done = launch(command("killed", flags), processes=processes, DIE="1,3")
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert "rank 1 dies" in done.stderr and "SIGKILL" in done.stderr
+    done = ok(launch(command("killed", flags), command("whole", flags), processes=processes))
+    # rank 0 may have come to the next checkpoint before it was taken down
+    assert re.search(r"going on after step [34]\n", done.stdout)
+    assert same_bits(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_checkpoint_outlives_a_change_of_memory(round_rows, other_folder, tmp_path):
+def test_a_checkpoint_outlives_a_change_of_memory(command, tmp_path):
     """Killed, and gone on with sharded weights or without: to the same weights but for rounding."""
-    command = [
-        "train.py",
-        "--model",
-        other_folder,
-        "--pairs",
-        round_rows / "worst.jsonl",
-        "--anchor",
-        "init",
-        *FLAGS,
-        *EVERY_STEP,
-    ]
-    ok(run(*command, "--out", tmp_path / "whole"))
-    launch([*command, "--shard", "--out", tmp_path / "one"], processes=2, DIE="0,3")
-    said = ok(run(*command, "--out", tmp_path / "one")).stdout
-    launch([*command, "--out", tmp_path / "shards"], processes=1, DIE="0,3")
-    said += ok(launch([*command, "--shard", "--out", tmp_path / "shards"], processes=2)).stdout
-    assert len(re.findall("going on after step 3\n", said)) == 2, said
-    whole = load_file(tmp_path / "whole/model.safetensors")
+    flags = WORST + EVERY_STEP
+    ok(run(*command("whole", flags)))
+    launch(command("one", f"{flags} --shard"), processes=2, DIE="0,3")
+    launch(command("shards", flags), processes=1, DIE="0,3")
+    saved = zipfile.ZipFile(tmp_path / "shards.checkpoint")
+    assert saved.testzip() is not None  # no checksums: they take seven times as long as writing
+    printed = ok(run(*command("one", flags))).stdout
+    printed += ok(launch(command("shards", f"{flags} --shard"), processes=2)).stdout
+    assert len(re.findall("going on after step 3\n", printed)) == 2, printed
     for name in ("one", "shards"):
-        other = load_file(tmp_path / name / "model.safetensors")
-        for key in whole:
-            torch.testing.assert_close(whole[key], other[key], rtol=1e-3, atol=2e-5)
+        assert_close(tmp_path / "whole", tmp_path / name)
 
 
-@pytest.mark.parametrize("processes, extra", [(1, []), (2, ["--shard"])])
-def test_checkpoints_are_written_without_checksums(
-    round_rows, other_folder, tmp_path, processes, extra
-):
-    """They take seven times as long as writing; as zip files, torch's are wrong without."""
-    rows = round_rows / "labelled.jsonl"
-    command = ["train.py", "--model", other_folder, "--pairs", rows, *FLAGS, *EVERY_STEP, *extra]
-    launch([*command, "--out", tmp_path / "out"], processes=processes, DIE="0,2")
-    saved = tmp_path / "out.checkpoint"
-    saved = saved / "__0_0.distcp" if extra else saved
-    assert zipfile.ZipFile(saved).testzip() is not None
+def test_a_checkpoint_runs_no_code(command, tmp_path):
+    class Planted:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"settings": "{}", "log": Planted()}, tmp_path / "out.checkpoint")
+    done = run(*command("out", WORST))
+    assert done.returncode == 2 and "not a checkpoint" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
-def test_full_disk_is_one_line_and_keeps_what_there_is(round_rows, other_folder, tmp_path):
+def test_full_disk_is_one_line_and_keeps_what_there_is(command, tmp_path):
     """A limit on the size of files stands in for it: of the checkpoint, then of the weights."""
-    command = [
-        "train.py",
-        "--model",
-        other_folder,
-        "--pairs",
-        round_rows / "worst.jsonl",
-        "--anchor",
-        "init",
-        *FLAGS,
-        "--out",
-        tmp_path / "out",
-    ]
-    ok(run(*command))
+    ok(run(*command("out", WORST)))
     before = (tmp_path / "out/model.safetensors").read_bytes()
-    for extra in (EVERY_STEP, ["--save-every", "0"]):
+    for extra in (EVERY_STEP, "--save-every 0"):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
-            done = run(*command, *extra, "--alpha", "0.2")
+            done = run(*command("out", f"{WORST} --alpha 0.2 {extra}"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert (
-            done.returncode == 2
-            and len(done.stderr.splitlines()) == 1
-            and "is the disk full?" in done.stderr
-        ), done.stderr
+        assert done.returncode == 2 and "is the disk full?" in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
         assert (tmp_path / "out/model.safetensors").read_bytes() == before
 
 
-def test_checkpoints_of_other_settings_or_broken_ones(round_rows, other_folder, tmp_path):
-    """Other settings start again; a file that is no checkpoint is named; NaN keeps the last
-    checkpoint."""
-    command = [
-        "train.py",
-        "--model",
-        other_folder,
-        "--pairs",
-        round_rows / "worst.jsonl",
-        "--anchor",
-        "init",
-        "--batch-size",
-        "8",
-        "--precision",
-        "fp32",
-        *EVERY_STEP,
-        "--out",
-        tmp_path / "out",
-    ]
-    done = run(*command, "--lr", "1e30")
-    assert (
-        done.returncode == 2
-        and "is finite" not in done.stderr
-        and "rows p" in done.stderr
-        and not (tmp_path / "out").exists()
-    )
-    done = launch([*command, "--lr", "1e-3"], processes=1, DIE="0,3")
-    assert (tmp_path / "out.checkpoint").exists()
-    assert "of other settings (lr); starting again" in ok(run(*command, "--lr", "2e-3")).stdout
-    (tmp_path / "out.checkpoint").write_bytes(b"no checkpoint")
-    done = run(*command, "--lr", "3e-3")
-    assert (
-        done.returncode == 2 and "out.checkpoint: not a checkpoint" in done.stderr.splitlines()[-1]
-    )
+def test_checkpoints_of_other_settings_or_broken_ones(command, tmp_path):
+    """Other settings start again, and the checkpoint is kept; a file that is no checkpoint is
+    named; NaN keeps the last checkpoint."""
+    flags = WORST + EVERY_STEP
+    done = run(*command("out", f"{flags} --lr 1e30"))
+    assert done.returncode == 2 and "rows p" in done.stderr and not (tmp_path / "out").exists()
+    saved = tmp_path / "out.checkpoint"
+    launch(command("out", flags), processes=1, DIE="0,3")
+    first = saved.read_bytes()
+    printed = ok(run(*command("out", f"{flags} --lr 2e-3"))).stdout
+    assert "of other settings (lr); starting again" in printed
+    aside = re.search(r"kept as (\S+)", printed)[1]
+    assert open(aside, "rb").read() == first and not saved.exists()
+    saved.write_bytes(b"no checkpoint")
+    done = run(*command("out", f"{flags} --lr 3e-3"))
+    assert done.returncode == 2 and "out.checkpoint: not a checkpoint" in done.stderr
+    # put back under its name, it is gone on from
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out.stats.json").unlink()
+    saved.write_bytes(first)
+    assert "going on after step 3\n" in ok(run(*command("out", flags))).stdout
 
 
 def test_whole_pair_loss_by_finite_differences(monkeypatch):
@@ -564,143 +431,81 @@ def test_whole_pair_loss_by_finite_differences(monkeypatch):
         assert exact == pytest.approx((up - down) / (2 * h), rel=1e-5, abs=1e-7), name
 
 
-def test_a_vanishing_radius_is_no_radius(round_rows, other_folder, tmp_path):
+def test_a_vanishing_radius_is_no_radius(command, tmp_path):
     """D6a: ε = 0 and ε = 10⁻⁹ differ in nothing else."""
-    labelled = round_rows / "labelled.jsonl"
-    weights = []
-    for epsilon in ("0", "1e-9"):
-        worst, out = tmp_path / f"{epsilon}.jsonl", tmp_path / f"policy{epsilon}"
-        ok(run("dro.py", "--pairs", labelled, "--out", worst, "--epsilon", epsilon))
-        pairs = ["--pairs", worst, "--anchor", "init", "--out", out]
-        ok(run("train.py", "--model", other_folder, *pairs, *FLAGS))
-        weights.append(load_file(out / "model.safetensors"))
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6)
+    for rows in ("still", "tiny"):
+        ok(run(*command(rows, f"{rows} --anchor init --batch-size 8")))
+    still, tiny = weights_of(tmp_path / "still"), weights_of(tmp_path / "tiny")
+    for name in still:
+        torch.testing.assert_close(still[name], tiny[name], rtol=1e-4, atol=1e-6)
 
 
-def test_zero_epsilon_is_spa_and_without_smoothing_dpo(round_rows, other_folder, tmp_path):
+def test_zero_epsilon_is_spa_and_without_smoothing_dpo(command, tmp_path):
     """Rows through dro.py at ε = 0 train like rows that never saw it; without smoothing the losses
     are DPO's on these pairs."""
-    weights = {}
-    for name, extra in {
-        "still": ["--pairs", round_rows / "still.jsonl"],
-        "labelled": ["--pairs", round_rows / "labelled.jsonl"],
-        "plain": ["--pairs", round_rows / "still.jsonl", "--alpha", "0"],
-    }.items():
-        ok(run("train.py", "--model", other_folder, *extra, *FLAGS, "--out", tmp_path / name))
-        weights[name] = load_file(tmp_path / name / "model.safetensors")
-    ok(
-        run(
-            "seed_dpo.py",
-            "--model",
-            other_folder,
-            "--pairs",
-            round_rows / "labelled.jsonl",
-            *FLAGS,
-            "--epochs",
-            "1",
-            "--out",
-            tmp_path / "dpo",
-        )
-    )
-    dpo = load_file(tmp_path / "dpo/model.safetensors")
-    for name in dpo:
-        assert torch.equal(weights["still"][name], weights["labelled"][name])
-        torch.testing.assert_close(weights["plain"][name], dpo[name], rtol=1e-3, atol=2e-5)
-    assert any(not torch.equal(weights["still"][n], weights["plain"][n]) for n in dpo)
+    ok(run(*command("still", "still --batch-size 8")))
+    ok(run(*command("labelled", "labelled --batch-size 8")))
+    ok(run(*command("plain", "still --batch-size 8 --alpha 0")))
+    _, *same = command("dpo", "labelled --batch-size 8 --epochs 1")
+    ok(run("seed_dpo.py", *same))
+    assert same_bits(tmp_path / "still", tmp_path / "labelled")
+    assert_close(tmp_path / "plain", tmp_path / "dpo")
+    assert not same_bits(tmp_path / "still", tmp_path / "plain")
     assert json.load(open(tmp_path / "still.stats.json"))["anchor"] == "previous"
 
 
-def test_moved_atoms_say_their_k(capsys):
-    still, moved = {"atoms": [[1.0, 0.0]]}, {"atoms": [[0.5, 0.0], [0.5, 0.6]]}
-    assert pieces_of([{}, still], "rows") == 1  # ℓ* is never used
-    assert pieces_of([still | {"pieces": 5}, moved | {"pieces": 5}], "rows") == 5
-    for rows in ([still | {"pieces": 6}, moved], [moved], [{"pieces": 5}, {"pieces": 6}]):
-        with pytest.raises(SystemExit):
-            pieces_of(rows, "rows")
-        assert "'pieces' (K) must be one number in all rows" in capsys.readouterr().err
-
-
-def test_refusals(round_rows, folder, other_folder, tmp_path):
-    def refused(*flags):
-        done = run("train.py", "--out", tmp_path / "out", *flags)
-        assert (
-            done.returncode == 2
-            and len(done.stderr.splitlines()) == 1
-            and not (tmp_path / "out").exists()
-        ), done.stderr
+@pytest.fixture
+def refused(command, tmp_path):
+    """The one line with which the stage refuses its rows or flags."""
+    def of(*call, **known) -> str:
+        done = run(*command("out", *call, **known))
+        assert done.returncode == 2 and not (tmp_path / "out").exists(), done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
         return done.stderr
-
-    assert "D6" in refused(
-        "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--anchor", "previous"
-    )
-    assert "--alpha" in refused(
-        "--model", other_folder, "--pairs", round_rows / "worst.jsonl", "--alpha", "2"
-    )
-    rows = jsonl(round_rows / "worst.jsonl")
-    wrong = dump(
-        tmp_path / "wrong.jsonl", [{**r, "chosen_logp": r["chosen_logp"] - 50} for r in rows]
-    )
-    done = ok(
-        run(
-            "train.py",
-            "--model",
-            other_folder,
-            "--pairs",
-            wrong,
-            "--anchor",
-            "init",
-            "--out",
-            tmp_path / "far",
-        )
-    )
-    assert "not those of" in done.stderr
+    return of
 
 
-def test_rows_say_what_their_margin_is(round_rows, folder, other_folder, tmp_path):
-    """D10: another policy's rows are refused whatever the anchor; another margin or β where the
-    margin is added."""
-    rows = jsonl(round_rows / "worst.jsonl")
-    assert {json.dumps(row["margin_of"], sort_keys=True) for row in rows} == {
-        json.dumps(
-            {
-                "beta": 0.1,
-                "judge": "implicit",
-                "length_penalty": 0.0,
-                "policy": fingerprint(other_folder),
-                "reference": "init",
-            }
-        )
-    }
+def test_refusals(command, refused, rows_of_a_round, tmp_path):
+    assert "D6" in refused("worst --anchor previous")
+    assert "--alpha" in refused("worst --alpha 2")
+    rows = jsonl(rows_of_a_round / "worst.jsonl")
+    mixed = dump(tmp_path / "mixed.jsonl", [rows[0] | {"pieces": 7}, *rows[1:]])
+    assert "'pieces' (K) must be one number in all rows" in refused(f"{mixed} --anchor init")
+    far = [{**row, "chosen_logp": row["chosen_logp"] - 50} for row in rows]
+    for row in far:
+        row.pop("margin_of")
+    far = dump(tmp_path / "far.jsonl", far)
+    assert "not those of" in ok(run(*command("far", f"{far} --anchor init"))).stderr
 
-    def trained(path, *flags, model=other_folder):
-        return run(
-            "train.py", "--model", model, "--pairs", path, *FLAGS, "--out", tmp_path / "out", *flags
-        )
 
-    still = round_rows / "still.jsonl"
+def test_rows_say_what_their_margin_is(command, refused, rows_of_a_round, folder, other_folder,
+                                       tmp_path):
+    """D10: another policy's rows are refused whatever the anchor, and rows of another precision;
+    another margin or β where the margin is added."""
+    rows = jsonl(rows_of_a_round / "still.jsonl")
+    stated = {"judge": "implicit", "reference": "init", "beta": 0.1, "length_penalty": 0.0,
+              "policy": fingerprint(other_folder)}
+    assert all(stated.items() <= row["margin_of"].items() for row in rows)
     for anchor in ("init", "previous"):
-        done = trained(still, "--anchor", anchor, model=folder)
-        assert (
-            done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "policy" in done.stderr
-        )
-    done = trained(still, "--anchor", "init", "--beta", "0.01")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "beta" in done.stderr
+        assert "policy" in refused(f"still --anchor {anchor}", model=folder)
+    assert "beta" in refused("still --anchor init --beta 0.01")
+
+    def changed(**values) -> str:
+        return dump(tmp_path / "changed.jsonl",
+                    [row | {"margin_of": row["margin_of"] | values} for row in rows])
+
     for key, value in (("reference", "none"), ("judge", "vader"), ("length_penalty", 0.1)):
-        other = dump(
-            tmp_path / "o.jsonl",
-            [row | {"margin_of": row["margin_of"] | {key: value}} for row in jsonl(still)],
-        )
-        done = trained(other, "--anchor", "init")
-        assert done.returncode == 2 and key in done.stderr
-        ok(trained(other, "--anchor", "previous"))
+        other = changed(**{key: value})
+        assert key in refused(f"{other} --anchor init")
+        ok(run(*command("previous", f"{other} --anchor previous")))
+    for anchor in ("init", "previous"):
+        line = refused(f"{changed(precision='bf16')} --anchor {anchor}")
+        assert "precision 'bf16'" in line and "--precision" in line
     copy = tmp_path / "copy"
     shutil.copytree(other_folder, copy)  # elsewhere, and written at another time: the same policy
-    ok(trained(still, "--anchor", "init", model=copy))
-    silent = dump(
-        tmp_path / "s.jsonl", [{k: v for k, v in row.items() if k != "margin_of"} for row in rows]
-    )
-    assert (
-        f"{len(rows)} margins taken as against π_init"
-        in ok(trained(silent, "--anchor", "init")).stdout
-    )
+    ok(run(*command("copied", "still --anchor init", model=copy)))
+    for row in rows:
+        row.pop("margin_of")
+    unstated = dump(tmp_path / "unstated.jsonl", rows)
+    done = ok(run(*command("unstated", f"{unstated} --anchor init")))
+    assert f"{len(rows)} margins taken as against π_init" in done.stdout

@@ -1,0 +1,91 @@
+"""What a training run goes on from after a kill: one file, OUT.checkpoint.
+
+It holds weights, the moments of Adam and the log, whole: gathered to process 0 and written by
+`torch.save`, read with `weights_only=True`, which runs no code. So any number of processes goes on
+from it, with shards or without. The price is 12 bytes a parameter of process 0's memory.
+
+Nothing is drawn at random while training, so there is no generator to save: the order of the pairs
+follows from (seed, epoch), the position from the length of the log, and so does τ's window.
+"""
+import hashlib
+import json
+import os
+import pickle
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from core.rows import fail, remove
+
+
+def save_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                    settings: dict, log: list[dict], rank: int) -> None:
+    """Write everything that training goes on from, by one rename: a kill leaves the earlier
+    checkpoint or this one. All processes take part; `rank` 0 writes."""
+    # Checksums of every byte would take seven times as long as writing.
+    torch.serialization.set_crc32_options(False)
+    whole_on_rank_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = get_state_dict(policy, optimizer, options=whole_on_rank_0)
+    if rank > 0:
+        return
+    state = {"settings": json.dumps(settings), "log": json.dumps(log), "weights": weights,
+             "moments": moments}
+    tmp = f"{path}.tmp"
+    try:
+        torch.save(state, tmp)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save says RuntimeError where the disk is full.
+        remove(tmp)
+        fail(f"{path}: cannot be written; is the disk full? An earlier one, if any, is kept. "
+             f"({str(error).splitlines()[0]})")
+
+
+def load_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                    settings: dict, rank: int, world: int) -> list[dict]:
+    """The log up to where training goes on; weights and moments are set. Empty where there is no
+    checkpoint of these settings; one of others is kept under a name of its own. Every process reads
+    what it needs of the file."""
+    state = read_checkpoint(path)
+    if world > 1:
+        # Nobody moves or replaces what another has yet to open.
+        dist.barrier()
+    if state is None:
+        return []
+    saved = json.loads(state["settings"])
+    changed = [key for key in settings if saved.get(key) != settings[key]]
+    if changed:
+        aside = f"{path}-{hashlib.sha256(state['settings'].encode()).hexdigest()[:8]}"
+        if rank == 0:
+            os.replace(path, aside)
+            print(f"{path}: of other settings ({', '.join(changed)}); starting again. It is kept "
+                  f"as {aside}", flush=True)
+        return []
+    log = json.loads(state["log"])
+    set_state_dict(policy, optimizer, model_state_dict=state["weights"],
+                   optim_state_dict=state["moments"],
+                   options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        print(f"{path}: going on after step {len(log)}", flush=True)
+    return log
+
+
+def read_checkpoint(path: str) -> dict | None:
+    """What was saved under `path`, its tensors on the disk until they are used; None where there is
+    nothing."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        json.loads(state["settings"])
+        json.loads(state["log"])
+        return state
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError,
+            pickle.UnpicklingError) as error:
+        fail(f"{path}: not a checkpoint of this program ({str(error).splitlines()[0]}); remove it "
+             "to start again")

@@ -1,0 +1,82 @@
+"""A tiny random model of any family of decoders that transformers knows, to try what the project
+says of families."""
+
+import dataclasses
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+# What is small, by the names that families have for it; a family takes the names that it knows.
+SIZES = {
+    "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rotary_dim": 8,
+    "max_position_embeddings": 4096, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    # mixtures of experts
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    # attention through a latent vector
+    "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    # linear attention and state spaces
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+    "mamba_d_ssm": 64,
+}
+# Hybrids of recurrence and attention get a layer of each; some sizes must fit one another.
+LATENT = {"num_key_value_heads": 4}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+FAMILIES = {
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "deepseek_v32": LATENT,
+    "dots1": {"n_shared_experts": 1},
+    "gemma3": {"vision_config": {"hidden_size": 32, "intermediate_size": 64,
+                                 "num_hidden_layers": 1, "num_attention_heads": 4}},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 384,
+                     "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+                     "activation_sparsity_pattern": [0.0, 0.0]},
+    "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 384,
+                    "hidden_size_per_layer_input": 8, "global_head_dim": 8},
+    "glm4_moe_lite": LATENT,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "minicpm3": LATENT,
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": LINEAR,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "youtu": LATENT,
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+}
+
+
+def tiny_config(architecture: str, **changes) -> transformers.PreTrainedConfig:
+    """The configuration of a tiny model; `changes` go before what this file knows of a family."""
+    kind = CONFIG_MAPPING[architecture]
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    parts = {
+        name: tiny_config(part.model_type)
+        for name, part in kind.sub_configs.items()
+        if getattr(part, "model_type", "") in CONFIG_MAPPING
+    }
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    return kind(**{**sizes, **parts, **FAMILIES.get(architecture, {}), **changes})
+
+
+def tiny_model(architecture: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
+    """A random model of a family, float32, for evaluation; `architecture` is a model_type of
+    transformers, `changes` are settings of its configuration."""
+    config = tiny_config(architecture, **changes)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # A size that SIZES does not name is the real model's.
+    assert model.num_parameters() < 10e6, architecture
+    return model

@@ -1,0 +1,197 @@
+"""Labelling: implicit reward, best against worst, what is left out and why, other judges."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import dump, gold_rows, jsonl, ok, pair_rows, run
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+from core.chat import encode_prompt, encode_response
+from core.models import load_model, load_tokenizer
+from core.policy import ResponseLogps, score
+from core.rows import scored_digest
+from core.stage import fingerprint
+from judges.judge import vader
+from label import best_and_worst, implicit_reward
+
+ASK = [{"role": "user", "content": "Write."}]
+CPU = torch.device("cpu")
+TEXTS = [("one", True), ("two lines", False), ("three", True)]
+FLAGS = ["--beta", "0.2", "--precision", "fp32"]
+
+
+def test_best_and_worst():
+    assert best_and_worst(["a", "b", "c", "d"], [0.1, 0.9, -0.5, 0.2]) == (1, 2)
+    assert best_and_worst(["a", "a", "a"], [0.1, 0.1 + 1e-9, 0.1]) is None  # identical text
+    assert best_and_worst(["a", "b"], [0.3, 0.3]) is None
+    assert best_and_worst(["a"], [0.3]) is None
+    reward = implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1, [7, 9], 0.0)
+    assert reward == pytest.approx([0.1, -0.1])
+    reward = implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1, [70, 9], 0.01)  # S13
+    assert reward == pytest.approx([-0.6, -0.19])
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    """Three answers of which one was cut; rows without a preference."""
+    texts, ended = map(list, zip(*TEXTS))
+    rows = [{"id": "x", "prompt": ASK, "responses": [*texts, ""], "ended": [*ended, True],
+             "extra": 1},
+            {"id": "same", "prompt": ASK, "responses": ["one", "one"], "ended": [True, True]},
+            {"id": "single", "prompt": ASK, "responses": ["one", ""], "ended": [True, True]},
+            {"id": "none", "prompt": ASK, "responses": ["", " "], "ended": [True, True]}]
+    return dump(tmp_path_factory.mktemp("responses") / "r.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def logps(folder, other_folder):
+    """log π of the three answers by policy and reference, each sequence scored alone."""
+    scored = []
+    for path in (other_folder, folder):
+        net, tokenizer = ResponseLogps(load_model(path, CPU)), load_tokenizer(path)
+        prompt = encode_prompt(tokenizer, ASK)
+        scored.append([score(net, [(prompt, [encode_response(tokenizer, ASK, *answer)])], "fp32",
+                             CPU)[0][0] for answer in TEXTS])
+    return np.array(scored)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_label_stage_by_hand(folder, other_folder, responses, logps, tmp_path, processes):
+    """Margins and log-probs in the rows against scores of single sequences; what is left out is
+    counted, each reason by itself."""
+    out = tmp_path / "l.jsonl"
+    models = ["--model", other_folder, "--reference-model", folder]
+    done = ok(run("label.py", *models, "--responses", responses, "--out", out, *FLAGS,
+                  processes=processes))
+    (row,) = pair_rows(out)
+    reward = 0.2 * (logps[0] - logps[1])
+    for side, k in (("chosen", reward.argmax()), ("rejected", reward.argmin())):
+        assert (row[side], row[f"{side}_ended"]) == TEXTS[k]
+        assert row[f"{side}_logp"] == pytest.approx(logps[0][k], abs=1e-4)
+    assert row["margin"] == pytest.approx(reward.max() - reward.min(), abs=1e-4)
+    assert row["margin"] > 0 and row["extra"] == 1
+    ids = {key: row[key] for key in ("chosen_ids", "rejected_ids")}
+    assert row["margin_of"] == {
+        "judge": "implicit", "reference": "init", "beta": 0.2, "length_penalty": 0.0,
+        "policy": fingerprint(other_folder), "precision": "fp32",
+        "scored": scored_digest({"prompt": ASK, "chosen": row["chosen"],
+                                 "rejected": row["rejected"], **ids})}
+    stats = json.load(open(f"{out}.stats.json"))
+    assert (stats["prompts"], stats["labelled"], stats["ties"], stats["identical"]) == (4, 1, 0, 1)
+    assert (stats["fewer_than_two"], stats["empty"]) == (2, 4)
+    words = "4 empty responses left out, 2 rows with fewer than two responses left out, 1 rows of"
+    assert words in done.stdout and "ties" not in done.stdout
+
+
+@pytest.mark.parametrize("flags, weights, penalty", [
+    (["--reference", "none"], (0.2, 0.0), 0.0),              # Table 7's last row
+    (["--length-penalty", "0.5"], (0.2, -0.2), 0.5)])        # S13
+def test_other_rewards(folder, other_folder, tokenizer, responses, logps, tmp_path, flags, weights,
+                       penalty):
+    plain = ["label.py", "--model", other_folder, "--responses", responses, *FLAGS]
+    if penalty:
+        assert run(*plain, "--out", tmp_path / "x").returncode == 2  # forgotten is not `none`
+        flags = ["--reference-model", folder, *flags]
+    ok(run(*plain, *flags, "--out", tmp_path / "l.jsonl"))
+    lengths = [len(encode_response(tokenizer, ASK, *answer)) for answer in TEXTS]
+    reward = weights @ logps - penalty * np.array(lengths)
+    (row,) = pair_rows(tmp_path / "l.jsonl")
+    assert row["margin"] == pytest.approx(reward.max() - reward.min(), abs=1e-4)
+    assert row["chosen"] == TEXTS[reward.argmax()][0]
+
+
+def test_prefer_ended(tmp_path):
+    """Answers that were cut compete only where fewer than two ended."""
+    texts = ["Wonderful!", "Good.", "Well.", "Terrible!"]  # as vader ranks them
+    rows = [{"id": str(k), "prompt": ASK, "responses": texts, "ended": ended} for k, ended in
+            enumerate([[False, True, True, False], [False, True, False, False], [True] * 4])]
+    command = ["label.py", "--judge", "vader", "--responses", dump(tmp_path / "r.jsonl", rows)]
+    done = ok(run(*command, "--prefer-ended", "--out", tmp_path / "ended.jsonl"))
+    assert "2 cut responses beside two that ended left out" in done.stdout
+    ok(run(*command, "--out", tmp_path / "all.jsonl"))
+    for name, firsts in (("ended", ["Good.", texts[0], texts[0]]), ("all", [texts[0]] * 3)):
+        lasts = ["Well." if first == "Good." else "Terrible!" for first in firsts]
+        sides = [(row["chosen"], row["rejected"]) for row in pair_rows(tmp_path / f"{name}.jsonl")]
+        assert sides == list(zip(firsts, lasts))
+
+
+def test_ties_are_ties_alone(tmp_path):
+    rows = [{"id": "tie", "prompt": ASK, "responses": ["Good.", "Good day."]},
+            {"id": "pair", "prompt": ASK, "responses": ["Good.", "Terrible!"]}]
+    responses = dump(tmp_path / "r.jsonl", rows)
+    done = ok(run("label.py", "--judge", "vader", "--responses", responses, "--out",
+                  tmp_path / "l.jsonl"))
+    assert "1 pairs by vader, 1 ties left out, median" in done.stdout
+    dump(tmp_path / "r.jsonl", [{"id": "1", "prompt": ASK, "responses": ["Good."]}])
+    done = run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "m")
+    assert done.returncode == 2
+    assert "two responses to compare, 1 rows with fewer than two" in done.stderr
+
+
+def test_a_new_label_takes_the_old_ones_place(tmp_path):
+    """Log-probs, ids and worst case of a pair that another judge turned round are not its own."""
+    row = {"id": "x", "prompt": ASK, "chosen": "Terrible!", "rejected": "Good.", "margin": 0.0,
+           "chosen_logp": -1.0, "rejected_logp": -2.0, "rejected_ids": [5], "xi": 0.5, "pieces": 6,
+           "atoms": [[1.0, 0.0]], "extra": 1}
+    pairs = dump(tmp_path / "pairs.jsonl", [row])
+    done = ok(run("label.py", "--judge", "vader", "--pairs", pairs, "--out", tmp_path / "l.jsonl"))
+    assert "agreement with gold 0.000" in done.stdout
+    (new,) = pair_rows(tmp_path / "l.jsonl")
+    assert (new["chosen"], new["rejected"], new["chosen_ids"]) == ("Good.", "Terrible!", [5])
+    assert new["margin"] > 0 and new["extra"] == 1
+    assert not {"chosen_logp", "rejected_logp", "rejected_ids", "xi", "pieces", "atoms"} & set(new)
+
+
+def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path):
+    """Gold, labelled and worst-case rows: DPOTrainer reads them from the file, its tokens of a gold
+    pair are ours, and its first loss is ln 2."""
+    trl = pytest.importorskip("trl")
+    import datasets
+    gold, drawn = tmp_path / "data/seed.jsonl", tmp_path / "drawn.jsonl"
+    labelled, worst = tmp_path / "labelled.jsonl", tmp_path / "worst.jsonl"
+    raw = dump(tmp_path / "raw.jsonl", gold_rows(9))
+    parts = ["--out", gold.parent, "--seed-size", "4", "--rounds", "4"]
+    ok(run("data/prepare.py", "--data", raw, *parts))
+    prompts = ["--prompts", gold.parent / "prompts_1.jsonl", "-n", "4", "--max-new-tokens", "8"]
+    ok(run("generate.py", "--model", folder, *prompts, "--out", drawn))
+    judge = ["--model", folder, "--reference-model", other_folder]
+    ok(run("label.py", *judge, "--responses", drawn, "--out", labelled))
+    ok(run("dro.py", "--pairs", labelled, "--epsilon", "0.1", "--out", worst))
+    assert any(len(row["atoms"]) == 2 for row in jsonl(worst))
+    for path in (gold, labelled, worst):
+        rows = datasets.load_dataset("json", data_files=str(path), split="train",
+                                     cache_dir=str(tmp_path / "cache"))
+        config = trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=4,
+            max_length=None, use_cpu=True, bf16=False, logging_steps=1, save_strategy="no",
+            report_to=[])
+        trainer = trl.DPOTrainer(AutoModelForCausalLM.from_pretrained(folder), args=config,
+                                 train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        for row, theirs in zip(pair_rows(path), trainer.train_dataset):
+            assert theirs["prompt_ids"] == encode_prompt(tokenizer, row["prompt"])
+            if path == gold:
+                ids = encode_response(tokenizer, row["prompt"], row["chosen"])
+                assert theirs["chosen_ids"][:len(ids)] == ids
+
+
+def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
+    good, bad = "What a wonderful, lovely day.", "A terrible, awful mess."
+    ((high, low),) = vader(None, [{"responses": [good, bad]}], 0, 1, CPU)
+    assert high > 0.5 > -0.5 > low
+    responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": [bad, good]}])
+    ok(run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "v.jsonl"))
+    assert pair_rows(tmp_path / "v.jsonl")[0]["chosen"] == good
+    ok(run("label.py", "--judge", "reward-model", "--judge-model", ranker, "--responses", responses,
+           "--out", tmp_path / "m.jsonl", "--precision", "fp32"))
+    model, logits = LlamaForSequenceClassification.from_pretrained(ranker), []
+    for text in (bad, good):
+        turns = [*ASK, {"role": "assistant", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, return_dict=False)
+        logits.append(model(torch.tensor([ids])).logits.item())
+    row = pair_rows(tmp_path / "m.jsonl")[0]
+    assert row["margin"] == pytest.approx(abs(logits[0] - logits[1]), abs=1e-4)
+    assert row["chosen"] == (bad, good)[int(np.argmax(logits))]

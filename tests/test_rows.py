@@ -1,0 +1,94 @@
+"""Rows: what is refused when they are read, and when what was scored may be used."""
+import json
+import math
+
+import pytest
+from conftest import dump, jsonl, run
+
+from core.rows import atomic_path, margin_problem, read_json_list, read_rows, scored_digest
+
+ROW = {"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": "yes", "rejected": "no",
+       "margin": 0.4, "chosen_logp": -1.0, "rejected_logp": -2.0, "chosen_ids": [5, 6],
+       "rejected_ids": [7]}
+XI = 1 / (1 + math.exp(-0.4))
+WORST = ROW | {"xi": XI, "pieces": 6, "atoms": [[0.25, 0.0], [0.75, XI]]}
+
+
+def refused(capsys, read, *given) -> str:
+    with pytest.raises(SystemExit) as stop:
+        read(*given)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("change", [
+    {"xi": None}, {"pieces": None}, {"atoms": None}, {"margin": 0.5}, {"xi": XI + 1e-5},
+    {"xi": True}, {"pieces": True}, {"pieces": 0}, {"atoms": [[1, -5]]}, {"atoms": [[1, 0.7]]},
+    {"atoms": []}, {"atoms": [[0.5, 0.0]]}, {"atoms": [[1.5, 0], [-0.5, 0]]},
+    {"atoms": [[1.0, math.inf]]}, {"atoms": [[True, 0]]}, {"atoms": "x"}, {"atoms": [1.0]}])
+def test_a_worst_case_is_one(tmp_path, capsys, change):
+    """xi, pieces and atoms: all or none, ξ = σ(margin), weights ≥ 0 that sum to 1, 0 ≤ shift ≤ ξ;
+    one line with the file and the row."""
+    path = tmp_path / "rows.jsonl"
+    assert len(read_rows(dump(path, [WORST, ROW | {"id": "b"}]), "labelled")) == 2
+    row = {key: value for key, value in (WORST | change).items() if value is not None}
+    said = refused(capsys, read_rows, dump(path, [ROW | {"id": "b"}, row]), "labelled")
+    assert f"{path}:2: " in said
+    assert any(f"'{key}' must be" in said for key in change) or "id 'a': xi, pieces and" in said
+
+
+def test_a_key_stands_once(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW).replace('"content"', '"content": "y", "content"') + "\n")
+    assert "twice" in refused(capsys, read_rows, str(path), "labelled")
+    path.write_text('[{"output": "a", "output": "b"}]')
+    assert "twice" in refused(capsys, read_json_list, str(path), "output")
+
+
+def labelled(**margin_of) -> dict:
+    stated = {"judge": "implicit", "reference": "init", "beta": 0.1, "length_penalty": 0.0,
+              "policy": "p", "precision": "fp32", "scored": scored_digest(ROW)}
+    return ROW | {"margin_of": stated | margin_of}
+
+
+@pytest.mark.parametrize("key, value, needed", [
+    ("judge", "vader", {"beta": 0.1}), ("reference", "none", {"beta": 0.1}),
+    ("length_penalty", 0.1, {"beta": 0.1}), ("beta", 0.2, {"beta": 0.1}),
+    ("policy", "q", {"policy": "p"}), ("precision", "bf16", {"precision": "fp32"})])
+def test_a_margin_is_used_for_what_it_is(key, value, needed):
+    assert margin_problem(labelled(), **needed) is None
+    assert margin_problem(labelled(**{key: value})) is None   # what is not needed is not asked
+    problem = margin_problem(labelled(**{key: value}), **needed)
+    assert f"{key} {value!r}, where" in problem
+    unstated = labelled()
+    del unstated["margin_of"][key]
+    assert margin_problem(unstated, **needed) is None         # another program's row
+    assert margin_problem(ROW, **needed) is None
+
+
+@pytest.mark.parametrize("edit", [
+    {"chosen": "no"}, {"rejected": "yes"}, {"prompt": [{"role": "user", "content": "y"}]},
+    {"chosen_ids": [5]}, {"rejected_ids": None}, {"chosen_ids": [5, 6, 7], "rejected_ids": []}])
+def test_a_row_that_was_edited_is_refused(tmp_path, edit):
+    """Where its log-probs are used: as read from a file, with its texts as turns."""
+    turns = {side: [{"role": "assistant", "content": ROW[side]}] for side in ("chosen", "rejected")}
+    (row,) = read_rows(dump(tmp_path / "rows.jsonl", [labelled() | turns]), "labelled")
+    assert margin_problem(row) is None
+    assert "were changed after they were scored" in margin_problem(row | edit)
+    pairs = dump(tmp_path / "edited.jsonl", [labelled() | {"chosen": "no"}])
+    done = run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl")
+    assert done.returncode == 2 and "id 'a': its prompt, its texts" in done.stderr
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "folder/file"
+    foreign = dump(tmp_path / "file.tmp", [])
+    with pytest.raises(KeyError), atomic_path(str(path)) as tmp:
+        dump(tmp, [ROW])
+        raise KeyError
+    assert not list(path.parent.iterdir())
+    with atomic_path(str(path)) as tmp:
+        dump(tmp, [ROW])
+        assert not path.exists()
+    assert jsonl(path) == [ROW] and jsonl(foreign) == []
