@@ -30,6 +30,7 @@ def by_round(arm: str) -> list[tuple[str, str]]:
 
 # method → its points (arm of bench/demo.sh, policy), from the nearest to π_init to the furthest
 CURVES = {
+    "SFT (π_init)": [("spa", "init")],
     "the ray, c = 1, 1.5, 2, 3, 4, 6":
         [("spa", "seed"), *(("rays", f"ray{c}") for c in ("1.5", "2", "3", "4", "6"))],
     "the seed at 3, 6, 12 epochs": [("spa", "seed"), ("epochs6", "seed"), ("epochs12", "seed")],
@@ -61,12 +62,13 @@ def plot_kl(runs: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     titles = {"score": "gold score (VADER, at most 1)", "second_score": "second lexicon"}
     for axis, (key, title) in zip(axes, titles.items()):
-        draw_curve(axis, "SFT (π_init)", [([0.0], list(values(runs, ("spa", "init"), key).values()))])
         for method, rows in CURVES.items():
-            points = [[list(values(runs, row, k).values()) for k in ("kl", key)] for row in rows]
-            points = [point for point in points if all(point)]
-            if points:
-                draw_curve(axis, method, points)
+            points = {row: [list(values(runs, row, k).values()) for k in ("kl", key)]
+                      for row in rows}
+            points = {row: point for row, point in points.items() if all(point)}
+            # π_0 alone, where others start, is no curve
+            if points.keys() - {("spa", "seed")}:
+                draw_curve(axis, method, list(points.values()))
         axis.set(title=title, xlabel="√KL to π_init (√nats an answer)")
         axis.grid(color="0.9")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3,

@@ -33,7 +33,8 @@ def interval(values) -> Interval:
     values = np.asarray(values, float)
     n = len(values)
     error = values.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
-    if error == 0:
+    # no spread but rounding's
+    if error < 1e-12:
         return Interval(float(values.mean()), math.nan, math.nan)
     half = student.ppf(0.975, n - 1) * error
     p = 2 * student.sf(abs(values.mean()) / error, n - 1)
