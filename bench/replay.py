@@ -24,7 +24,6 @@ def with_label(row: dict, chosen: str) -> dict:
         sides = {f"{new}{key[len(old):]}": value for old, new in (SIDES, SIDES[::-1])
                  for key, value in row.items() if key.startswith(old)}
         row = row | sides
-    row = row | {side: answer_turn(row[side]) for side in SIDES}
     return row | {"margin_of": row["margin_of"] | {"judge": "gold", "scored": scored_digest(row)}}
 
 
@@ -42,7 +41,9 @@ def main() -> None:
     else:
         choices = {row["id"]: row["chosen"] for row in read_rows(args.gold, "preferences")}
         more = [with_label(row, choices[row["id"]]) for row in read_rows(args.scored, "labelled")]
-    write_rows(args.out, rows + [row | {"id": f"{row['id']} again"} for row in more])
+    joined = rows + [row | {"id": f"{row['id']} again"} for row in more]
+    write_rows(args.out, (row | {side: answer_turn(row[side]) for side in SIDES}
+                          for row in joined))
     print(f"replay: {len(more)} pairs join {len(rows)} → {args.out}")
 
 

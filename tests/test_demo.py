@@ -11,9 +11,19 @@ from safetensors.torch import load_file
 from scipy.stats import ttest_1samp, ttest_rel
 from transformers import AutoModelForCausalLM
 
-from bench import demo_measures, demo_plots, demo_table, stats
+from bench import demo_measures, demo_plots, demo_table, extrapolate, replay, stats
 
 SCORES = {"spa": {1: 0.3, 2: 0.32, 10: 0.31}, "worst": {1: 0.41, 2: 0.4, 10: 0.44, 3: 0.9}}
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Calls the main of a module of bench/ with flags."""
+
+    def main(module, *flags):
+        monkeypatch.setattr("sys.argv", [module.__name__, *map(str, flags)])
+        module.main()
+    return main
 
 
 def test_intervals_against_scipy():
@@ -46,9 +56,8 @@ def table(tmp_path):
     return tmp_path
 
 
-def test_table_over_seeds(table, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["demo_table.py", str(table)])
-    demo_table.main()
+def test_table_over_seeds(table, capsys, call):
+    call(demo_table, table)
     printed = capsys.readouterr().out
     assert "| SPA | 3 | 0.310 ± 0.025 | – | 0.250 ± ? | – | – | 6.000 ± 25.412 |" in printed
     gains = ttest_1samp([0.11, 0.08, 0.13], 0)
@@ -92,7 +101,7 @@ def test_measures_by_hand():
         demo_measures.scale_at(26.0, rays)
 
 
-def test_measures_of_a_run(tmp_path, monkeypatch, folder, other_folder):
+def test_measures_of_a_run(tmp_path, call, folder, other_folder):
     """KL of tiny models from their own logits; nothing is sampled or scored twice."""
     prompts = dump(tmp_path / "eval.jsonl", gold_rows(3))
     arm = tmp_path / "1/spa"
@@ -100,17 +109,17 @@ def test_measures_of_a_run(tmp_path, monkeypatch, folder, other_folder):
         out = arm / f"eval/{name}.jsonl"
         ok(run("generate.py", "--model", path, "--prompts", prompts, "--out", out,
                "--max-new-tokens", 6))
-    monkeypatch.setattr("sys.argv", ["demo_measures.py", str(arm)])
-    demo_measures.main()
+    call(demo_measures, arm)
     measures = json.loads((arm / "measures.json").read_text())
     assert measures["init"]["kl"] == pytest.approx(0, abs=1e-6)
     record = json.loads((arm / "eval/seed.jsonl.stats.json").read_text())
     samples = tmp_path / "1/measured" / f"{record['settings']['model']}.jsonl"
+    settings = json.loads(Path(f"{samples}.stats.json").read_text())["settings"]
+    assert settings["temperature"] == 1 and settings["max_new_tokens"] == 6
     policy, init = (AutoModelForCausalLM.from_pretrained(path) for path in (other_folder, folder))
     tokenizer = demo_measures.load_tokenizer(folder)
     gaps, sums, tokens = [], 0.0, 0
     for row in jsonl(samples):
-        assert row["temperature"] == 1
         prompt = demo_measures.encode_rows(policy.config, tokenizer, [row], [[]], "x")[0][0]
         for y in row["response_ids"]:
             ids = torch.tensor([[*prompt, *y]])
@@ -122,15 +131,15 @@ def test_measures_of_a_run(tmp_path, monkeypatch, folder, other_folder):
     assert measures["seed"]["kl"] == pytest.approx(np.mean(gaps), abs=1e-4)
     assert measures["seed"]["fluency"] == pytest.approx(sums / tokens, abs=1e-5)
     written = samples.stat().st_mtime_ns
-    demo_measures.main()
+    call(demo_measures, arm)
     assert samples.stat().st_mtime_ns == written
     assert json.loads((arm / "measures.json").read_text()) == measures
 
 
-def test_extrapolated_weights(tmp_path, folder, other_folder):
+def test_extrapolated_weights(tmp_path, capsys, call, folder, other_folder):
     out = tmp_path / "ray"
     flags = ["--init", folder, "--policy", other_folder, "--scale", 2.5, "--out", out]
-    ok(run("bench/extrapolate.py", *flags))
+    call(extrapolate, *flags)
     start, end, ray = (load_file(Path(path, "model.safetensors"))
                        for path in (folder, other_folder, out))
     assert start.keys() == ray.keys()
@@ -139,18 +148,19 @@ def test_extrapolated_weights(tmp_path, folder, other_folder):
         torch.testing.assert_close(weight, 2.5 * end[name].float() - 1.5 * start[name].float())
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == Path(other_folder, name).read_bytes()
-    assert "complete, skipped" in ok(run("bench/extrapolate.py", *flags)).stdout
+    with pytest.raises(SystemExit, match="0"):
+        call(extrapolate, *flags)
+    assert "complete, skipped" in capsys.readouterr().out
 
 
-def test_replayed_pairs_have_gold_labels(tmp_path, folder, other_folder):
+def test_replayed_pairs_have_gold_labels(tmp_path, call, folder, other_folder):
     """Scored by the policy, as label.py does; each side keeps its log-prob when they change
     places, and train.py takes the rows."""
     gold = dump(tmp_path / "gold.jsonl", gold_rows(6))
     scored, joined = tmp_path / "scored.jsonl", tmp_path / "joined.jsonl"
     ok(run("label.py", "--pairs", gold, "--model", other_folder, "--reference-model", folder,
            "--out", scored))
-    ok(run("bench/replay.py", "--pairs", scored, "--gold", gold, "--scored", scored, "--out",
-           joined))
+    call(replay, "--pairs", scored, "--gold", gold, "--scored", scored, "--out", joined)
     before = {row["id"]: row for row in pair_rows(scored)}
     rows = {row["id"].removesuffix(" again"): row for row in pair_rows(joined)[len(before):]}
     turned = 0
@@ -167,5 +177,5 @@ def test_replayed_pairs_have_gold_labels(tmp_path, folder, other_folder):
     train = ["train.py", "--model", other_folder, "--out", policy, "--pairs", joined]
     assert "--anchor previous" in run(*train, "--anchor", "init").stderr
     ok(run(*train))
-    ok(run("bench/replay.py", "--pairs", scored, "--repeat", 2, "--out", joined))
+    call(replay, "--pairs", scored, "--repeat", 2, "--out", joined)
     assert [row["id"] for row in jsonl(joined)][-2:] == [f"{name} again" for name in list(before)[:2]]

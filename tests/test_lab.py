@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 import subprocess
 import sys
 
@@ -10,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, ok
 from scipy.optimize import brentq
-from scipy.stats import ttest_rel
 
 import dro
 import label
 import seed_dpo
 import train
-from bench import lab, stats
+from bench import lab
 
 SMALL = lab.Setting(features=4, rounds=1)
 ROUND = slice(lab.GOLD, lab.GOLD + lab.PROMPTS)
@@ -60,7 +58,7 @@ def test_formulas_are_the_projects():
     assert lab.dro is dro
     for name in ("leader_loss", "threshold"):
         assert getattr(lab, name) is getattr(train, name)
-    for name in ("dpo_margin", "dpo_loss", "lr_at"):
+    for name in ("dpo_margin", "lr_at"):
         assert getattr(lab, name) is getattr(seed_dpo, name)
 
 
@@ -89,16 +87,6 @@ def test_start_is_worth_nothing(world, theta):
         share = world.prior[:, lab.EVALUATION].exp() / lab.PROMPTS
         second = (share * world.gold[gold][:, lab.EVALUATION] ** 2).sum((-1, -2))
         assert second.tolist() == pytest.approx([1, 1, 1])
-
-
-def test_responses_are_drawn_one_after_the_other():
-    p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
-    gumbel = torch.from_numpy(np.random.default_rng(0).gumbel(size=(1, 40000, 4)))
-    drawn = lab.draw(p.log().expand(1, 40000, 4), gumbel, 2)[0].tolist()
-    for first, second in itertools.permutations(range(4), 2):
-        exact = float(p[first] * p[second] / (1 - p[first]))
-        error = math.sqrt(exact * (1 - exact) / 40000)
-        assert abs(drawn.count([first, second]) / 40000 - exact) < 4.5 * error
 
 
 @pytest.mark.parametrize("judge", ["policy", "seed", "gold"])
@@ -143,8 +131,8 @@ def test_questions_are_answered_by_gold(world, theta, questions):
     answer = world.uniform[:, ROUND] >= 0.25
     for seed in range(3):
         order = {
-            "least": np.argsort(plain.margin[seed]),
-            "most": np.argsort(-plain.margin[seed]),
+            "least": plain.margin[seed].argsort(),
+            "most": (-plain.margin[seed]).argsort(),
             "random": world.order[seed, 0],
         }[questions]
         ten, rest = order[:10], order[10:]
@@ -155,14 +143,17 @@ def test_questions_are_answered_by_gold(world, theta, questions):
     assert torch.equal(asked.phi[turned], plain.phi[turned].flip(1))
 
 
-def test_replay_holds_both(world, theta):
-    pairs, gold = lab.label(world, SMALL, 0, theta, theta), lab.gold_pairs(world, SMALL)
-    both = lab.with_replay(pairs, gold, 1)
-    assert both.margin.shape[1] == 136
-    together = torch.cat([pairs.phi, gold.phi], 1)[1].flatten(1).tolist()
-    assert sorted(together) == sorted(both.phi[1].flatten(1).tolist())
-    kept = [lab.run(world, SMALL._replace(replay=r), theta)["value"] for r in ("none", "gold", "self")]
-    assert len(set(map(tuple, kept))) == 3
+@pytest.mark.parametrize("replay", ["gold", "self"])
+def test_replayed_pairs_are_trained_on_once_a_round(world, theta, monkeypatch, replay):
+    seen = []
+    monkeypatch.setattr(lab, "train", lambda *given: seen.append(given))
+    lab.train_round(theta, world, SMALL._replace(replay=replay), 0, theta)
+    (_, pairs, _, _, batches, _) = seen[0]
+    own = lab.label(world, SMALL, 0, theta, theta)
+    more = lab.gold_pairs(world, SMALL) if replay == "gold" else own
+    for one, other, both in zip(own, more, pairs):
+        assert torch.equal(both, torch.cat([one, other[:, :40]], 1))
+    assert sorted(torch.cat(batches).tolist()) == list(range(136))
 
 
 def test_seeds_of_one_block_do_not_touch(world):
@@ -181,7 +172,7 @@ def test_a_round_against_plain_autograd(world, theta, anchor, weights):
     setting = SMALL._replace(alpha=0.0, anchor=anchor, weights=weights, beta=1.0)
     policy = lab.log_policy(theta, world, ROUND)
     pairs = lab.label(world, setting, 0, theta, theta)
-    trained, seen = lab.train_round(theta, pairs, setting, 0, world.order[:, 0])
+    trained, seen = lab.train_round(theta, world, setting, 0, theta)
     m = pairs.margin
     weight = m / m.mean(1, keepdim=True) if weights == "margin" else torch.ones_like(m)
     for seed in (0, 1):
@@ -235,51 +226,20 @@ def test_atoms_are_the_followers():
         assert torch.equal(least, moved["random"][s, order[s]])
 
 
-def test_extrapolation_flags_the_same_pairs(world, theta):
-    """S12 in a log-linear policy scales every margin alike, which is why the world leaves it out."""
-    pairs = lab.gold_pairs(world, SMALL)
-    reference = pairs.prior + 0.3 * lab.tilt(theta, pairs.phi)
-    now = pairs.prior + lab.tilt(theta, pairs.phi)
-    tilde = 1.5 * now - 0.5 * reference
-    one, other = (lab.dpo_margin(each.mT, reference.mT, 0.1) for each in (tilde, now))
-    np.testing.assert_allclose(one, 1.5 * other, atol=1e-12)
-
-
-def test_paired_differences():
-    rng = np.random.default_rng(0)
-    one, other = rng.normal(0.3, 1, 20), rng.normal(0, 1, 20)
-    gain, oracle = stats.interval(one - other), ttest_rel(one, other)
-    bounds = oracle.confidence_interval(0.95)
-    assert gain.p == pytest.approx(oracle.pvalue)
-    assert (gain.mean - gain.half, gain.mean + gain.half) == pytest.approx(tuple(bounds))
-    assert stats.interval([-0.5]).text() == "−0.500 ± ?" and stats.interval([0.0, 0.0]).text() == "–"
-    gains = [stats.Interval(m, 1, p) for m, p in ((1, 0.2), (-1, 0.001), (1, 0.04), (1, math.nan))]
-    assert stats.by_chance(gains) == "2 of 3 differ at 95 %; 0.2 would by chance."
-    assert [sum(map(f, gains)) for f in (stats.is_ahead, stats.is_behind)] == [1, 1]
-
-
 def test_quick(tmp_path):
-    """Everything is printed and drawn; a second call reads what the first one wrote, and a block
-    that lacks a row is run again."""
-    flags = ["--quick", "--out", str(tmp_path / "lab"), "--plot", str(tmp_path / "lab.png")]
-    tables = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "bench/lab.py"), *flags],
-            timeout=120,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        tables.append(done.stdout.rpartition("\n\n")[0])
-        block = tmp_path / "lab/rows/features-64-seeds-0-7.json"
-        if len(tables) == 2:
-            assert os.path.getmtime(block) == written
-            block.write_text("[]")
-        written = os.path.getmtime(block)
-    assert tables[0] == tables[1] == tables[2]
-    assert "nan" not in tables[0]
+    """Everything is printed and drawn; what is known is read, and a block that lacks a row is run
+    again."""
+    tables, block = [], tmp_path / "lab/rows/features-64-seeds-0-7.json"
+    for _ in range(2):
+        command = [sys.executable, ROOT / "bench/lab.py", "--quick", "--out", tmp_path / "lab"]
+        command += ["--plot", tmp_path / "lab.png"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        tables.append(ok(done).stdout.rpartition("\n\n")[0])
+        cells = [(path, path.stat().st_mtime_ns) for path in tmp_path.glob("lab/cells/*")]
+        rows = block.read_text()
+        block.write_text("[]")
+    assert tables[0] == tables[1] and "nan" not in tables[0] and len(rows) > 1000
+    assert cells == [(path, path.stat().st_mtime_ns) for path, _ in cells]
     for name in ("0% of the seed labels flipped", "2 cells", "π_0 judges every round", lab.RAY):
         assert name in tables[0]
     assert (tmp_path / "lab.png").stat().st_size < 200_000
