@@ -1,5 +1,5 @@
-"""A policy further along its way: π_init + c (π − π_init), weight by weight, without training (ExPO,
-arXiv 2404.16792). Writes a Hugging Face folder in fp32 with the policy's tokenizer.
+"""A policy further along its way: π_init + c (π − π_init), weight by weight, without training, as
+in ExPO (arXiv 2404.16792). Writes a Hugging Face folder in fp32 with the policy's tokenizer.
 
     python bench/extrapolate.py --init models/smollm2 --policy runs/demo/seed --scale 3 --out ray3
 """
@@ -23,12 +23,13 @@ def main() -> None:
     args = cli.parse_args()
     settings = stage.settings_of(args, "init_model", "policy_model")
     stage.exit_if_complete(args.out, settings)
-    models = [load_model(path, torch.device("cpu")) for path in (args.init_model, args.policy_model)]
-    for start, weight in zip(*(model.parameters() for model in models), strict=True):
+    init, policy = (load_model(path, torch.device("cpu"))
+                    for path in (args.init_model, args.policy_model))
+    for start, weight in zip(init.parameters(), policy.parameters(), strict=True):
         weight.copy_(start + args.scale * (weight - start))
 
     def write(tmp: str) -> None:
-        models[1].save_pretrained(tmp, max_shard_size="1TB")
+        policy.save_pretrained(tmp, max_shard_size="1TB")
         copy_tokenizer(args.policy_model, tmp)
     stage.publish(args.out, settings, {}, write, stage.inputs_of(args, settings))
     print(f"extrapolate: {args.policy_model} at c = {args.scale} → {args.out}")

@@ -227,9 +227,9 @@ def losses(margin: torch.Tensor, flag: torch.Tensor, weight: torch.Tensor, shift
 
 def train(theta: torch.Tensor, pairs: Pairs, setting: Setting, lr: float, batches: list,
           order: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """θ of π_t from θ of π_{t−1} [S, d], by batches of positions; and of its pairs, per seed: labels
-    that are right, and effective pairs (Σ g m)² / (Σ g² Σ m²) · N of gradient weights
-    g = |∂L_i/∂M_i| at the start and margins m."""
+    """θ of π_t from θ of π_{t−1} [S, d], by batches of positions; and of its pairs, per seed: right
+    labels, and effective pairs N (Σ g m)² / (Σ g² Σ m²) of gradient weights g = |∂L_i/∂M_i| at the
+    start and margins m."""
     m = pairs.margin
     weight, shift = worst_case(m, setting, order)
     pair_weight = m / m.mean(1, keepdim=True) if setting.weights == "margin" else torch.ones_like(m)
@@ -296,9 +296,9 @@ def train_round(theta: torch.Tensor, world: World, setting: Setting, t: int,
 
 
 def scale_to(target: torch.Tensor, tilts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """c [S] > 0 at which log π ∝ prior + c · tilts [S, P, Y] has KL `target` [S] to π_init. Newton's
-    method on √KL, which is nearly straight in c; d KL/dc = c Var. A KL that no c reaches gets a
-    large c."""
+    """c [S] > 0 at which prior + c · tilts [S, P, Y], normalised, has KL `target` [S] to π_init.
+    Newton's method on √KL, which is nearly straight in c; d KL/dc = c Var. A KL that no c reaches
+    gets a large c."""
     c = torch.ones_like(target)
     for _ in range(12):
         logps = (prior + c[:, None, None] * tilts).log_softmax(-1)

@@ -81,7 +81,8 @@ def test_pictures_of_the_demo(table, monkeypatch):
     spa = curves.axes[0].containers[names.index("SPA, 0 to 2 rounds")][0]
     assert spa.get_xdata() == pytest.approx([math.sqrt(6)] * 3)
     assert spa.get_ydata() == pytest.approx([0.2, 0.31, 0.31])
-    assert [text.get_text() for text in stages.legends[0].get_texts()] == ["SPA", "worst case, ε = 0.01"]
+    names = [text.get_text() for text in stages.legends[0].get_texts()]
+    assert names == ["SPA", "worst case, ε = 0.01"]
     grey = [line.get_ydata() for line in stages.axes[1].lines if line.get_marker() == "."]
     assert sorted(grey[0]) == pytest.approx([0.08, 0.11, 0.13])
 
@@ -92,7 +93,7 @@ def test_measures_by_hand():
     measures = demo_measures.far_and_fluent(policy, init, np.array([[2, 4], [2, 4]]))
     assert measures["kl"] == 2 and measures["kl_error"] == 0
     assert measures["fluency"] == -18 / 12
-    # sums of init + 1.5 tokens: −7 + 9 and −11 + 9, over 12 tokens; two prompts: √2 · √(4 + 4) / 12
+    # sums of init + 1.5 tokens: 2 and −2, over 12 tokens; two prompts: √2 · √(4 + 4) / 12
     assert measures["fluency_error"] == pytest.approx(4 / 12)
     rays = {1.0: 4.0, 2.0: 16.0, 3.0: 25.0}
     assert demo_measures.scale_at(9.0, rays) == 1.5
@@ -123,8 +124,8 @@ def test_measures_of_a_run(tmp_path, call, folder, other_folder):
         prompt = demo_measures.encode_rows(policy.config, tokenizer, [row], [[]], "x")[0][0]
         for y in row["response_ids"]:
             ids = torch.tensor([[*prompt, *y]])
-            logps = [model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)[range(len(y)), y].sum()
-                     for model in (policy, init)]
+            logits = [model(ids).logits[0, len(prompt) - 1:-1] for model in (policy, init)]
+            logps = [each.log_softmax(-1)[range(len(y)), y].sum() for each in logits]
             gaps.append((logps[0] - logps[1]).item())
             sums += logps[1].item()
             tokens += len(y)
@@ -178,4 +179,5 @@ def test_replayed_pairs_have_gold_labels(tmp_path, call, folder, other_folder):
     assert "--anchor previous" in run(*train, "--anchor", "init").stderr
     ok(run(*train))
     call(replay, "--pairs", scored, "--repeat", 2, "--out", joined)
-    assert [row["id"] for row in jsonl(joined)][-2:] == [f"{name} again" for name in list(before)[:2]]
+    repeated = [f"{name} again" for name in list(before)[:2]]
+    assert [row["id"] for row in jsonl(joined)][-2:] == repeated

@@ -1,6 +1,5 @@
 """The exact world against brute force, and its rows against what they claim to be."""
 
-import itertools
 import math
 import subprocess
 import sys
@@ -74,7 +73,10 @@ def test_measures_against_brute_force(world, theta):
             brute_value_and_kl(world, start, seed)[0], abs=1e-12
         )
     for key, direction, target in (("equal", theta, lab.COMMON_KL), ("ray", start, kl)):
-        c = brentq(lambda c: brute_value_and_kl(world, c * direction, 2)[1] - target, 0.1, 20)
+        def excess(c, direction=direction, target=target):
+            return brute_value_and_kl(world, c * direction, 2)[1] - target
+
+        c = brentq(excess, 0.1, 20)
         value, _ = brute_value_and_kl(world, c * direction, 2)
         assert measures[key][2].item() == pytest.approx(value, abs=1e-6)
     assert measures["c"][2].item() == pytest.approx(c, abs=1e-6)
