@@ -94,7 +94,8 @@ def main() -> None:
     if args.match:
         rays, other = (json.loads((run / "measures.json").read_text())
                        for run in (args.runs[0], args.match))
-        scales = {float(name[3:]): m["kl"] for name, m in rays.items() if name[3:].isdecimal()}
+        scales = {float(name.removeprefix("ray")): m["kl"] for name, m in rays.items()
+                  if name.startswith("ray")}
         last = max(name for name in other if name.startswith("round"))
         print(scale_at(other[last]["kl"], scales | {1.0: rays["seed"]["kl"]}))
         return

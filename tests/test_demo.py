@@ -102,6 +102,18 @@ def test_measures_by_hand():
         demo_measures.scale_at(26.0, rays)
 
 
+def test_the_ray_at_the_kl_of_a_run(tmp_path, capsys, call):
+    """From KL 6.25 at c = 1.5 to 16 at 2: √KL 3.25 lies halfway."""
+    rays = {"init": 0, "seed": 4, "ray1.5": 6.25, "ray2": 16, "match": 99}
+    spa = {"init": 0, "seed": 4, "round1": 5, "round2": 3.25 ** 2}
+    for name, policies in (("rays", rays), ("spa", spa)):
+        (tmp_path / name).mkdir()
+        measures = {policy: {"kl": kl} for policy, kl in policies.items()}
+        (tmp_path / name / "measures.json").write_text(json.dumps(measures))
+    call(demo_measures, tmp_path / "rays", "--match", tmp_path / "spa")
+    assert capsys.readouterr().out == "1.75\n"
+
+
 def test_measures_of_a_run(tmp_path, call, folder, other_folder):
     """KL of tiny models from their own logits; nothing is sampled or scored twice."""
     prompts = dump(tmp_path / "eval.jsonl", gold_rows(3))
