@@ -1,27 +1,31 @@
 #!/usr/bin/env bash
 # The language-model tables of RESULTS.md: methods in the demo's world, seed after seed.
 #
-#   bash bench/demo.sh central 1 2 3    two rounds: DPO on seed, on all gold labels, SPA, worst case
-#   bash bench/demo.sh flipped 1 2 3    two rounds from a seed with 25 % of its labels wrong
-#   bash bench/demo.sh causes 1 2 3     one round from shared labels: anchor, radius, random pairs;
-#                                       clean and 40 % flipped
-#   bash bench/demo.sh papers 1 2 3     the papers' other rows, one round
-#   python bench/demo_measures.py runs/table    held-out worst case, worst prompts, right labels
-#   python bench/demo_table.py runs/table       mean over seeds, paired differences
-#   python bench/demo_plots.py runs/table       gold score by stage; both defences on one axis
+#   bash bench/demo.sh spa 1 2 3        SPA, which the other arms share π_0 and data with
+#   bash bench/demo.sh rays 1 2 3       π_init + c (π_0 − π_init), without any round; one of them at
+#                                       the KL of SPA's last round
+#   … worst                             the worst case, ε = 0.01
+#   … replay, repeat                    gold pairs in every round; as many of its own pairs twice
+#   … judge                             the rounds' labels by the gold judge
+#   … every, every_rays                 DPO on the gold labels of all 232 prompts, and its rays
+#   … epochs6, epochs12                 the seed stage alone, for longer
+#   … fast, fast_worst                  rounds at twice the learning rate
+#   … random                            ε = 0.05, the moved fractions on random pairs
+#   … flip_ARM                          any of them from a seed with 25 % of its labels wrong
+#   python bench/demo_measures.py runs/table/*/*    KL to π_init, and fluency
+#   python bench/demo_table.py runs/table           mean over seeds, paired differences
+#   python bench/demo_plots.py runs/table           score against √KL; score by stage
 #
-# On two quiet cores an arm of one round takes about two minutes, a whole two-round run seven.
-# Resumable: what is complete is skipped. Arms share what they have in common (gold pairs, π_0,
-# candidates, labels) by hard links (GNU cp).
+# On two quiet cores an arm takes five to seven minutes, one without rounds one. Resumable: what is
+# complete is skipped. Arms share what they have in common by hard links (GNU cp).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-table=${1:?central, flipped, causes or papers}
-shift
+python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo "${PYTHON:-python3}")
+init=models/smollm2
 
 share() {  # FROM TO PATHS…: a run that starts with finished pieces of another
   local from=$1 to=$2 piece path
-  shift 2
-  for piece in "$@"; do
+  for piece in "${@:3}"; do
     for path in "$from/$piece" "$from/$piece.stats.json"; do
       [[ -e $path && ! -e $to/${path#"$from/"} ]] || continue
       mkdir -p "$(dirname "$to/${path#"$from/"}")"
@@ -29,72 +33,111 @@ share() {  # FROM TO PATHS…: a run that starts with finished pieces of another
     done
   done
 }
-gold=(gold/responses.jsonl gold/pairs.jsonl)
-seed=("${gold[@]}" gold/seed seed)
-eval=(data eval/init.jsonl eval/seed.jsonl)
+gold=(gold/responses.jsonl gold/pairs.jsonl eval/init.jsonl)
+seed=("${gold[@]}" gold/seed seed data eval/seed.jsonl)
 labels=(round1/responses.jsonl round1/labelled.jsonl)
 
-for SEED in "$@"; do
-  export SEED
-  base=runs/table/$SEED
-  case $table in
-    central)
-      RUN=$base/worst bash run.sh
-      share "$base/worst" "$base/spa" "${seed[@]}" "${eval[@]}" "${labels[@]}"
-      METHOD=spa RUN=$base/spa bash run.sh
-      share "$base/worst" "$base/gold" eval/init.jsonl
-      ROUNDS=none SEED_SIZE=232 RUN=$base/gold bash run.sh
-      ;;
-    flipped)
-      share "$base/worst" "$base/flip_worst" "${gold[@]}" eval/init.jsonl
-      FLIP=0.25 RUN=$base/flip_worst bash run.sh
-      share "$base/flip_worst" "$base/flip_spa" "${seed[@]}" "${eval[@]}" "${labels[@]}"
-      FLIP=0.25 METHOD=spa RUN=$base/flip_spa bash run.sh
-      ;;
-    causes)
-      export ROUNDS=96 EVAL_SIZE=128
-      for FLIP in 0 0.4; do
-        export FLIP
-        first=$base/one_spa_$FLIP
-        share "$base/worst" "$first" "${gold[@]}"
-        METHOD=spa RUN=$first bash run.sh
-        for EPSILON in 0 0.01 0.05; do
-          arm=$base/one_init_${EPSILON}_$FLIP
-          share "$first" "$arm" "${seed[@]}" "${eval[@]}" "${labels[@]}"
-          EPSILON=$EPSILON RUN=$arm bash run.sh
-        done
-        # the same moved fractions on random pairs: the follower's file alone is exchanged
-        random=$base/one_random_0.05_$FLIP
-        share "$arm" "$random" "${seed[@]}" "${eval[@]}" "${labels[@]}" round1/worst.jsonl
-        python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo "${PYTHON:-python3}")
-        "$python" bench/random_pairs.py --seed "$SEED" \
-          --pairs "$arm/round1/worst.jsonl" --out "$random/round1/worst.jsonl"
-        EPSILON=0.05 RUN=$random bash run.sh
-      done
-      ;;
-    papers)
-      export ROUNDS=96 EVAL_SIZE=128 METHOD=spa
-      first=$base/one_spa_0
-      share "$base/worst" "$first" "${gold[@]}"
-      RUN=$first bash run.sh
-      for arm in iterdpo no_dnd two none vader llm; do
-        share "$first" "$base/one_$arm" "${seed[@]}" "${eval[@]}" round1/responses.jsonl
-      done
-      for arm in iterdpo no_dnd; do
-        share "$first" "$base/one_$arm" round1/labelled.jsonl
-      done
-      ALPHA=0 RUN=$base/one_iterdpo bash run.sh
-      LAMS=0 RUN=$base/one_no_dnd bash run.sh
-      N=2 GOLD_N=4 REDO=yes RUN=$base/one_two bash run.sh
-      REFERENCE=none RUN=$base/one_none bash run.sh
-      ALPHA=0 JUDGE=vader RUN=$base/one_vader bash run.sh
-      ALPHA=0 JUDGE=llm RUN=$base/one_llm bash run.sh
-      SEED_SIZE=10 RUN=$base/one_seed10 bash run.sh
-      SEED_SIZE=20 RUN=$base/one_seed20 bash run.sh
-      ;;
+demo() {  # SETTINGS…: a run of run.sh
+  bash run.sh configs/demo.env SEED="$number" RUN="$run" "${flip[@]}" "$@"
+}
+sample() {  # MODEL PROMPTS OUT FLAGS…
+  "$python" generate.py --model "$1" --prompts "$2" --out "$3" --max-new-tokens 48 \
+    --seed "$number" "${@:4}"
+}
+evaluate() {  # NAME=MODEL…: as run.sh does
+  local one answers=()
+  for one in "$@"; do
+    sample "${one#*=}" "$spa/data/eval.jsonl" "$run/eval/${one%%=*}.jsonl" -n 2
+    answers+=("${one%%=*}=$run/eval/${one%%=*}.jsonl")
+  done
+  "$python" evaluate.py --answers "${answers[@]}" --judge vader --out "$run"
+}
+rounds() {  # what run.sh has no setting for: other pairs, or a rate that is not the seed's
+  local policy=$spa/seed t round pairs train
+  share "$spa" "$run" eval/init.jsonl eval/seed.jsonl "${labels[@]}"
+  for t in 1 2; do
+    round=$run/round$t
+    train=(--lam "$(( t == 1 ? 50 : 25 ))e-2" --lr 3e-5)
+    sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n 4 --temperature 0.9
+    "$python" label.py --model "$policy" --reference-model $init --out "$round/labelled.jsonl" \
+      --responses "$round/responses.jsonl"
+    pairs=$round/labelled.jsonl
+    case $arm in
+      replay)
+        "$python" label.py --model "$policy" --reference-model $init --out "$round/gold.jsonl" \
+          --pairs "$spa/gold/seed/seed.jsonl"
+        "$python" bench/replay.py --pairs "$pairs" --gold "$spa/gold/seed/seed.jsonl" \
+          --scored "$round/gold.jsonl" --out "$round/joined.jsonl"
+        pairs=$round/joined.jsonl ;;
+      repeat)
+        "$python" bench/replay.py --pairs "$pairs" --repeat 40 --out "$round/joined.jsonl"
+        pairs=$round/joined.jsonl ;;
+      fast | fast_worst) train+=(--lr 6e-5) ;;
+    esac
+    local epsilon=0
+    [[ $arm != fast_worst ]] || epsilon=0.01
+    [[ $arm != random ]] || epsilon=0.05
+    [[ $epsilon == 0 ]] || train+=(--anchor init)
+    "$python" dro.py --pairs "$pairs" --out "$round/worst.jsonl" --epsilon $epsilon
+    pairs=$round/worst.jsonl
+    if [[ $arm == random ]]; then
+      "$python" bench/random_pairs.py --seed "$number" --pairs "$pairs" --out "$round/random.jsonl"
+      pairs=$round/random.jsonl
+    fi
+    "$python" train.py --model "$policy" --pairs "$pairs" --out "$round/policy" "${train[@]}" \
+      --batch-size 16 --micro-tokens 1024 --seed "$number"
+    policy=$round/policy
+  done
+  evaluate init=$init seed="$spa/seed" round1="$run/round1/policy" round2="$run/round2/policy"
+}
+rays() {  # OF SCALES…: the policy of run OF's seed stage, scaled
+  local of=$1 c policies=(init=$init seed="$1/seed")
+  share "$of" "$run" eval/init.jsonl eval/seed.jsonl
+  for c in "${@:2}"; do
+    ray "$of" "$c" "ray$c"
+    sample "$run/ray$c" "$spa/data/eval.jsonl" "$run/eval/ray$c.jsonl" -n 2
+    policies+=("ray$c=$run/ray$c")
+  done
+  if [[ $of == "$spa" ]]; then
+    "$python" bench/demo_measures.py "$spa" "$run"
+    c=$("$python" bench/demo_measures.py "$run" --match "$spa")
+    ray "$of" "$c" match
+    policies+=(match="$run/match")
+  fi
+  evaluate "${policies[@]}"
+}
+ray() {  # OF SCALE NAME
+  "$python" bench/extrapolate.py --init $init --policy "$1/seed" --scale "$2" --out "$run/$3"
+}
+
+for number in "${@:2}"; do
+  base=runs/table/$number
+  run=$base/$1
+  arm=${1#flip_}
+  spa=$base/${1%"$arm"}spa
+  flip=()
+  [[ $arm == "$1" ]] || flip=(FLIP=0.25)
+  case $arm in
+    spa)
+      [[ $run == "$base/spa" ]] || share "$base/spa" "$run" "${gold[@]}"
+      demo METHOD=spa ;;
+    worst)
+      share "$spa" "$run" "${seed[@]}" "${labels[@]}"
+      demo ;;
+    judge)
+      share "$spa" "$run" "${seed[@]}" round1/responses.jsonl
+      demo METHOD=spa JUDGE=vader ;;
+    every)
+      share "$spa" "$run" eval/init.jsonl
+      demo METHOD=spa SEED_SIZE=232 ROUNDS= ;;
+    epochs*)
+      share "$spa" "$run" "${gold[@]}"
+      demo METHOD=spa ROUNDS= SEED_EPOCHS="${arm#epochs}" ;;
+    rays) rays "$spa" 1.5 2 3 4 6 ;;
+    every_rays) rays "$base/${1%"$arm"}every" 1.5 2 3 ;;
+    replay | repeat | random | fast | fast_worst) rounds ;;
     *)
-      echo "error: $table: central, flipped, causes or papers" >&2
-      exit 2
-      ;;
+      echo "error: $arm: no arm; sed -n '4,19p' bench/demo.sh lists them" >&2
+      exit 2 ;;
   esac
 done

@@ -1,198 +1,113 @@
-"""What the method promises, measured on the finished runs of bench/demo.sh.
+"""How far the policies of bench/demo.sh have gone, and how well they still write.
 
-    worst tenth    mean gold score of the tenth of the evaluation prompts that does worst
-    labels         of each round: pairs, and those whose label the gold judge agrees with (a tie ½),
-                   among all, flagged by SPA, moved by the run's adversary, that an adversary of
-                   radius 0.01 or 0.05 would move, and neither flagged nor moved
-    held out       worst-case loss by radius (T2-3), and the share with ξ > ½, on gold pairs of the
-                   evaluation prompts: π_init's answers to each, best against worst by the gold
-                   judge, and the confidences ξ = σ(β[(log π − log π_init)(y_w) − (…)(y_l)]) of π_0
-                   and of the run's last policy
+    KL         nats an answer: mean of log π(y|x) − log π_init(y|x) over answers y ~ π(·|x) that are
+               sampled at T = 1 (to the same length limit) to the prompts of the evaluation
+    fluency    nats a token: log π_init(y|x) of these answers, by their tokens
 
-The gold judge is the demo's, VADER. A pair that is moved in part counts in part. Log-probs need one
-pass of each policy over π_init's answers; they are kept in ROOT/SEED/logps under the policy's
-digest, so that π_init and π_0 are scored once a seed. The rest is read from files and written to
-ROOT/SEED/ARM/measures.json, for bench/demo_table.py. What is there is not done again, and the
-weights of a policy that was scored are not needed any more.
+± one standard error over prompts. Policies are those that have answers in RUN/eval; what is known
+of one is kept under its digest beside the runs, so that π_init and π_0 are measured once a seed.
+Writes RUN/measures.json for bench/demo_table.py and bench/demo_plots.py. With --match it prints
+only the c at which the rays of the run, named rayC, have the KL of another run's last round.
 
-    python bench/demo_measures.py runs/table
+    python bench/demo_measures.py runs/table/*/*
+    python bench/demo_measures.py runs/table/1/rays --match runs/table/1/spa
 """
-import argparse
 import json
-import os
+import math
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.special import expit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.lab import RADII, follower  # noqa: E402
 from core.chat import encode_rows  # noqa: E402
-from core.folder import fingerprint  # noqa: E402
 from core.models import load_config, load_tokenizer  # noqa: E402
 from core.parallel import start_processes  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.probe import load_scorer  # noqa: E402
-from core.rows import atomic_path, fail, margin_problem, read_rows  # noqa: E402
+from core.rows import atomic_path, fail, read_rows  # noqa: E402
 from core.stage import parser, run_stage  # noqa: E402
-from evaluate import trained  # noqa: E402
-from judges.judge import SCORERS, compare  # noqa: E402
-from label import best_and_worst, implicit_reward  # noqa: E402
+from judges.history import inputs_of, record_of  # noqa: E402
+from judges.measures import mean_and_error  # noqa: E402
 
-GOLD = argparse.Namespace(judge="vader")
-PIECES = 6            # K of the held-out worst case and of the adversary that is imagined
-WOULD = (0.01, 0.05)  # its radii
-CPU = torch.device("cpu")
-
-
-# ---------------------------------------------------------------------------------- pure functions
-
-
-def worst_tenth(scores: np.ndarray) -> float:
-    """Mean of the lowest tenth of the prompts' scores, from scores [prompts, samples]."""
-    per_prompt = np.sort(scores.mean(1))
-    return float(per_prompt[:max(1, len(per_prompt) // 10)].mean())
-
-
-def would_move(xi: np.ndarray, epsilon: float) -> np.ndarray:
-    """Fractions [N] of the pairs that the worst case within ε moves (T2-5)."""
-    solution = follower(xi, PIECES, epsilon)
-    return np.bincount(solution.owner, solution.weight * (solution.shift != 0), len(xi))
-
-
-def label_counts(right: np.ndarray, flagged: np.ndarray, moved: np.ndarray,
-                 would: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Group → [pairs, pairs whose label is right], from right in {0, ½, 1} [N], flagged bool [N]
-    and the fractions [N] that are moved and would be moved."""
-    shares = {"all": np.ones(len(right)), "flagged": flagged * 1.0, "moved": moved, **would,
-              "others": (1 - moved) * ~flagged}
-    return {name: [float(own.sum()), float((own * right).sum())] for name, own in shares.items()}
-
-
-def heldout_margins(policy: list[list[float]], reference: list[list[float]],
-                    sides: list[tuple[int, int] | None], beta: float) -> np.ndarray:
-    """M of each gold pair, from both models' log-probs of every answer to every prompt and the
-    positions of best and worst; prompts without a preference have none."""
-    margins = []
-    for own, other, pair in zip(policy, reference, sides):
-        if pair is not None:
-            reward = implicit_reward(own, other, beta, [0] * len(own), 0.0)
-            margins.append(reward[pair[0]] - reward[pair[1]])
-    return np.array(margins)
-
-
-def heldout_losses(margins: np.ndarray) -> list[float]:
-    """The worst-case loss at each of RADII, as bench/lab.py has it."""
-    xi = expit(margins)
-    return [follower(xi, PIECES, r).value for r in RADII]
-
-
-# ------------------------------------------------------------------------------------------ a run
-
-
-def folder_of(run: Path, name: str) -> str:
-    """Where run.sh keeps a policy of the report."""
-    return str(run / "seed" if name == "seed" else run / name / "policy")
-
-
-def gold_scores(rows: list[dict]) -> np.ndarray:
-    """The gold judge's scores [prompts, samples]."""
-    return np.array(SCORERS[GOLD.judge](GOLD, rows, 0, 1, CPU))
-
-
-def labels_of(run: Path, name: str) -> dict[str, list[float]]:
-    """`label_counts` of a round."""
-    rows = read_rows(str(run / name / "worst.jsonl"), "labelled")
-    pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-    right, _ = compare(GOLD, pairs, 0, 1, CPU)
-    log, _ = trained(folder_of(run, name))
-    flags = {i for step in log for i in step.get("flagged", [])}
-    flagged = np.array([row["id"] in flags for row in rows])
-    moved = np.array([sum(weight for weight, shift in row["atoms"] if shift) for row in rows])
-    would = {}
-    # another judge's margins are no confidences against π_init
-    if not any(margin_problem(row, row.get("margin_of", {}).get("beta", 0)) for row in rows):
-        xi = expit(np.array([row["margin"] for row in rows]))
-        would = {f"would {epsilon}": would_move(xi, epsilon) for epsilon in WOULD}
-    return label_counts(right, flagged, moved, would)
-
-
-def logps_of(path: str, digest: str, answers: Path, cache: Path,
-             precision: str, device: torch.device) -> list[list[float]]:
-    """log π of every answer in a file of responses, kept under the policy's digest."""
-    kept = cache / f"{digest}-{fingerprint(str(answers))}-{precision}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    if not os.path.isdir(path):
-        fail(f"{path}: no such model folder, and its log-probs are not in {cache}")
-    if fingerprint(path) != digest:
-        fail(f"{path}: without its weights, or not the policy of the run's report")
-    rows = read_rows(str(answers), "responses")
-    tokenizer = load_tokenizer(path)
-    sampled = [list(zip(row["responses"], row["ended"], row["response_ids"])) for row in rows]
-    encoded = encode_rows(load_config(path), tokenizer, rows, sampled, str(answers))
-    model = load_scorer(path, device, encoded, precision, tokenizer)
-    logps = score(ResponseLogps(model), encoded, precision, device, title=f"score {path}")
-    write_json(kept, logps)
-    return logps
-
-
-def heldout_of(run: Path, report: dict, init: str, precision: str,
-               device: torch.device) -> dict:
-    """How many gold pairs; worst-case losses and right pairs of π_0 and of the last policy."""
-    digests, answers = report["settings"], run / "eval/init.jsonl"
-    cache = run.parent / "logps"
-    rows = read_rows(str(answers), "responses")
-    sides = [best_and_worst(row["responses"], own)
-             for row, own in zip(rows, gold_scores(rows).tolist())]
-    reference = logps_of(init, digests["init"], answers, cache, precision, device)
-    found = {"pairs": sum(pair is not None for pair in sides)}
-    for name in dict.fromkeys(["seed", list(report["policies"])[-1]]):
-        path = folder_of(run, name)
-        beta = trained(path)[1]["beta"]
-        policy = logps_of(path, digests[name], answers, cache, precision, device)
-        margins = heldout_margins(policy, reference, sides, beta)
-        found[name] = {"loss": heldout_losses(margins), "right": float((margins > 0).mean())}
-    return found
+SAMPLED = ("n", "max_new_tokens", "seed", "precision")  # settings of the evaluation that stay
 
 
 def write_json(path: Path, value: object) -> None:
-    """Beside its place, then renamed: a file that exists is whole."""
     with atomic_path(str(path)) as tmp:
         Path(tmp).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def logps_of(path: str, rows: list[dict], device: torch.device) -> np.ndarray:
+    """log π(y|x) [prompts, samples] of the answers in rows of generate.py, in fp32."""
+    tokenizer = load_tokenizer(path)
+    answers = [list(zip(row["responses"], row["ended"], row["response_ids"])) for row in rows]
+    encoded = encode_rows(load_config(path), tokenizer, rows, answers, path)
+    model = load_scorer(path, device, encoded, "fp32", tokenizer)
+    return np.array(score(ResponseLogps(model), encoded, "fp32", device, title=f"score {path}"))
+
+
+def far_and_fluent(policy: np.ndarray, init: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """KL and fluency from log π and log π_init [prompts, samples] of π's answers, which have so
+    many tokens."""
+    kl, kl_error = mean_and_error(policy - init)
+    fluency = float(init.sum() / tokens.sum())
+    _, error = mean_and_error((init - fluency * tokens) / tokens.mean())
+    return {"kl": kl, "kl_error": kl_error, "fluency": fluency, "fluency_error": error}
+
+
+def measure(answers: Path, init: str, cache: Path, device: torch.device) -> dict[str, float]:
+    """The measures of the policy that gave the `answers` of an evaluation."""
+    record = record_of(str(answers))
+    settings, inputs = record["settings"], inputs_of(record)
+    known = cache / f"{settings['model']}.json"
+    if not known.exists():
+        samples = known.with_suffix(".jsonl")
+        flags = ["--temperature", "1", "--model", inputs["model"], "--prompts", inputs["prompts"]]
+        for key in SAMPLED:
+            flags += ["-n" if key == "n" else f"--{key.replace('_', '-')}", str(settings[key])]
+        subprocess.run([sys.executable, ROOT / "generate.py", *flags, "--out", samples], check=True)
+        rows = read_rows(str(samples), "responses")
+        tokens = np.array([[len(ids) for ids in row["response_ids"]] for row in rows])
+        policy, start = (logps_of(path, rows, device) for path in (inputs["model"], init))
+        write_json(known, far_and_fluent(policy, start, tokens))
+    return json.loads(known.read_text())
+
+
+def scale_at(kl: float, rays: dict[float, float]) -> float:
+    """c at which a ray has this KL: √KL is nearly straight in c; rays: c → KL."""
+    scales = sorted(rays)
+    roots = [math.sqrt(max(rays[c], 0.0)) for c in scales]
+    if not roots[0] <= math.sqrt(kl) <= roots[-1]:
+        fail(f"no ray between c = {scales[0]} and {scales[-1]} has KL {kl:.1f}")
+    return round(float(np.interp(math.sqrt(kl), roots, scales)), 2)
+
+
 def main() -> None:
     cli = parser(__doc__)
-    cli.add_argument("root", type=Path, help="the runs of bench/demo.sh: ROOT/SEED/ARM")
-    cli.add_argument("--model", default="models/smollm2", help="π_init of these runs")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="fp32",
-                     help="of matrix products; bf16 moved a policy's held-out loss by 0.013, "
-                          "which is as much as methods differ by")
+    cli.add_argument("runs", type=Path, nargs="+", help="runs of bench/demo.sh: ROOT/SEED/ARM")
+    cli.add_argument("--match", type=Path, help="run whose last round's KL the ray is to have")
     args = cli.parse_args()
+    if args.match:
+        rays, other = (json.loads((run / "measures.json").read_text())
+                       for run in (args.runs[0], args.match))
+        scales = {float(name.removeprefix("ray")): m["kl"] for name, m in rays.items()
+                  if name.startswith("ray")}
+        last = max(name for name in other if name.startswith("round"))
+        print(scale_at(other[last]["kl"], scales | {1.0: rays["seed"]["kl"]}))
+        return
     _, _, device = start_processes()
-    reports = sorted(args.root.glob("*/*/report.md.stats.json"))
-    if not reports:
-        fail(f"{args.root}: no finished runs of bench/demo.sh")
-    for number, path in enumerate(reports, 1):
-        run, report = path.parent, json.loads(path.read_text(encoding="utf-8"))
-        out = run / "measures.json"
-        of = report["settings"] | {"heldout_precision": args.precision}
-        if out.exists() and json.loads(out.read_text())["of"] == of:
+    for run in args.runs:
+        if not (run / "eval/init.jsonl").exists():
             continue
-        tenth = {}
-        for name in report["policies"]:
-            rows = read_rows(str(run / f"eval/{name}.jsonl"), "responses")
-            tenth[name] = worst_tenth(gold_scores(rows))
-        rounds = [name for name in report["policies"] if name.startswith("round")]
-        labels = {name: labels_of(run, name) for name in rounds}
-        heldout = heldout_of(run, report, args.model, args.precision, device)
-        write_json(out, {"of": of, "tenth": tenth, "labels": labels, "radii": RADII,
-                         "heldout": heldout})
-        print(f"{number}/{len(reports)} {out}: {heldout['pairs']} gold pairs held out", flush=True)
+        init = inputs_of(record_of(str(run / "eval/init.jsonl")))["model"]
+        measures = {answers.stem: measure(answers, init, run.parent / "measured", device)
+                    for answers in sorted((run / "eval").glob("*.jsonl"))}
+        write_json(run / "measures.json", measures)
+        print(f"{run}: " + ", ".join(f"{name} KL {m['kl']:.1f}" for name, m in measures.items()))
 
 
 if __name__ == "__main__":

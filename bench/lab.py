@@ -1,23 +1,23 @@
-"""What the adversary does, in a world small enough to be exact.
+"""What the rounds and the adversary do, in a world small enough to be exact.
 
     π_θ(y|x) ∝ π_init(y|x) exp(θ·φ(x, y))           64 responses a prompt, Gaussian features φ
 
-so that log-probs, expectations and the worth of a policy are sums, not estimates. All else is the
-project's own: labels from label.py (S7, S8), worst cases from dro.py (T2-3, T2-5), losses, noise
-flags and schedule from seed_dpo.py, core/policy.py and train.py (S6, S9 … S12, L_i). A run takes
-milliseconds, so that 200 seeds decide a hundredth; every arm of one seed sees the same prompts,
+so that log-probs, expectations, the worth of a policy and its KL to π_init are sums, not estimates.
+All else is the project's own: labels from label.py (S7, S8), worst cases from dro.py (T2-3, T2-5),
+losses, noise flags and schedule from seed_dpo.py and train.py (S6, S9 … S11, L_i). A run takes
+milliseconds, so that 200 seeds decide a hundredth; every row of one seed sees the same prompts,
 features, seed labels and random numbers, and differences are paired.
 
-What has no meaning here: a length penalty (S13), since there are no texts, and extrapolation
-(S12), since in a log-linear policy it scales every margin by 1 + λ, ahead of a percentile: the
-same pairs are flagged but for rare ties. The candidates of a prompt are distinct, so that no pair
-is dropped. Labels by another judge carry no implicit margin: they are for anchor previous alone
-(D10).
+    value      gold reward in standard deviations, π_init at 0
+    at KL 1.5  value of c·θ, c > 0 chosen for each seed so that its KL to π_init is 1.5
+    the ray    value of c·θ_0 at the row's own KL: the seed policy extrapolated, without any round
 
-    python bench/lab.py --out runs/lab --plot bench/lab.png   200 seeds; goes on where it stopped
+Extrapolation (S12) is left out: in a log-linear policy it scales all margins of a round by 1 + λ,
+ahead of a percentile, and flags the same pairs. So is a length penalty (S13): there are no texts.
+
+    python bench/lab.py --out runs/lab --plot bench/lab.png   200 seeds; goes on at the next block
     python bench/lab.py --out runs/quick --quick              8 seeds of fewer rows: does it run?
 """
-import argparse
 import itertools
 import json
 import math
@@ -30,64 +30,58 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.special import expit
-from scipy.stats import t as student
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dro  # noqa: E402
-from core.policy import token_logps  # noqa: E402
+from bench.stats import by_chance, draw_curve, interval, is_ahead, is_behind  # noqa: E402
+from core.rows import atomic_path  # noqa: E402
+from core.stage import natural, parser  # noqa: E402
+from judges.report import markdown  # noqa: E402
 from label import best_and_worst, implicit_reward  # noqa: E402
-from seed_dpo import dpo_loss, dpo_margin, lr_at  # noqa: E402
-from train import QUIET, leader_loss, loss_star, threshold  # noqa: E402
+from seed_dpo import dpo_margin, lr_at  # noqa: E402
+from train import QUIET, leader_loss, threshold  # noqa: E402
 
-RESPONSES, PROMPTS = 64, 96  # a prompt's responses; prompts of a round, and of each evaluation
-GOLD, MOST_ROUNDS = 120, 5   # prompts of the seed stage alone; rounds there are prompts for
-BATCH, CLIP, PERCENTILE = 16, 1.0, 10
-SEED_LR, SEED_EPOCHS, GOLD_CANDIDATES = 0.03, 3, 4
-RADII = (0.0, 0.01, 0.05, 0.1, 0.2)  # of the held-out worst case
-BLOCK = 25                   # seeds in one batch: 700 MB
+RESPONSES, PROMPTS = 64, 96  # a prompt's responses; prompts of a round, and of the evaluation
+GOLD, MOST_ROUNDS = 60, 2    # prompts of the seed stage alone; rounds there are prompts for
+BATCH, CLIP, PERCENTILE, PIECES = 16, 1.0, 10, 6
+SEED_LR, GOLD_CANDIDATES = 0.03, 4
+QUESTIONS = 10               # pairs of a round whose label may be asked for
+COMMON_KL = 1.5              # nats an answer, at which rows are compared
+BLOCK = 25                   # seeds in one batch: 400 MB
 
-START = GOLD
-EVALUATION = slice(START + PROMPTS * MOST_ROUNDS, START + PROMPTS * (MOST_ROUNDS + 1))
-SHIFTED = slice(EVALUATION.stop, EVALUATION.stop + PROMPTS)
+EVALUATION = slice(GOLD + PROMPTS * MOST_ROUNDS, GOLD + PROMPTS * (MOST_ROUNDS + 1))
 
 
 class Setting(NamedTuple):
-    """One row of the experiment. The defaults are the thesis's anchor without its adversary."""
+    """One row of the experiment; the defaults are SPA's."""
     features: int = 64
     gold: str = "bent"        # or linear: the gold reward
     pairs: int = 40           # gold pairs of the seed stage
-    draw: int = 0             # which of three disjoint seed sets
     flips: float = 0.0        # share of gold labels turned around
     beta: float = 0.1         # weight of the KL term: how far ξ lies from ½
+    epochs: int = 3           # of the seed stage
     rounds: int = 2
     lr: float = 0.03          # peak, of the rounds
     candidates: int = 4
-    labels: str = "implicit"  # or gold, noisy: who judges the candidates
-    reference: str = "init"   # or previous, none: of the implicit judgement
+    judge: str = "policy"     # or seed (π_0 in every round), gold: who labels the candidates
     alpha: float = 0.1        # label smoothing of flagged pairs
-    lam: float = 0.5          # extrapolation in round 1, halved in every later round; 0: S9
-    # or previous; permuted: each pair has another's margin; weights: previous, times 2(1 − ξ)
-    anchor: str = "init"
+    anchor: str = "previous"  # or init
     epsilon: float = 0.0
-    pieces: int = 6
-    group: int | None = None  # pairs a ball
-    # the least certain move, as dro.py has it; random, most: the same fractions of random pairs, of
-    # the most certain; dual: each pair where it hurts most at θ, max(ℓ*(ξ_θ), ℓ*(0) − λ* ξ_θ)
-    atoms: str = "least"
-
-
-SPA = Setting(anchor="previous")
+    atoms: str = "least"      # certain pairs move, as dro.py has it; random, most: as many others
+    weights: str = "one"      # or margin: pairs weigh in proportion to it
+    questions: str = "none"   # or least, random, most certain: ten pairs a round get a gold label
+    replay: str = "none"      # or gold, self: as many pairs as the seed has join every round
+    scale: float = 1.0        # c of the last policy's c·θ
 
 
 class World(NamedTuple):
-    """S seeds; P prompts: of the seed stage, the rounds, EVALUATION, SHIFTED; Y responses."""
+    """S seeds; P prompts, of the seed stage, the rounds and EVALUATION; Y responses."""
     phi: torch.Tensor      # [S, P, Y, d]
     prior: torch.Tensor    # [S, P, Y]  log π_init
     gold: dict             # kind → [S, P, Y]: mean 0, variance 1 under π_init
     gumbel: torch.Tensor   # [S, P, Y]  decides which candidates a policy draws
-    noise: torch.Tensor    # [S, P, Y]  of the noisy judge, one standard deviation of gold
     uniform: torch.Tensor  # [S, P]     gold labels with less than `flips` are turned around
     order: torch.Tensor    # [S, rounds, PROMPTS]  permutations
 
@@ -96,729 +90,502 @@ class Pairs(NamedTuple):
     """N pairs (chosen, rejected) of every seed."""
     phi: torch.Tensor     # [S, N, 2, d]
     prior: torch.Tensor   # [S, N, 2]
-    margin: torch.Tensor  # [S, N]  the judge's reward of chosen minus rejected, ≥ 0
+    margin: torch.Tensor  # [S, N]  implicit reward of chosen minus rejected, ≥ 0; of gold labels 0
     right: torch.Tensor   # [S, N]  does gold agree?
-
-
-class Atoms(NamedTuple):
-    """What dro.py found: each pair's two atoms, left in place and moved; λ* of every seed."""
-    weight: torch.Tensor  # [S, N, 2]
-    shift: torch.Tensor   # [S, N, 2]
-    lam: torch.Tensor     # [S, N], one number a seed
 
 
 # ---------------------------------------------------------------------------------------- the world
 
 
-def logits(theta: torch.Tensor, phi: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """log π_θ [S, …] but for its normaliser, from theta [S, d], phi [S, …, d], prior [S, …]."""
-    flat = phi.flatten(1, -2) @ theta[:, :, None]
-    return prior + flat.view(prior.shape)
-
-
-def log_policy(theta: torch.Tensor, world: World, prompts: slice) -> torch.Tensor:
-    """log π_θ(y|x) [S, P, Y], exact."""
-    return logits(theta, world.phi[:, prompts], world.prior[:, prompts]).log_softmax(-1)
-
-
 def make_world(features: int, seeds: range) -> World:
-    """Each seed draws its own. Features fall in scale, and rise in SHIFTED: there counts what
-    training saw little of. Gold is standardised over EVALUATION, and over SHIFTED on its own."""
-    prompts = SHIFTED.stop
+    """Each seed draws its own. Gold is standardised over EVALUATION."""
+    shape = (EVALUATION.stop, RESPONSES)
     scale = np.linspace(1.5, 0.5, features)
     scale /= math.sqrt((scale ** 2).mean())
     parts = []
     for seed in seeds:
         rng = np.random.default_rng([seed, features])
-        phi = rng.standard_normal((prompts, RESPONSES, features))
-        phi[:SHIFTED.start] *= scale
-        phi[SHIFTED] *= scale[::-1]
+        phi = rng.standard_normal((*shape, features)) * scale
         taste = rng.standard_normal((features, 2))
         u, v = np.moveaxis(phi @ (taste / np.linalg.norm(taste, axis=0)), -1, 0)
         # linear, and bent: no θ orders responses like the second
         gold = np.stack([u, np.tanh(1.5 * u) + np.tanh(1.5 * v)])
-        shape = (prompts, RESPONSES)
         order = np.argsort(rng.random((MOST_ROUNDS, PROMPTS)))
         parts.append((phi, rng.standard_normal(shape), gold, rng.gumbel(size=shape),
-                      rng.standard_normal(shape), rng.random(prompts), order))
+                      rng.random(shape[0]), order))
     stacked = [torch.from_numpy(np.stack(part)) for part in zip(*parts)]
-    phi, prior, gold, gumbel, noise, uniform, order = stacked
+    phi, prior, gold, gumbel, uniform, order = stacked
     prior = prior.log_softmax(-1)
-    for part, measured in ((slice(0, SHIFTED.start), EVALUATION), (SHIFTED, SHIFTED)):
-        share = prior[:, None, measured].exp() / PROMPTS
-        mean = (share * gold[:, :, measured]).sum((-1, -2), keepdim=True)
-        variance = (share * (gold[:, :, measured] - mean) ** 2).sum((-1, -2), keepdim=True)
-        gold[:, :, part] = (gold[:, :, part] - mean) / variance.sqrt()
-    kinds = {"linear": gold[:, 0], "bent": gold[:, 1]}
-    return World(phi, prior, kinds, gumbel, noise, uniform, order)
+    share = prior[:, None, EVALUATION].exp() / PROMPTS
+    gold -= (share * gold[:, :, EVALUATION]).sum((-1, -2), keepdim=True)
+    gold /= (share * gold[:, :, EVALUATION] ** 2).sum((-1, -2), keepdim=True).sqrt()
+    return World(phi, prior, {"linear": gold[:, 0], "bent": gold[:, 1]}, gumbel, uniform, order)
 
 
-def candidates(logps: torch.Tensor, gumbel: torch.Tensor, n: int) -> torch.Tensor:
+def tilt(theta: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    """θ·φ [S, …] from theta [S, d] and phi [S, …, d]."""
+    return (phi.flatten(1, -2) @ theta[:, :, None]).view(phi.shape[:-1])
+
+
+def log_policy(theta: torch.Tensor, world: World, prompts: slice) -> torch.Tensor:
+    """log π_θ(y|x) [S, P, Y], exact."""
+    return (world.prior[:, prompts] + tilt(theta, world.phi[:, prompts])).log_softmax(-1)
+
+
+def draw(logps: torch.Tensor, gumbel: torch.Tensor, n: int) -> torch.Tensor:
     """Positions [S, N, n] of n distinct responses, drawn one after the other (Gumbel top-n)."""
     return (logps + gumbel).topk(n).indices
 
 
-def make_pairs(world: World, prompts: slice, drawn: torch.Tensor, reward: torch.Tensor,
-               gold: torch.Tensor) -> Pairs:
-    """S8: best against worst of the drawn responses by their rewards, both [S, N, n]; gold
-    [S, N, Y] knows whether that is right."""
-    each = zip(drawn.flatten(0, 1).tolist(), reward.flatten(0, 1).tolist())
-    side = torch.tensor([best_and_worst(ids, own) for ids, own in each]).view(*drawn.shape[:2], 2)
-    ids, reward = drawn.gather(-1, side), reward.gather(-1, side)
-    phi = world.phi[:, prompts]
-    phi = phi.gather(2, ids[..., None].expand(*ids.shape, phi.shape[-1]))
-    gold = gold.gather(-1, ids)
-    prior = world.prior[:, prompts].gather(-1, ids)
-    return Pairs(phi, prior, reward[..., 0] - reward[..., 1], gold[..., 0] > gold[..., 1])
+def make_pairs(world: World, setting: Setting, prompts: slice, policy: torch.Tensor,
+               judge: torch.Tensor | None, n: int) -> Pairs:
+    """S8: of n responses that `policy` draws, best against worst by the implicit reward of `judge`
+    (S7), both log-probs [S, N, Y]; without a judge by gold."""
+    drawn = draw(policy, world.gumbel[:, prompts], n)
+    gold, prior = world.gold[setting.gold][:, prompts], world.prior[:, prompts]
+    if judge is None:
+        reward = gold.gather(-1, drawn)
+    else:
+        flat = [logps.gather(-1, drawn).flatten().tolist() for logps in (judge, prior)]
+        reward = implicit_reward(*flat, setting.beta, [0] * drawn.numel(), 0.0)
+        reward = torch.tensor(reward, dtype=torch.float64).view(drawn.shape)
+    sides = map(best_and_worst, drawn.flatten(0, 1).tolist(), reward.flatten(0, 1).tolist())
+    side = torch.tensor(list(sides)).view(*drawn.shape[:2], 2)
+    ids = drawn.gather(-1, side)
+    phi = world.phi[:, prompts].take_along_dim(ids[..., None], 2)
+    margin = -reward.gather(-1, side).diff()[..., 0]
+    right = gold.gather(-1, ids).diff()[..., 0] < 0
+    return Pairs(phi, prior.gather(-1, ids), margin * (judge is not None), right)
 
 
-def gold_pairs(world: World, setting: Setting, prompts: slice, flips: float) -> Pairs:
-    """Best and worst of four responses of π_init by gold, some turned around."""
-    drawn = candidates(world.prior[:, prompts], world.gumbel[:, prompts], GOLD_CANDIDATES)
-    gold = world.gold[setting.gold][:, prompts]
-    pairs = make_pairs(world, prompts, drawn, gold.gather(-1, drawn), gold)
-    turned = world.uniform[:, prompts] < flips
-    phi = torch.where(turned[..., None, None], pairs.phi.flip(2), pairs.phi)
-    prior = torch.where(turned[..., None], pairs.prior.flip(2), pairs.prior)
-    return Pairs(phi, prior, pairs.margin, ~turned)
+def turn(pairs: Pairs, where: torch.Tensor) -> Pairs:
+    """The pairs with the labels turned around `where` [S, N] says so."""
+    phi = torch.where(where[..., None, None], pairs.phi.flip(2), pairs.phi)
+    prior = torch.where(where[..., None], pairs.prior.flip(2), pairs.prior)
+    return Pairs(phi, prior, pairs.margin, pairs.right ^ where)
+
+
+def gold_pairs(world: World, setting: Setting) -> Pairs:
+    """Of the seed stage: best and worst of four responses of π_init by gold, some turned around."""
+    prompts = slice(0, setting.pairs)
+    pairs = make_pairs(world, setting, prompts, world.prior[:, prompts], None, GOLD_CANDIDATES)
+    return turn(pairs, world.uniform[:, prompts] < setting.flips)
+
+
+def ranking(margin: torch.Tensor, which: str, order: torch.Tensor) -> torch.Tensor:
+    """Positions [S, N], the least certain pair first, or the most certain, or by a random order."""
+    if which == "random":
+        return order
+    return margin.argsort(1, descending=which == "most")
 
 
 # --------------------------------------------------------------------------------------- the stages
 
 
-def update(theta: torch.Tensor, optimizer: torch.optim.Optimizer, loss: torch.Tensor,
-           lr: float) -> None:
-    """One step of every seed on its own mean loss, from loss [S, m]. AdamW acts on each number
-    alone, the clip on each seed."""
-    optimizer.zero_grad()
-    loss.mean(1).sum().backward()
-    norm = theta.grad.norm(dim=1, keepdim=True)
-    theta.grad *= (CLIP / (norm + 1e-6)).clamp(max=1.0)
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
+def label(world: World, setting: Setting, t: int, theta: torch.Tensor,
+          start: torch.Tensor) -> Pairs:
+    """Candidates of π_{t−1} (theta) and their labels, in round t + 1; start: θ_0."""
+    prompts = slice(GOLD + t * PROMPTS, GOLD + (t + 1) * PROMPTS)
+    policy = judge = log_policy(theta, world, prompts)
+    if setting.judge == "seed":
+        judge = log_policy(start, world, prompts)
+    elif setting.judge == "gold":
+        judge = None
+    pairs = make_pairs(world, setting, prompts, policy, judge, setting.candidates)
+    if setting.questions != "none":
+        rank = ranking(pairs.margin, setting.questions, world.order[:, t])
+        asked = torch.zeros_like(pairs.right).scatter(1, rank[:, :QUESTIONS], True)
+        # the answers are as often wrong as the seed's labels
+        answer = world.uniform[:, prompts] >= setting.flips
+        pairs = turn(pairs, asked & (pairs.right != answer))
+    return pairs
 
 
-def margins(theta: torch.Tensor, phi: torch.Tensor, prior: torch.Tensor,
-            beta: float) -> torch.Tensor:
-    """M [S, m] of π_θ against π_init: normalisers cancel between two responses of one prompt."""
-    policy, reference = logits(theta, phi, prior).flatten(0, 1), prior.flatten(0, 1)
-    return dpo_margin(policy, reference, beta).view(prior.shape[:2])
+def worst_case(margin: torch.Tensor, setting: Setting,
+               order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and shifts [S, N, 2] of each pair's two atoms (T2-5), in place and moved to 0, from
+    margins [S, N]; order [S, N]: who moves where that is random."""
+    moved = torch.zeros_like(margin)
+    lines = dro.tangents(PIECES)
+    for fractions, xi in zip(moved, expit(margin.numpy())):
+        tilde = dro.maximum_of(*lines, xi)
+        solution = dro.solve_exact(xi, tilde, lines[1].max(), setting.epsilon)
+        shares = np.bincount(solution.owner, solution.weight * (solution.shift != 0))
+        fractions.copy_(torch.from_numpy(np.sort(shares)[::-1].copy()))
+    # the closed form moves the least certain pairs, the last of them in part
+    moved = torch.zeros_like(moved).scatter(1, ranking(margin, setting.atoms, order), moved)
+    shift = torch.sigmoid(margin) * (moved > 0)
+    return torch.stack([1 - moved, moved], -1), torch.stack([0 * shift, shift], -1)
+
+
+def losses(margin: torch.Tensor, flag: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor,
+           alpha: float) -> torch.Tensor:
+    """L_i [S, m] of margins and flags [S, m] under atoms [S, m, 2]."""
+    flat = [x.flatten(0, 1) for x in (margin, flag, weight, shift)]
+    return leader_loss(*flat, alpha, PIECES).view(margin.shape)
+
+
+def train(theta: torch.Tensor, pairs: Pairs, setting: Setting, lr: float, batches: list,
+          order: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """θ of π_t from θ of π_{t−1} [S, d], by batches of positions; and of its pairs, per seed: right
+    labels, and effective pairs N (Σ g m)² / (Σ g² Σ m²) of gradient weights g = |∂L_i/∂M_i| at the
+    start and margins m."""
+    m = pairs.margin
+    weight, shift = worst_case(m, setting, order)
+    pair_weight = m / m.mean(1, keepdim=True) if setting.weights == "margin" else torch.ones_like(m)
+    stored = m if setting.anchor == "init" else torch.zeros_like(m)
+    margin = stored.clone().requires_grad_()
+    (pair_weight * losses(margin, 0 * m, weight, shift, setting.alpha)).sum().backward()
+    g = margin.grad.abs()
+    signal = (g * m).sum(1) ** 2 / ((g ** 2).sum(1) * (m ** 2).sum(1) + 1e-12)
+
+    reference = pairs.prior + tilt(theta, pairs.phi)
+    theta = theta.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([theta], weight_decay=0.0)
+    logs = [[] for _ in m]
+    for step, batch in enumerate(batches):
+        now = pairs.prior[:, batch] + tilt(theta, pairs.phi[:, batch])
+        gained = dpo_margin(now.mT, reference[:, batch].mT, setting.beta)
+        # de-coupled noise detection                                                        S9, S11
+        p = torch.sigmoid(gained.detach())
+        flagging = step >= math.ceil(QUIET * len(batches))
+        tau = [threshold(log, PERCENTILE) if flagging else -math.inf for log in logs]
+        flag = (p < torch.tensor(tau)[:, None]).double()
+        for log, seen in zip(logs, p.tolist()):
+            log.append({"p_tilde": seen})
+        # refined labels under the worst case
+        loss = losses(stored[:, batch] + gained, flag, weight[:, batch], shift[:, batch],
+                      setting.alpha)
+        # every seed on its own mean: AdamW acts on each number alone, the clip on each seed
+        optimizer.zero_grad()
+        (pair_weight[:, batch] * loss).mean(1).sum().backward()
+        norm = theta.grad.norm(dim=1, keepdim=True)
+        theta.grad *= (CLIP / (norm + 1e-6)).clamp(max=1.0)
+        optimizer.param_groups[0]["lr"] = lr_at(step, len(batches), lr)
+        optimizer.step()
+    return theta.detach(), {"right": pairs.right.double().mean(1),
+                            "effective": m.shape[1] * signal}
 
 
 def seed_stage(world: World, setting: Setting) -> torch.Tensor:
-    """θ [S, d] of π_0: DPO on the gold pairs (S6)."""
-    first = setting.draw * setting.pairs
-    pairs = gold_pairs(world, setting, slice(first, first + setting.pairs), setting.flips)
-    theta = torch.zeros(len(world.phi), setting.features, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.AdamW([theta], weight_decay=0.0)
-    per_epoch = math.ceil(setting.pairs / BATCH)
-    for step in range(SEED_EPOCHS * per_epoch):
-        epoch, k = divmod(step, per_epoch)
+    """θ [S, d] of π_0: DPO (S6) on the gold pairs."""
+    batches = []
+    for epoch in range(setting.epochs):
         order = np.random.default_rng(epoch).permutation(setting.pairs)
-        batch = torch.from_numpy(order[k * BATCH:(k + 1) * BATCH])
-        phi, prior = pairs.phi[:, batch], pairs.prior[:, batch]
-        loss = dpo_loss(margins(theta, phi, prior, setting.beta))
-        update(theta, optimizer, loss, lr_at(step, SEED_EPOCHS * per_epoch, SEED_LR))
-    return theta.detach()
+        batches += torch.from_numpy(order).split(BATCH)
+    start = torch.zeros(len(world.phi), setting.features, dtype=torch.float64)
+    dpo = Setting(beta=setting.beta, alpha=0.0)
+    return train(start, gold_pairs(world, setting), dpo, SEED_LR, batches, world.order)[0]
 
 
-def label(world: World, setting: Setting, prompts: slice, policy: torch.Tensor,
-          before: torch.Tensor) -> Pairs:
-    """Candidates of π_{t−1} and their labels, from log-probs of π_{t−1} and π_{t−2}, [S, N, Y]."""
-    drawn = candidates(policy, world.gumbel[:, prompts], setting.candidates)
-    gold = world.gold[setting.gold][:, prompts]
-    if setting.labels == "implicit":
-        references = {"init": world.prior[:, prompts], "previous": before,
-                      "none": torch.zeros_like(policy)}
-        logps = (policy, references[setting.reference])
-        flat = [own.gather(-1, drawn).flatten().tolist() for own in logps]
-        reward = implicit_reward(*flat, setting.beta, [0] * drawn.numel(), 0.0)
-        reward = torch.tensor(reward, dtype=torch.float64).view(drawn.shape)
-    else:
-        judged = gold + world.noise[:, prompts] if setting.labels == "noisy" else gold
-        reward = judged.gather(-1, drawn)
-    return make_pairs(world, prompts, drawn, reward, gold)
-
-
-@torch.no_grad()
-def extrapolated(policy: torch.Tensor, reference: torch.Tensor, lam: float) -> torch.Tensor:
-    """log π̃ [m, 2] (S12) of pairs from logits [m, 2] of policy and reference. What it is
-    normalised over cancels in a margin, so the two responses will do for a vocabulary."""
-    head = torch.nn.Identity()
-    sides = [torch.full((len(policy),), side) for side in (0, 1)]
-    return torch.stack([token_logps(head, policy, side, (head, reference), lam)[1]
-                        for side in sides], 1)
-
-
-def follower(xi: np.ndarray, pieces: int, epsilon: float) -> dro.WorstCase:
-    """The worst case of confidences xi [N] within ε (T2-3)."""
-    lines = dro.tangents(pieces)
-    return dro.solve_exact(xi, dro.maximum_of(*lines, xi), lines[1].max(), epsilon)
-
-
-def worst_case(xi: np.ndarray, setting: Setting, order: torch.Tensor) -> Atoms:
-    """Atoms (T2-5) of each seed's confidences xi [S, N]; order [S, N]: whose fraction a pair gets
-    where they are random."""
-    moved = np.zeros_like(xi)
-    lam = np.zeros_like(xi)
-    size = setting.group or xi.shape[1]
-    starts = list(range(0, xi.shape[1], size))
-    for s, own in enumerate(xi):
-        solution = dro.average([follower(own[start:start + size], setting.pieces, setting.epsilon)
-                                for start in starts])
-        moved[s] = np.bincount(solution.owner, solution.weight * (solution.shift != 0), len(own))
-        lam[s] = solution.price
-    moved = torch.from_numpy(moved)
-    if setting.atoms == "random":
-        moved = moved.gather(1, order)
-    elif setting.atoms == "most":
-        rank = torch.from_numpy(xi).argsort(1)
-        moved = torch.zeros_like(moved).scatter(1, rank, moved.gather(1, rank.flip(1)))
-    shift = torch.from_numpy(xi) * (moved > 0)  # the closed form moves mass to 0
-    weight = torch.stack([1 - moved, moved], -1)
-    return Atoms(weight, torch.stack([0 * shift, shift], -1), torch.from_numpy(lam))
-
-
-def losses(margin: torch.Tensor, flag: torch.Tensor, atoms: Atoms,
-           setting: Setting) -> torch.Tensor:
-    """L_i [m] of margins [m] and flags [m] under atoms [m, 2]."""
-    alpha, pieces = setting.alpha, setting.pieces
-    if setting.atoms == "dual" and setting.epsilon > 0:
-        xi = torch.sigmoid(margin)
-        moved = loss_star(0 * xi, pieces) - atoms.lam * xi
-        hurts = torch.maximum(loss_star(xi, pieces), moved)
-        smoothing = leader_loss(margin, flag, 0 * atoms.weight, atoms.shift, alpha, pieces)
-        return (1 - alpha * flag) * hurts + smoothing
-    return leader_loss(margin, flag, atoms.weight, atoms.shift, alpha, pieces)
-
-
-def effective_pairs(margin: torch.Tensor, atoms: Atoms, setting: Setting) -> torch.Tensor:
-    """(Σ g)² / Σ g² [S] of gradient weights g = |∂L_i/∂M_i| at margins [S, N]; alike: N."""
-    margin = margin.detach().flatten().requires_grad_()
-    flat = Atoms(atoms.weight.flatten(0, 1), atoms.shift.flatten(0, 1), atoms.lam.flatten())
-    losses(margin, torch.zeros_like(margin), flat, setting).sum().backward()
-    g = margin.grad.abs().view(atoms.lam.shape)
-    return g.sum(1) ** 2 / (g ** 2).sum(1)
-
-
-def train_round(theta: torch.Tensor, pairs: Pairs, setting: Setting, t: int,
-                order: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """θ of π_t from θ of π_{t−1} [S, d], and what is seen on the way, per seed."""
-    seeds, n = pairs.margin.shape
-    xi = expit(pairs.margin.numpy())
-    atoms = worst_case(xi, setting, order)
-    stored = torch.zeros_like(pairs.margin)
-    if setting.anchor == "init":
-        stored = pairs.margin
-    elif setting.anchor == "permuted":
-        stored = pairs.margin.gather(1, order)
-    elif setting.anchor == "weights":
-        atoms = atoms._replace(weight=atoms.weight * 2 * (1 - torch.from_numpy(xi))[..., None])
-    effective = effective_pairs(stored, atoms, setting)
-
-    reference = logits(theta, pairs.phi, pairs.prior)
-    theta = theta.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([theta], weight_decay=0.0)
-    total = math.ceil(n / BATCH)
-    logs = [[] for _ in range(seeds)]
-    flags = []
-    for step in range(total):
-        batch = slice(step * BATCH, (step + 1) * BATCH)
-        ref, prior = reference[:, batch].flatten(0, 1), pairs.prior[:, batch]
-        now = logits(theta, pairs.phi[:, batch], prior).flatten(0, 1)
-        # de-coupled noise detection                                                   S11, S12
-        tilde = extrapolated(now, ref, setting.lam / 2 ** t)
-        p = torch.sigmoid(dpo_margin(tilde, ref, setting.beta)).view(seeds, -1)
-        tau = torch.full((seeds, 1), -math.inf, dtype=torch.float64)
-        if setting.alpha > 0 and step >= math.ceil(QUIET * total):
-            tau[:, 0] = torch.tensor([threshold(log, PERCENTILE) for log in logs])
-        flag = (p < tau).double()
-        for log, own in zip(logs, p.tolist()):
-            log.append({"p_tilde": own})
-        flags.append(flag)
-        # refined labels under the worst case
-        margin = stored[:, batch].flatten() + dpo_margin(now, ref, setting.beta)
-        part = Atoms(*(x[:, batch].flatten(0, 1) for x in atoms))
-        loss = losses(margin, flag.flatten(), part, setting).view(seeds, -1)
-        update(theta, optimizer, loss, lr_at(step, total, setting.lr))
-
-    flag, moved, right = torch.cat(flags, 1), atoms.weight[..., 1], pairs.right.double()
-    ranked = right.gather(1, pairs.margin.argsort(1))
-    deciles = [part.mean(1) for part in ranked.tensor_split(10, dim=1)]
-    seen = {"accuracy": right.mean(1),
-            "effective": effective,
-            "moved": moved.mean(1),
-            "moved_right": (moved * right).mean(1),
-            "flagged": flag.mean(1),
-            "flagged_right": (flag * right).mean(1),
-            "transport": (moved * torch.from_numpy(xi)).mean(1),
-            "xi": torch.from_numpy(xi).mean(1),
-            "deciles": torch.stack(deciles, 1)}
-    return theta.detach(), seen
+def train_round(theta: torch.Tensor, world: World, setting: Setting, t: int,
+                start: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """As `train`, round t + 1 of a run from θ_0 (start)."""
+    pairs = label(world, setting, t, theta, start)
+    batches = torch.arange(PROMPTS).split(BATCH)
+    if setting.replay != "none":
+        more = gold_pairs(world, setting) if setting.replay == "gold" else pairs
+        pairs = Pairs(*(torch.cat([own, again[:, :setting.pairs]], 1)
+                        for own, again in zip(pairs, more)))
+        order = np.random.default_rng(t).permutation(PROMPTS + setting.pairs)
+        batches = torch.from_numpy(order).split(BATCH)
+    return train(theta, pairs, setting, setting.lr, batches, world.order[:, t])
 
 
 # ----------------------------------------------------------------------------------------- measures
 
 
-def measure(world: World, setting: Setting, theta: torch.Tensor) -> dict:
-    """Per seed: value (of π_init: 0), its worst tenth of prompts, value under shifted prompts,
-    KL to π_init, and the worst case of gold pairs that nobody trained on, at each of RADII."""
-    gold = world.gold[setting.gold]
-    logps = log_policy(theta, world, EVALUATION)
-    value = (logps.exp() * gold[:, EVALUATION]).sum(-1)
-    tenth = value.sort(1).values[:, :PROMPTS // 10].mean(1)
-    kl = (logps.exp() * (logps - world.prior[:, EVALUATION])).sum(-1)
-    shifted = (log_policy(theta, world, SHIFTED).exp() * gold[:, SHIFTED]).sum(-1)
-    pairs = gold_pairs(world, setting, EVALUATION, 0.0)
-    xi = torch.sigmoid(margins(theta, pairs.phi, pairs.prior, setting.beta)).numpy()
-    heldout = [[follower(own, 6, radius).value for radius in RADII] for own in xi]
-    return {"value": value.mean(1), "tenth": tenth, "shifted": shifted.mean(1), "kl": kl.mean(1),
-            "heldout": torch.tensor(heldout)}
+def scale_to(target: torch.Tensor, tilts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """c [S] > 0 at which prior + c · tilts [S, P, Y], normalised, has KL `target` [S] to π_init.
+    Newton's method on √KL, which is nearly straight in c; d KL/dc = c Var. A KL that no c reaches
+    gets a large c."""
+    c = torch.ones_like(target)
+    for _ in range(12):
+        logps = (prior + c[:, None, None] * tilts).log_softmax(-1)
+        p = logps.exp()
+        root = (p * (logps - prior)).sum(-1).mean(1).sqrt()
+        if (root ** 2 - target).abs().max() < 1e-9:
+            break
+        variance = (p * tilts ** 2).sum(-1) - (p * tilts).sum(-1) ** 2
+        slope = c * variance.mean(1) / (2 * root) + 1e-12
+        step = (target.sqrt() - root) / slope
+        c = (c + step).clamp(c / 4, c * 4)
+    return c
+
+
+def measure(world: World, setting: Setting, theta: torch.Tensor,
+            start: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Per seed: KL to π_init, what the docstring of the file says, `c` of the ray, and the value of
+    π_0 as `start`."""
+    gold, prior = world.gold[setting.gold][:, EVALUATION], world.prior[:, EVALUATION]
+    end, seed = (tilt(each, world.phi[:, EVALUATION]) for each in (theta, start))
+
+    def value(tilts: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        policy = (prior + c[:, None, None] * tilts).softmax(-1)
+        return (policy * gold).sum(-1).mean(1)
+
+    logps = (prior + end).log_softmax(-1)
+    kl = (logps.exp() * (logps - prior)).sum(-1).mean(1)
+    one = torch.ones_like(kl)
+    c = scale_to(kl, seed, prior)
+    return {"kl": kl, "value": value(end, one), "start": value(seed, one), "c": c,
+            "equal": value(end, scale_to(COMMON_KL * one, end, prior)), "ray": value(seed, c)}
 
 
 def run(world: World, setting: Setting, start: torch.Tensor) -> dict[str, list]:
-    """All seeds of one setting from π_0 (start [S, d]): measure → one number or list a seed."""
+    """All seeds of one setting from π_0 (start [S, d]): measure → one number a seed."""
     theta, rounds = start, []
-    before = theta * 0
     for t in range(setting.rounds):
-        prompts = slice(START + t * PROMPTS, START + (t + 1) * PROMPTS)
-        older = log_policy(before, world, prompts) if setting.reference == "previous" else None
-        pairs = label(world, setting, prompts, log_policy(theta, world, prompts), older)
-        before = theta
-        theta, seen = train_round(theta, pairs, setting, t, world.order[:, t])
+        theta, seen = train_round(theta, world, setting, t, start)
         rounds.append(seen)
-    result = measure(world, setting, theta)
-    for key in rounds[0] if rounds else {}:
-        result[key] = torch.stack([seen[key] for seen in rounds]).mean(0)
-    if rounds:
-        result["first"] = rounds[0]["accuracy"]
+    result = measure(world, setting, setting.scale * theta, start)
+    for key in ("right", "effective"):
+        result[key] = sum((seen[key] for seen in rounds), 0 * result["kl"]) / max(1, len(rounds))
     return {key: values.tolist() for key, values in result.items()}
 
 
 # --------------------------------------------------------------------------------------------- rows
 
-
-class Table(NamedTuple):
-    title: str
-    base: str  # the row that the others are compared with
-    rows: dict[str, Setting]
-
-
-BASE = "anchor init, ε = 0"
-LEAST = Setting(epsilon=0.05)
-ARMS = {BASE: {},
-        "SPA (anchor previous)": {"anchor": "previous"},
-        "ε = 0.01": {"epsilon": 0.01},
-        "ε = 0.05": {"epsilon": 0.05},
-        "ε = 0.05, random pairs": {"epsilon": 0.05, "atoms": "random"},
-        "ε = 0.05, dual leader": {"epsilon": 0.05, "atoms": "dual"}}
-PHASE_ARMS = {2: list(ARMS)[:5], 5: [BASE, "ε = 0.05", "ε = 0.05, random pairs"]}
+SPA, ANCHOR, RAY = "SPA", "anchor init, ε = 0", "no round: θ_0 scaled to SPA's KL"
+EVERY = "DPO on gold labels of 232 prompts"
+LEAST, RANDOM = "ten questions a round: least certain", "ten questions a round: random"
+WORST, MORE, REPLAY = "ε = 0.05", "as many labels in the seed", "gold pairs replayed"
+# name → how a row differs from SPA; RAY's values are worked out from SPA's row and π_0's
+ROWS = {
+    SPA: {},
+    RAY: {"rounds": 0},
+    "iterative DPO: no refinement": {"alpha": 0.0},
+    "8 candidates": {"candidates": 8},
+    "pairs weigh ∝ m": {"weights": "margin"},
+    "π_0 judges every round": {"judge": "seed"},
+    "SPA, rate 0.12": {"lr": 0.12},
+    "π_0 judges every round, rate 0.12": {"judge": "seed", "lr": 0.12},
+    REPLAY: {"replay": "gold"},
+    "as many self-labelled pairs repeated": {"replay": "self"},
+    LEAST: {"questions": "least"},
+    RANDOM: {"questions": "random"},
+    "ten questions a round: most certain": {"questions": "most"},
+    MORE: {"pairs": 60},
+    "labels by the gold judge": {"judge": "gold"},
+    EVERY: {"rounds": 0, "pairs": 232},
+    ANCHOR: {"anchor": "init"},
+    "ε = 0.01": {"anchor": "init", "epsilon": 0.01},
+    WORST: {"anchor": "init", "epsilon": 0.05},
+    "ε = 0.05 on random pairs": {"anchor": "init", "epsilon": 0.05, "atoms": "random"},
+    "ε = 0.05 on the most certain": {"anchor": "init", "epsilon": 0.05, "atoms": "most"},
+    "ε = 0.3": {"anchor": "init", "epsilon": 0.3},
+}
+SWEEP = [SPA, RAY, WORST, "pairs weigh ∝ m", "π_0 judges every round", REPLAY, LEAST, RANDOM, MORE]
+PHASE = [SPA, RAY, ANCHOR, WORST, "ε = 0.05 on random pairs"]
+# panels of the phase diagram
+DIFFERENCES = [
+    ("what the rounds add to the ray\nSPA − θ₀ at SPA's KL", SPA, RAY),
+    ("the adversary\nε = 0.05 − ε = 0", WORST, ANCHOR),
+    ("its choice of pairs\nleast certain − random", WORST, "ε = 0.05 on random pairs"),
+]
+BY_ROUND = ("rounds", (0, 1, 2))
+# method → how it differs from SPA, and what changes from point to point of its curve
+CURVES = {
+    "the ray: c·θ₀, c = 1 … 6": ({"rounds": 0}, "scale", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
+    "the seed at 3, 6, 12, 24 epochs": ({"rounds": 0}, "epochs", (3, 6, 12, 24)),
+    "SPA, 0 to 2 rounds": ({}, *BY_ROUND),
+    "SPA, rate 0.12": ({"lr": 0.12}, *BY_ROUND),
+    "worst case, ε = 0.05": (ROWS[WORST], *BY_ROUND),
+    "worst case, rate 0.12": (ROWS[WORST] | {"lr": 0.12}, *BY_ROUND),
+    REPLAY: (ROWS[REPLAY], *BY_ROUND),
+    "gold labels in the rounds": ({"judge": "gold"}, *BY_ROUND),
+    "DPO on all gold labels, its ray": (ROWS[EVERY], "scale", (1.0, 1.5, 2.0, 3.0)),
+}
+FLIPS = (0.0, 0.25, 0.4)
 NOISE, RATES = (0.0, 0.1, 0.25, 0.4, 0.5), (0.01, 0.03, 0.06, 0.12, 0.25)
-STRENGTHS = (0.1, 0.3, 1.0, 3.0)
 
 
-def papers(flips: float) -> Table:
-    """The papers' rows. π_init is worth 0."""
-    rows = {"DPO on the 40 gold pairs": SPA._replace(rounds=0),
-            "DPO on gold pairs of all 232 prompts": SPA._replace(rounds=0, pairs=232),
-            "self-labels alone (DE)": SPA._replace(alpha=0.0),
-            "+ refined labels (SR)": SPA._replace(lam=0.0),
-            "+ de-coupled detection (DND): SPA": SPA,
-            "SPA, judged against π_{t−2}": SPA._replace(reference="previous"),
-            "SPA, judged without a reference": SPA._replace(reference="none"),
-            "SPA, labels by the gold judge": SPA._replace(labels="gold"),
-            "SPA, labels by a noisy judge": SPA._replace(labels="noisy"),
-            "SPA, 10 gold pairs": SPA._replace(pairs=10),
-            "SPA, 20 gold pairs": SPA._replace(pairs=20),
-            "SPA, 80 gold pairs": SPA._replace(pairs=80),
-            "SPA, second initial seed": SPA._replace(draw=1),
-            "SPA, third initial seed": SPA._replace(draw=2),
-            "SPA, 2 candidates": SPA._replace(candidates=2),
-            "SPA, 8 candidates": SPA._replace(candidates=8)}
-    return Table("The papers' rows", "+ de-coupled detection (DND): SPA",
-                 {name: s._replace(flips=flips) for name, s in rows.items()})
+def cell_rows(cell: Setting, names: list[str]) -> dict[str, Setting]:
+    """The rows of these names in a cell; MORE has twenty gold pairs more than the cell."""
+    rows = {name: cell._replace(**ROWS[name]) for name in names}
+    if MORE in rows:
+        rows[MORE] = cell._replace(pairs=cell.pairs + 2 * QUESTIONS)
+    return rows
 
 
-def adversary(flips: float) -> Table:
-    rows = {BASE: Setting()}
-    rows |= {f"ε = {e}": Setting(epsilon=e) for e in (0.01, 0.03, 0.05, 0.1, 0.3)}
-    rows |= {f"ε = 0.05, K = {k}": LEAST._replace(pieces=k) for k in (5, 7)}
-    rows |= {f"ε = 0.05, groups of {g}": LEAST._replace(group=g) for g in (10, 25)}
-    return Table("The radius, K and G (K acts through ℓ* alone)", BASE,
-                 {name: s._replace(flips=flips) for name, s in rows.items()})
+def rows_in(cells: list[Setting], names: list[str]) -> list[Setting]:
+    """The rows of these names in every cell, each once."""
+    return list(dict.fromkeys(row for cell in cells for row in cell_rows(cell, names).values()))
 
 
-def causes(flips: float) -> Table:
-    rows = {BASE: Setting(),
-            "anchor previous, ε = 0 (SPA)": SPA,
-            "anchor init, ε = 0.05": LEAST,
-            "anchor previous, ε = 0.05": LEAST._replace(anchor="previous"),
-            "ε = 0.05, random pairs": LEAST._replace(atoms="random"),
-            "ε = 0.05, most certain pairs": LEAST._replace(atoms="most"),
-            "ε = 0.3": LEAST._replace(epsilon=0.3),
-            "ε = 0.3, random pairs": LEAST._replace(epsilon=0.3, atoms="random"),
-            "ε = 0.05, dual leader": LEAST._replace(atoms="dual"),
-            "ε = 0.3, dual leader": LEAST._replace(epsilon=0.3, atoms="dual"),
-            "ε = 0, stored margins permuted": Setting(anchor="permuted"),
-            "weights 2(1 − ξ), anchor previous": Setting(anchor="weights"),
-            "ε = 0, peak rate 0.025": Setting(lr=0.025)}
-    return Table("What separates causes", BASE,
-                 {name: s._replace(flips=flips) for name, s in rows.items()})
-
-
-def arms(cell: Setting) -> Table:
-    return Table("cell", BASE, {name: cell._replace(**change) for name, change in ARMS.items()})
-
-
-def cells(quick: bool) -> list[Table]:
-    """The six arms everywhere: features, gold, seed size, candidates, flips."""
-    if quick:
-        return [arms(Setting(candidates=2))]
-    grid = itertools.product((16, 64), ("linear", "bent"), (10, 40), (2, 4, 8), (0.0, 0.25, 0.4))
-    return [arms(Setting(features, gold, pairs, flips=flips, candidates=n))
-            for features, gold, pairs, n, flips in grid]
-
-
-def strengths(quick: bool) -> list[Table]:
-    """The six arms over β: the larger, the further ξ lies from ½ and the more the anchor does."""
-    if quick:
-        return [arms(Setting(beta=1.0))]
-    return [arms(Setting(flips=flips, beta=beta))
-            for beta in STRENGTHS for flips in (0.0, 0.25, 0.4)]
-
-
-def phase(rounds: int, quick: bool) -> dict[tuple[float, float], Table]:
-    """Over label noise and learning rate; the seed stage shows where the rounds themselves lose."""
-    grid = {}
-    for flips in NOISE[::4] if quick else NOISE:
-        for lr in RATES[::4] if quick else RATES:
-            cell = Setting(flips=flips, lr=lr, rounds=rounds)
-            rows = {name: cell._replace(**ARMS[name]) for name in PHASE_ARMS[rounds]}
-            # the seed stage knows nothing of the rounds' rate: one row serves all
-            rows["seed stage"] = SPA._replace(flips=flips, rounds=0)
-            grid[flips, lr] = Table("cell", BASE, rows)
-    return grid
+def sweep_cells() -> list[Setting]:
+    """Features, gold, seed size, candidates and flips; rates and flips; β and flips."""
+    grid = itertools.product((16, 64), ("linear", "bent"), (10, 40), FLIPS, (2, 4, 8))
+    cells = [Setting(features, gold, pairs, flips, candidates=n)
+             for features, gold, pairs, flips, n in grid]
+    for flips in FLIPS:
+        cells += [Setting(flips=flips, lr=lr) for lr in RATES if lr != 0.03]
+        cells += [Setting(flips=flips, beta=beta) for beta in (0.3, 1.0, 3.0)]
+    return cells
 
 
 # ------------------------------------------------------------------------------------------ results
 
 
-def finished(path: Path) -> dict[Setting, dict]:
-    """Rows that an earlier run wrote, one a setting; a line cut short is taken off the file."""
-    rows, text = {}, path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[:text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    for line in whole.splitlines():
-        row = json.loads(line)
-        rows[Setting(**row["setting"])] = row["measures"]
+def run_block(job: tuple[Path, range, list[Setting]]) -> dict[Setting, dict]:
+    """All settings of one number of features on one block of seeds, kept in a file."""
+    path, seeds, settings = job
+    torch.set_num_threads(1)
+    if path.exists():
+        rows = {Setting(*setting): row for setting, row in json.loads(path.read_text())}
+        if rows.keys() >= set(settings):
+            return rows
+    world, starts, rows = make_world(settings[0].features, seeds), {}, {}
+    for setting in settings:
+        # all that the seed stage knows
+        key = (setting.gold, setting.pairs, setting.flips, setting.beta, setting.epochs)
+        if key not in starts:
+            starts[key] = seed_stage(world, setting)
+        rows[setting] = run(world, setting, starts[key])
+    with atomic_path(str(path)) as tmp:
+        Path(tmp).write_text(json.dumps(list(rows.items())))
     return rows
 
 
-def run_block(job: tuple[Path, range, list[Setting]]) -> tuple[Path, dict[Setting, dict]]:
-    """All settings of one number of features on one block of seeds; a row is written when known."""
-    path, seeds, settings = job
-    torch.set_num_threads(1)
-    rows = finished(path)
-    missing = [setting for setting in settings if setting not in rows]
-    if not missing:
-        return path, rows
-    world, starts = make_world(missing[0].features, seeds), {}
-    with open(path, "a", encoding="utf-8") as file:
-        for setting in missing:
-            # all that the seed stage knows
-            seed = (setting.gold, setting.pairs, setting.draw, setting.flips, setting.beta)
-            if seed not in starts:
-                starts[seed] = seed_stage(world, setting)
-            rows[setting] = run(world, setting, starts[seed])
-            row = {"setting": setting._asdict(), "seeds": list(seeds), "measures": rows[setting]}
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    return path, rows
-
-
-def run_all(out: Path, settings: list[Setting], seeds: int,
+def run_all(out: Path, settings: list[Setting], seeds: range,
             processes: int) -> dict[Setting, dict[str, np.ndarray]]:
-    """Every setting on every seed: measure → [seeds] or [seeds, …]."""
+    """Every setting on every seed: measure → [seeds]. `out` keeps what is known."""
     jobs = []
-    for first in range(0, seeds, BLOCK):
-        block = range(first, min(first + BLOCK, seeds))
-        for features in sorted({s.features for s in settings}):
-            path = out / f"features-{features}-seeds-{block.start}-{block.stop - 1}.jsonl"
-            jobs.append((path, block, [s for s in settings if s.features == features]))
-    blocks = {}
+    for start, features in itertools.product(seeds[::BLOCK], {s.features for s in settings}):
+        block = range(start, min(start + BLOCK, seeds.stop))
+        path = out / f"features-{features}-seeds-{start}-{block.stop - 1}.json"
+        jobs.append((path, block, [s for s in settings if s.features == features]))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        done = pool.imap_unordered(run_block, jobs)
-        for path, rows in tqdm(done, total=len(jobs), unit="block", disable=None):
-            blocks[path] = rows
+        done = pool.imap(run_block, jobs)
+        blocks = list(tqdm(done, total=len(jobs), unit="block", disable=None))
     results = {}
     for setting in settings:
-        parts = [blocks[path][setting] for path, _, own in jobs if setting in own]
-        results[setting] = {key: np.concatenate([np.array(part[key]) for part in parts])
-                            for key in parts[0]}
+        parts = [rows[setting] for rows in blocks if setting in rows]
+        results[setting] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     return results
 
 
-class Difference(NamedTuple):
-    """A paired difference over seeds: mean, half the width of its 95 % t-interval, two-sided p."""
-    mean: float
-    half: float
-    p: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.half:.3f}"
+def measures_of(rows: dict[str, Setting], results: dict) -> dict[str, dict[str, np.ndarray]]:
+    """Name → measures; those of RAY are π_0's at SPA's KL."""
+    measures = {name: results[setting] for name, setting in rows.items()}
+    spa = measures[SPA]
+    ray = {"value": spa["ray"], "ray": spa["ray"], "kl": spa["kl"], "c": spa["c"]}
+    return measures | {RAY: measures[RAY] | ray}
 
 
-def difference(one: np.ndarray, other: np.ndarray) -> Difference:
-    gain = one - other
-    n = len(gain)
-    error = gain.std(ddof=1) / math.sqrt(n)
-    if error == 0:
-        return Difference(float(gain.mean()), 0.0, 1.0)
-    return Difference(float(gain.mean()), float(student.ppf(0.975, n - 1) * error),
-                      float(2 * student.sf(abs(gain.mean()) / error, n - 1)))
+def print_table(title: str, measures: dict[str, dict[str, np.ndarray]]) -> None:
+    """Values, and paired differences to SPA, for rows with ε to ε = 0 at the same anchor."""
+    lines, differences = [], []
+    for name, row in measures.items():
+        base = measures[ANCHOR if name.startswith("ε") else SPA]
+        gain = interval(row["value"] - base["value"])
+        differences.append(gain)
+        won = (base["value"] - base["start"]).mean()
+        lines.append([name, row["value"].mean(), gain.text(), f"{gain.mean / won:.0%}",
+                      interval(row["equal"] - base["equal"]).text(),
+                      interval(row["value"] - row["ray"]).text(),
+                      *(f"{row[key].mean():.2f}" for key in ("c", "kl")),
+                      f"{row['right'].mean():.2f}" if row["right"].any() else "–",
+                      f"{row['effective'].mean():.0f}" if row["effective"].any() else "–"])
+    print(f"\n**{title}**: Δ to “{SPA}”, of rows with ε > 0 to “{ANCHOR}”; π_0 is worth "
+          f"{measures[SPA]['start'].mean():.3f}\n")
+    print(markdown(["row", "value", "Δ value", "of what the rounds win", f"Δ at KL {COMMON_KL}",
+                    "− the ray at its KL", "c of that ray", "KL", "labels right",
+                    "effective pairs"], lines))
+    print(f"\nΔ value: {by_chance(differences)}")
 
 
-def by_chance(found: list[Difference]) -> str:
-    """How many intervals exclude zero, how many would without any effect, how many stay by Holm's
-    correction."""
-    p = sorted(d.p for d in found)
-    holm = 0
-    while holm < len(p) and p[holm] <= 0.05 / (len(p) - holm):
-        holm += 1
-    return (f"{sum(x < 0.05 for x in p)} of {len(p)} differ at 95 %; {0.05 * len(p):.1f} would by "
-            f"chance; {holm} after Holm's correction")
-
-
-def share(part: np.ndarray, of: np.ndarray) -> str:
-    return f"{part.mean() / of.mean():.2f}" if of.mean() > 1e-9 else "–"
-
-
-def show(heads: list[str], lines: list[list]) -> None:
-    """A Markdown table."""
-    for line in (heads, ["---"] * len(heads), *lines):
-        print(f"| {' | '.join(map(str, line))} |")
-
-
-def print_table(table: Table, results: dict, seeds: int) -> None:
-    """Values, and paired differences to the base row."""
-    flips = next(iter(table.rows.values())).flips
-    print(f"\n**{table.title}**, {flips:.0%} of the seed labels flipped; {seeds} seeds; "
-          f"Δ against “{table.base}”\n")
-    base = results[table.rows[table.base]]
-    lines, against = [], []
-    for name, setting in table.rows.items():
-        own = results[setting]
-        line = [name, f"{own['value'].mean():.3f}"]
-        if name == table.base:
-            line += [""] * 4
-        else:
-            found = [difference(own[key], base[key]) for key in ("value", "tenth", "shifted")]
-            against.append(found[0])
-            line += [*found, difference(own["heldout"][:, 2], base["heldout"][:, 2])]
-        line.append(f"{own['kl'].mean():.2f}")
-        if setting.rounds:
-            right = own["accuracy"]
-            line += [f"{right.mean():.2f}", share(own["moved_right"], own["moved"]),
-                     share(right - own["moved_right"], 1 - own["moved"]),
-                     share(own["flagged_right"], own["flagged"]),
-                     f"{own['effective'].mean():.0f}", f"{own['transport'].mean():.3f}"]
-        else:
-            line += [""] * 6
+def print_sweep(cells: list[dict[str, dict[str, np.ndarray]]]) -> None:
+    """In how many cells a row is ahead of SPA and behind it, at its own KL and at the same."""
+    lines = []
+    for one, other in [*((name, SPA) for name in SWEEP[1:]), (LEAST, RANDOM)]:
+        line = [f"{one} − {other}"]
+        for key in ("value", "equal"):
+            gains = [interval(rows[one][key] - rows[other][key]) for rows in cells]
+            line += [f"{np.mean([gain.mean for gain in gains]):+.3f}",
+                     f"{sum(map(is_ahead, gains))} / {sum(map(is_behind, gains))}"]
         lines.append(line)
-    show(["row", "value", "Δ value", "Δ worst tenth", "Δ shifted prompts",
-          f"Δ held-out worst case, {RADII[2]}", "KL", "labels right", "moved", "others", "flagged",
-          "effective pairs", "transport"], lines)
-    print(f"\nValue: {by_chance(against)}.")
+    print(f"\n**{len(cells)} cells**: mean difference, and in how many its interval lies above 0 "
+          f"and below ({0.025 * len(cells):.1f} each by chance)\n")
+    print(markdown(["difference", "value", "above / below", f"at KL {COMMON_KL}", "above / below"],
+                   lines))
 
 
-def print_deciles(results: dict, noise: tuple) -> None:
-    """Are the least certain pairs the wrong ones?"""
-    print("\n**Labels right, by decile of ξ** (the adversary moves from the left; ε = 0)\n")
-    lines = []
-    for flips in noise:
-        own = results[Setting(flips=flips)]
-        lines.append([f"{flips:.0%}", *(f"{x:.2f}" for x in own["deciles"].mean(0)),
-                      f"{own['accuracy'].mean():.2f}", f"{own['xi'].mean():.3f}"])
-    show(["flips", *range(1, 11), "all", "mean ξ"], lines)
-
-
-def print_radii(results: dict, noise: tuple) -> None:
-    """What the method promises: is the worst case lower on gold pairs of other prompts?"""
-    print("\n**Held-out worst-case loss ℓ̃ against the radius**: of ε = 0, and Δ against it\n")
-    names = ["anchor previous, ε = 0 (SPA)", "ε = 0.01", "ε = 0.05", "ε = 0.3",
-             "ε = 0.05, random pairs", "ε = 0.05, dual leader"]
-    lines, against = [], []
-    for flips in noise:
-        rows = adversary(flips).rows | causes(flips).rows
-        base = results[rows[BASE]]["heldout"]
-        lines.append([f"{flips:.0%}", "ε = 0", *(f"{x:.3f}" for x in base.mean(0))])
-        for name in names:
-            held = results[rows[name]]["heldout"]
-            found = [difference(held[:, k], base[:, k]) for k in range(len(RADII))]
-            against += found
-            lines.append([f"{flips:.0%}", name,
-                          *(f"{d.mean:+.4f} ± {d.half:.4f}" for d in found)])
-    show(["flips", "trained with", *(f"radius {radius}" for radius in RADII)], lines)
-    print(f"\n{by_chance(against)}.")
-
-
-def print_insurance(results: dict, noise: tuple) -> None:
-    """Does it pay in the bad draws? Seeds by round 1's right labels, which no arm can change."""
-    print("\n**ε = 0.05 where the first labels are bad, and where they are good**: Δ value in the "
-          "quarter of the seeds with the fewest and with the most right\n")
-    lines = []
-    for flips in noise:
-        base = results[Setting(flips=flips)]
-        order = np.argsort(base["first"], kind="stable")
-        quarter = len(order) // 4
-        parts = [order[:quarter], order[-quarter:]]
-        right = [f"{base['first'][part].mean():.2f}" for part in parts]
-        for name, atoms in (("least certain", "least"), ("random", "random")):
-            own = results[LEAST._replace(flips=flips, atoms=atoms)]
-            found = [difference(own["value"][part], base["value"][part]) for part in parts]
-            correlation = np.corrcoef(base["first"], own["value"] - base["value"])[0, 1]
-            lines.append([f"{flips:.0%}", name, *right, *found, f"{correlation:+.2f}"])
-    show(["flips", "moved pairs", "right: fewest", "most", "Δ fewest", "Δ most",
-          "correlation of Δ and right"], lines)
-
-
-def print_cells(title: str, tables: list[Table], results: dict) -> None:
-    """Many cells: the mean of their differences to ε = 0, and in how many an arm is ahead."""
-    print(f"\n**{title}**: Δ against “{BASE}” over {len(tables)} cells; in how many the "
-          f"interval lies above zero, and below ({0.025 * len(tables):.1f} each by chance)\n")
-    lines = []
-    for name in tables[0].rows:
-        if name in (BASE, "seed stage"):
-            continue
-        line = [name]
-        for key in ("value", "tenth", "shifted", "heldout"):
-            found = []
-            for table in tables:
-                own, base = results[table.rows[name]][key], results[table.rows[BASE]][key]
-                if key == "heldout":
-                    own, base = own[:, -1], base[:, -1]
-                found.append(difference(own, base))
-            means = [d.mean for d in found]
-            above = sum(d.p < 0.05 and d.mean > 0 for d in found)
-            below = sum(d.p < 0.05 and d.mean < 0 for d in found)
-            line.append(f"{np.mean(means):+.4f} ({min(means):+.3f} … {max(means):+.3f}): "
-                        f"{above} above, {below} below")
-        lines.append(line)
-    show(["arm", "Δ value: mean (least … greatest)", "Δ worst tenth", "Δ shifted prompts",
-          f"Δ held-out worst case, {RADII[-1]} (below is better)"], lines)
-
-
-def print_strengths(tables: list[Table], results: dict) -> None:
-    """How far ξ lies from ½ decides what the anchor and the atoms do to the weights."""
-    print(f"\n**The strength of β**: Δ value against “{BASE}”\n")
-    lines = []
-    for table in tables:
-        own = {name: results[setting] for name, setting in table.rows.items()}
-        base, least, cell = own[BASE], own["ε = 0.05"], table.rows[BASE]
-        names = [name for name in own if name != BASE]
-        lines.append([cell.beta, f"{cell.flips:.0%}", f"{base['xi'].mean():.2f}",
-                      f"{base['effective'].mean():.0f}", f"{least['effective'].mean():.0f}",
-                      f"{base['value'].mean():.3f}",
-                      *(difference(own[name]["value"], base["value"]) for name in names)])
-    show(["β", "flips", "mean ξ", "effective pairs, ε = 0", "ε = 0.05", "value",
-          *(f"Δ {name}" for name in tables[0].rows if name != BASE)], lines)
-
-
-def print_phase(grid: dict, results: dict, rounds: int) -> None:
-    print(f"\n**Label noise and learning rate, {rounds} rounds**: Δ value but for the last\n")
-    lines = []
-    for (flips, lr), table in grid.items():
-        own = {name: results[setting] for name, setting in table.rows.items()}
-        seed, base, least = own["seed stage"], own[BASE], own["ε = 0.05"]
-        random = own["ε = 0.05, random pairs"]
-        pairs = [(base, seed), (least, base), (random, base), (least, random)]
-        found = [difference(one["value"], other["value"]) for one, other in pairs]
-        won = found[0]
-        tax = f"{-found[1].mean / won.mean:.0%}" if won.mean > won.half else "–"
-        lines.append([f"{flips:.0%}", lr, f"{seed['value'].mean():.3f}", *found, tax,
-                      difference(least["tenth"], base["tenth"])])
-    heads = ["flips", "peak rate", "seed stage", "ε = 0 − seed stage", "ε = 0.05 − ε = 0",
-             "random pairs − ε = 0", "ε = 0.05 − random pairs", "cost of ε in what the rounds win",
-             "worst tenth: ε = 0.05 − ε = 0"]
-    show(heads, lines)
-
-
-def plot(path: str, grids: dict[int, dict], results: dict, seeds: int) -> None:
-    """Colour: paired differences; a star where the 95 % interval leaves zero out."""
+def plot(path: str, cells: list[Setting], phase: list[list[Setting]], results: dict) -> None:
+    """Above, for each of the cells, value against √KL; below, paired differences in the cells of
+    `phase`, a line a learning rate."""
     import matplotlib  # slow to import, and the plot's alone
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    random = "ε = 0.05, random pairs"
-    panels = [(BASE, "seed stage", "value", "what the rounds win\n(ε = 0 − seed stage)"),
-              ("ε = 0.05", BASE, "value", "the adversary\n(ε = 0.05 − ε = 0)"),
-              ("ε = 0.05", random, "value", "its choice of pairs\n(least certain − random)"),
-              ("ε = 0.05", BASE, "tenth", "worst tenth of prompts\n(ε = 0.05 − ε = 0)")]
-    figure, axes = plt.subplots(len(grids), len(panels), figsize=(15, 3.6 * len(grids)),
-                                squeeze=False, constrained_layout=True)
-    for line, (rounds, grid) in zip(axes, grids.items()):
-        noise, rates = (sorted({key[i] for key in grid}) for i in (0, 1))
-        for axis, (one, other, key, title) in zip(line, panels):
-            limit, digits = (1.0, 2) if other == "seed stage" else (0.1, 3)
-            means = np.zeros((len(rates), len(noise)))
-            for i, j in np.ndindex(means.shape):
-                rows = grid[noise[j], rates[i]].rows
-                found = difference(results[rows[one]][key], results[rows[other]][key])
-                means[i, j] = found.mean
-                text = f"{found.mean:+.{digits}f}{'*' if found.p < 0.05 else ''}"
-                color = "white" if abs(found.mean) > 0.7 * limit else "black"
-                axis.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
-            axis.imshow(means, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
-            axis.set_xticks(range(len(noise)), [f"{flips:.0%}" for flips in noise])
-            axis.set_yticks(range(len(rates)), rates)
-            axis.set(xlabel="seed labels flipped", ylabel=f"peak learning rate, {rounds} rounds",
-                     title=title)
-    figure.suptitle(f"Gold value in the exact world, paired over {seeds} seeds. Blue gains, red "
-                    "loses; a star: the 95 % interval leaves zero out")
+    plt.rcParams["font.size"] = 11
+    figure = plt.figure(figsize=(13, 10.5), layout="constrained")
+    upper, lower = figure.subfigures(2, height_ratios=[1.35, 1])
+    axes = upper.subplots(1, len(cells), squeeze=False)[0]
+    for axis, cell in zip(axes, cells):
+        for method, (change, key, values) in CURVES.items():
+            points = [results[cell._replace(**{**change, key: value})] for value in values]
+            draw_curve(axis, method, [(point["kl"], point["value"]) for point in points])
+        axis.set(title=f"{cell.flips:.0%} of the seed labels flipped", ylabel="gold value",
+                 xlabel="√KL to π_init (√nats)")
+        axis.grid(color="0.9")
+    handles = axes[0].get_legend_handles_labels()
+    upper.legend(*handles, loc="outside lower center", ncol=3, frameon=False)
+
+    axes = lower.subplots(1, len(DIFFERENCES))
+    for axis, (title, one, other) in zip(axes, DIFFERENCES):
+        means = np.zeros((len(phase), len(phase[0])))
+        for y, x in np.ndindex(means.shape):
+            rows = measures_of(cell_rows(phase[y][x], PHASE), results)
+            gain = interval(rows[one]["value"] - rows[other]["value"])
+            means[y, x] = gain.mean
+            text = f"{gain.mean:+.3f}{'*' if gain.p < 0.05 else ''}".replace("-", "−")
+            axis.text(x, y, text, ha="center", va="center", fontsize=9.5,
+                      color="white" if abs(gain.mean) > 0.1 else "black")
+        image = axis.imshow(means, "RdBu", vmin=-0.15, vmax=0.15, origin="lower", aspect="auto")
+        axis.set_xticks(range(means.shape[1]), [f"{cell.flips:.0%}" for cell in phase[0]])
+        axis.set_yticks(range(means.shape[0]), [line[0].lr for line in phase])
+        axis.set(title=title, xlabel="seed labels flipped", ylabel="peak rate of the rounds")
+    lower.colorbar(image, ax=axes, extend="both",
+                   label="paired difference in gold value\n(*: its 95 % interval leaves out 0)")
     figure.savefig(path, dpi=80, format="png")
     plt.close(figure)
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = parser(__doc__)
     cli.add_argument("--out", type=Path, required=True,
                      help="folder of the results; what is there is not run again")
-    cli.add_argument("--seeds", type=int, default=200, help="worlds of every row")
-    cli.add_argument("--processes", type=int, default=2, help="one core and 1.5 GB each")
+    cli.add_argument("--seeds", type=natural, default=200, help="worlds of every row")
+    cli.add_argument("--first-seed", type=int, default=0, help="the first of them")
+    cli.add_argument("--processes", type=natural, default=2, help="one core and 1 GB each")
     cli.add_argument("--quick", action="store_true", help="8 seeds of fewer rows")
-    cli.add_argument("--plot", help="phase diagram (PNG)")
+    cli.add_argument("--plot", help="curves and phase diagram (PNG)")
     args = cli.parse_args()
-    seeds, noise, lengths = args.seeds, (0.0, 0.25, 0.4), (2, 5)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    mains, cells = [Setting(flips=flips) for flips in FLIPS], sweep_cells()
+    phase = [[Setting(flips=flips, lr=lr) for flips in NOISE] for lr in RATES]
     if args.quick:
-        seeds, noise, lengths = 8, (0.0,), (2,)
-    if seeds < 8:
-        cli.error("--seeds must be at least 8: a quarter of them is compared")
-    tables = [make(flips) for make in (papers, adversary, causes) for flips in noise]
-    sweep, betas = cells(args.quick), strengths(args.quick)
-    grids = {rounds: phase(rounds, args.quick) for rounds in lengths}
-    every = [*tables, *sweep, *betas]
-    for grid in grids.values():
-        every += grid.values()
-    settings = list(dict.fromkeys(s for table in every for s in table.rows.values()))
-    args.out.mkdir(parents=True, exist_ok=True)
+        seeds, mains, cells = seeds[:8], mains[:1], cells[-2:]
+        phase = [line[::4] for line in phase[1::3]]
+    drawn = mains[::2]
+
     started = time.perf_counter()
-    results = run_all(args.out, settings, seeds, args.processes)
-    print(f"{len(settings)} rows of {seeds} seeds, {time.perf_counter() - started:.0f} s on "
-          f"{args.processes} processes. ± is half a 95 % t-interval.")
-    for table in tables:
-        print_table(table, results, seeds)
-    print_deciles(results, noise)
-    print_radii(results, noise)
-    print_insurance(results, noise)
-    print_strengths(betas, results)
-    print_cells("Features, gold, seed size, candidates, flips", sweep, results)
-    for rounds, grid in grids.items():
-        title = f"Label noise and learning rate, {rounds} rounds"
-        print_cells(title, list(grid.values()), results)
-        print_phase(grid, results, rounds)
+    settings = [cell._replace(**{**change, key: value}) for cell in drawn
+                for change, key, values in CURVES.values() for value in values]
+    settings += rows_in(mains, list(ROWS))
+    results = run_all(args.out / "rows", settings, seeds, args.processes)
+    print(f"{len(seeds)} seeds from {seeds.start} on. ± is half a 95 % t-interval.")
+    for cell in mains:
+        print_table(f"{cell.flips:.0%} of the seed labels flipped",
+                    measures_of(cell_rows(cell, list(ROWS)), results))
+    results |= run_all(args.out / "cells", rows_in(cells, SWEEP), seeds, args.processes)
+    print_sweep([measures_of(cell_rows(cell, SWEEP), results) for cell in cells])
     if args.plot:
-        plot(args.plot, grids, results, seeds)
+        phases = rows_in(sum(phase, []), PHASE)
+        results |= run_all(args.out / "phases", phases, seeds, args.processes)
+        plot(args.plot, drawn, phase, results)
+    print(f"\n{len(results)} rows, {time.perf_counter() - started:.0f} s on {args.processes} "
+          "processes.")
 
 
 if __name__ == "__main__":
