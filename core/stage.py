@@ -409,6 +409,7 @@ def run_stage(main: Callable[..., None], *given) -> None:
              f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
     finally:
         release()
+        looked_at.clear()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         import torch.distributed as dist  # a stage on several processes has loaded it
         if dist.is_initialized():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
+from families import tiny_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +47,7 @@ from core.models import (
 from core.probe import check_template
 from core.rows import read_rows
 from data import prepare
-from data.tiny import BYTES_TEMPLATE, make_tokenizer, tiny_config
+from data.tiny import BYTES_TEMPLATE, make_tokenizer
 from judges.comparisons import option_prompt
 
 ASK = [{"role": "user", "content": "Write."}]
