@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
+from families import tiny_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import core.chat
-import core.sampling
+import generate
 from core.chat import (
     BREAK,
     answered,
@@ -46,7 +47,7 @@ from core.models import (
 from core.probe import check_template
 from core.rows import read_rows
 from data import prepare
-from data.tiny import BYTES_TEMPLATE, make_tokenizer, tiny_config
+from data.tiny import BYTES_TEMPLATE, make_tokenizer
 from judges.comparisons import option_prompt
 
 ASK = [{"role": "user", "content": "Write."}]
@@ -151,7 +152,7 @@ def test_tokens_that_are_not_special_cannot_be_forged(tokenizer):
 
 @pytest.mark.parametrize("shape", ["<|reserved_{}|>", "{}>"])
 def test_thousands_of_added_tokens_cost_nothing(any_tokenizer, shape):
-    """In the best of twenty prompts; ten times the template's own time would be 2 ms."""
+    """In the best of twenty prompts, the first time that each is seen."""
     many = copy.deepcopy(any_tokenizer)
     many.add_tokens([transformers.AddedToken(shape.format(i), special=True) for i in range(6000)])
     ask = [{"role": "user", "content": "Write 12 <b>long</b> letters of 300 words.\n" * 8}]
@@ -159,11 +160,7 @@ def test_thousands_of_added_tokens_cost_nothing(any_tokenizer, shape):
     def encode() -> None:
         as_text.cache_clear()
         encode_prompt(many, ask)
-
-    def fastest(call) -> float:
-        return min(timeit.repeat(call, number=1, repeat=20))
-    plain = fastest(lambda: many.apply_chat_template(ask, return_dict=False))
-    assert fastest(encode) < 10 * plain
+    assert min(timeit.repeat(encode, number=1, repeat=20)) < 0.01
 
 
 # --------------------------------------------------------------------------- prompts and responses
@@ -362,7 +359,7 @@ def test_a_stage_learns_from_what_the_template_writes(folder, tokenizer, tmp_pat
 def sampled(monkeypatch, answers: list[list[int]]) -> None:
     """Let the sampler write these answers, over and over."""
     monkeypatch.setattr(
-        core.sampling, "sample",
+        generate, "sample",
         lambda model, prompts, u, *rest: [answers[k % len(answers)] for k in range(len(u))])
 
 
@@ -489,11 +486,11 @@ def test_wrong_ids_are_one_line(tmp_path, capsys, change, message):
     assert message in error and error.count("\n") == 1
 
 
-def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
+def test_prepare_keeps_what_was_sampled_and_flips_it_whole():
     row = {"prompt": "Write.", "chosen": "yes", "rejected": "no", "chosen_ids": [5, 2],
            "rejected_ids": [6, 7], "chosen_ended": True, "rejected_ended": False,
            "vocabulary": "v"}
-    (kept,), *_ = prepare.collect(dump(tmp_path / "d.jsonl", [row]))
+    (kept,), *_ = prepare.collect([("here", dict(row))])
     assert {**kept, "prompt": "Write."}.items() >= row.items()
     prepare.flip(kept)
     flipped = {**row, "chosen": "no", "rejected": "yes", "chosen_ids": [6, 7],
