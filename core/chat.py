@@ -9,17 +9,21 @@ import datetime
 import functools
 import hashlib
 import json
-import os
-import sys
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
 
 from core.models import context_of
-from core.rows import fail
+from core.rows import SIDES, fail, note
 
-# A response as it is known: its text, whether it ended by itself, and its token ids or None.
-Answer = tuple[str, bool, list[int] | np.ndarray | None]
+
+class Answer(NamedTuple):
+    """A response as it is known."""
+    text: str
+    ended: bool               # False where the length limit cut it
+    ids: np.ndarray | None    # its tokens, where they are known
+
 
 # What breaks a control token that a text spells: <|im_end|> becomes <·|im_end|>.
 BREAK = "·"
@@ -144,11 +148,6 @@ def spells_control(tokenizer, text: str) -> bool:
     return any(ids[token] in foreign_tokens(tokenizer) for token in spelled(tokenizer, text))
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a text that stands alone."""
-    return tokenizer(as_text(tokenizer, text), add_special_tokens=False).input_ids
-
-
 def render(tokenizer, messages: list[dict], closed: bool) -> str:
     """As `apply_template`, of messages that spell no control token any more."""
     messages = [{**turn, "content": as_text(tokenizer, turn["content"])} for turn in messages]
@@ -208,7 +207,7 @@ def response_in_context(tokenizer, messages: list[dict], text: str,
 
 def response_alone(tokenizer, text: str, ended: bool) -> list[int]:
     """Token ids of a response that is tokenised without its conversation."""
-    ids = encode_text(tokenizer, text)
+    ids = tokenizer(as_text(tokenizer, text), add_special_tokens=False).input_ids
     return ids + [end_of_turn(tokenizer)] if ended else ids
 
 
@@ -313,16 +312,10 @@ def usable(rows: list[dict], encoded: list, path: str) -> tuple[list[dict], list
     return [rows[k] for k in kept], [encoded[k] for k in kept]
 
 
-def note(text: str) -> None:
-    """A line on stderr, once for all processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
-
-
 def pair_of(row: dict) -> list[Answer]:
     """The chosen, then the rejected response. Gold rows say no more than a text: theirs ended."""
-    return [(row[side], row.get(f"{side}_ended", True), row.get(f"{side}_ids"))
-            for side in ("chosen", "rejected")]
+    return [Answer(row[side], row.get(f"{side}_ended", True), row.get(f"{side}_ids"))
+            for side in SIDES]
 
 
 def from_text(tokenizer, rows: list[dict], answers: list[list[Answer]]) -> str:

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import re
-import sys
 from pathlib import Path
+from typing import NoReturn
 
-from core.rows import fail
+from core.rows import fail, note
 
 # The fingerprint, while only looking, of what has yet to be written or downloaded.
 ABSENT = "absent"
@@ -29,10 +29,8 @@ INSTEAD = {
     ".bin": "its weights are pickles, which may run code and are never loaded; convert them to "
             "safetensors (transformers: from_pretrained, then save_pretrained)",
 }
-# Bytes a parameter: a published policy's, in fp32; a checkpoint's with Adam's two moments, of which
-# a new one is whole before the last one goes.
+# Bytes a parameter of a published policy, in fp32.
 POLICY_BYTES = 4
-CHECKPOINT_BYTES = 2 * 12
 
 
 # ---------------------------------------------------------------------------------- only looking
@@ -249,17 +247,17 @@ def check_model(path: str) -> None:
     read_json(folder / "config.json")
     for name in weights:
         if tensors_of(folder / name) is None:
-            check_pointer(folder / name)
-            fail(f"{folder / name}: not a whole safetensors file; download or copy it again")
-    if "adapter_config.json" in names and int(os.environ.get("RANK", 0)) == 0:
-        print(f"note: {path}: the adapter beside the weights is not used", file=sys.stderr)
+            fail_broken(folder / name)
+    if "adapter_config.json" in names:
+        note(f"{path}: the adapter beside the weights is not used")
 
 
-def check_pointer(file: Path) -> None:
-    """Ends the program where a file is what Git leaves in the place of a large one."""
+def fail_broken(file: Path) -> NoReturn:
+    """Ends the program: a file is not whole, or what Git leaves in the place of a large one."""
     with open(file, "rb") as stream:
         if stream.read(23) == b"version https://git-lfs":
             fail(f"{file}: a Git-LFS pointer in the file's place; run `git lfs pull` in its folder")
+    fail(f"{file}: cut short or broken; download or copy it again")
 
 
 def read_json(file: Path) -> dict:
@@ -267,8 +265,7 @@ def read_json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        check_pointer(file)
-        fail(f"{file}: not JSON; download or copy it again")
+        fail_broken(file)
     return value if isinstance(value, dict) else {}
 
 
@@ -328,5 +325,5 @@ def policy_bytes(path: str) -> int:
 
 def checkpoint_bytes(path: str, out: str) -> int:
     """Bytes that checkpoints of training `out` from a model will need beyond those there are."""
-    needed = policy_bytes(path) // POLICY_BYTES * CHECKPOINT_BYTES
-    return max(0, needed - size_of(f"{out}.checkpoint"))
+    # Weights and Adam's two moments, and a new one is whole before the last one goes.
+    return max(0, 6 * policy_bytes(path) - size_of(f"{out}.checkpoint"))

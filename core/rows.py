@@ -28,6 +28,17 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def is_first() -> bool:
+    """Whether this process, of those that work on one output, is the one that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def note(text: str) -> None:
+    """A line on stderr, once for all processes."""
+    if is_first():
+        print(f"note: {text}", file=sys.stderr)
+
+
 # What each kind of file must hold, key by key.
 ROWS = {
     "prompts": ["id", "prompt"],
@@ -141,12 +152,6 @@ CHECKS = {
 OPTIONAL = [key for key in CHECKS if all(key not in keys for keys in ROWS.values())]
 
 
-def wrong(key: str, value: object) -> str | None:
-    """What `value` should have been under `key`, or None if it is right."""
-    is_right, expected = CHECKS[key]
-    return None if is_right(value) else expected
-
-
 # ----------------------------------------------------------------------------------- reading files
 
 
@@ -167,14 +172,10 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     return value
 
 
-# Made once: json.loads makes one a call.
-DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
-
-
 def parse(text: str) -> object:
     """A JSON value. ValueError where it is none, an object has a key twice, or a text holds half of
     a surrogate pair, which no file or tokenizer takes."""
-    value = DECODER.decode(text)
+    value = json.loads(text, object_pairs_hook=unique_keys)
     if "\\ud" in text or "\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -231,8 +232,9 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
             if key not in row:
                 fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need "
                      f"{', '.join(ROWS[kind])}{hint}")
-        for key in keys:
-            if key in row and (expected := wrong(key, row[key])) is not None:
+        for key in filter(row.__contains__, keys):
+            is_right, expected = CHECKS[key]
+            if not is_right(row[key]):
                 fail(f"{path}:{number}: '{key}' must be {expected}, "
                      f"found {json.dumps(row[key])[:60]}{hint}")
         where = f"{path}:{number}: id {row['id']!r}"

@@ -26,11 +26,11 @@ from core.chat import (
     encode_prompt,
     encode_response,
     encode_rows,
-    encode_text,
     end_of_turn,
     foreign_tokens,
     is_foreign,
     pair_of,
+    response_alone,
     response_in_context,
     spells_control,
     usable,
@@ -46,7 +46,6 @@ from core.models import (
 )
 from core.probe import check_template
 from core.rows import read_rows
-from data import prepare
 from data.tiny import BYTES_TEMPLATE, make_tokenizer
 from judges.comparisons import option_prompt
 
@@ -468,7 +467,7 @@ def test_channels(tokenizer):
     ids = encode_response(multi, ASK, "Hi <m>")
     assert multi.decode(ids) == f"<c>final<m>Hi <{BREAK}m><|im_end|>"
     assert is_foreign(multi, ids, True)
-    assert not is_foreign(multi, encode_text(multi, "Hi <m>"), False)
+    assert not is_foreign(multi, response_alone(multi, "Hi <m>", False), False)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -484,18 +483,6 @@ def test_wrong_ids_are_one_line(tmp_path, capsys, change, message):
         read_rows(dump(tmp_path / "r.jsonl", [row]), "responses")
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_prepare_keeps_what_was_sampled_and_flips_it_whole():
-    row = {"prompt": "Write.", "chosen": "yes", "rejected": "no", "chosen_ids": [5, 2],
-           "rejected_ids": [6, 7], "chosen_ended": True, "rejected_ended": False,
-           "vocabulary": "v"}
-    (kept,), *_ = prepare.collect([("here", dict(row))])
-    assert {**kept, "prompt": "Write."}.items() >= row.items()
-    prepare.flip(kept)
-    flipped = {**row, "chosen": "no", "rejected": "yes", "chosen_ids": [6, 7],
-               "rejected_ids": [5, 2], "chosen_ended": False, "rejected_ended": True}
-    assert {**kept, "prompt": "Write."}.items() >= flipped.items()
 
 
 def test_ids_take_four_bytes_and_are_kept_once(tokenizer, tmp_path):
