@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
 from families import tiny_config
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import core.chat
@@ -112,6 +112,7 @@ def test_no_text_makes_a_control_token(each, first, second):
         assert controls(ids) == controls(encode_response(tokenizer, ASK, "x", ended))
 
 
+@example(words=["<<"], text="<<<")
 @given(words=st.lists(st.text("ab<|", min_size=1, max_size=5), min_size=1),
        text=st.text("ab<|", max_size=12))
 def test_one_character_breaks_what_spells_a_control_token(words, text):
