@@ -249,14 +249,15 @@ def plot(path: str, xi: np.ndarray, solution: WorstCase, pieces: int) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def read_margins(path: str, used: bool) -> tuple[np.ndarray, int]:
-    """(margins [N], how many rows do not say what theirs is). Where margins are `used`, they must
-    be against π_init (D1, D10), at any β: train.py knows the right one."""
+def read_margins(path: str, against_init: bool) -> tuple[np.ndarray, int]:
+    """(margins [N], how many rows do not say what theirs is). With `against_init` a margin that is
+    not the implicit reward's against π_init ends the program (D1, D10)."""
     margins = []
     undeclared = 0
     for row in iterate_rows(path, "labelled"):
+        # At any β: which is right, train.py alone knows.
         beta = row.get("margin_of", {}).get("beta", 0.0)
-        problem = margin_problem(row, beta) if used else None
+        problem = margin_problem(row, beta) if against_init else None
         if problem:
             fail(f"{path}: id {row['id']!r}: {problem}; --epsilon above 0 moves confidences "
                  "against π_init: label with judge implicit, reference init, or take --epsilon 0")

@@ -113,12 +113,12 @@ def implicit_reward(policy: list[float], reference: list[float], beta: float, le
     return [beta * (p - r) - alpha * n for p, r, n in zip(policy, reference, lengths)]
 
 
-def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[int, int] | None:
+def best_and_worst(texts: list[str], reward: list[float]) -> tuple[int, int] | None:
     """S8 for any number of candidates: positions of the highest and lowest reward; None where there
     is no preference."""
-    best = max(range(len(texts)), key=rewards.__getitem__)
-    worst = min(range(len(texts)), key=rewards.__getitem__)
-    if rewards[best] == rewards[worst] or texts[best] == texts[worst]:
+    best = max(range(len(texts)), key=reward.__getitem__)
+    worst = min(range(len(texts)), key=reward.__getitem__)
+    if reward[best] == reward[worst] or texts[best] == texts[worst]:
         return None
     return best, worst
 

@@ -70,7 +70,8 @@ def size_of(path: str) -> int:
 
 
 def fingerprint(path: str, kind: str = "model") -> str:
-    """Digest of the content of a file or folder; for a hub id, its name and commit.
+    """Digest of the content of a file or folder; for a hub id, its name and commit: the one that
+    was downloaded, or else the hub's, which is not asked while only looking.
 
     Of safetensors it takes size, header and the first 64 KB of every tensor, everything else whole.
     Of a folder not what is hidden, nor log.jsonl: downloads and training leave times there. `kind`
@@ -84,8 +85,12 @@ def fingerprint(path: str, kind: str = "model") -> str:
             return path
         if kind == "file" or not is_hub_id(path):
             fail(f"{path}: no such file or folder")
-        commit = commit_of(path, kind)
-        return f"{path}@{commit}" if commit or not is_looking() else ABSENT
+        if snapshot := snapshot_of(path, kind):
+            return f"{path}@{snapshot.name}"
+        if is_looking():
+            return ABSENT
+        info = hub_info(path, kind)
+        return f"{path}@{info.sha if info else ''}"
     digest = hashlib.sha256()
     for file in files_of(path):
         name = file.relative_to(path)
@@ -149,15 +154,6 @@ def snapshot_of(name: str, kind: str = "model") -> Path | None:
     cache = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
     commit = cache / "refs" / "main"
     return cache / "snapshots" / commit.read_text().strip() if commit.is_file() else None
-
-
-def commit_of(name: str, kind: str = "model") -> str:
-    """The commit that a hub id stands for: the one that was downloaded, or else the hub's; "" where
-    neither can be had. While only looking nothing is asked."""
-    if snapshot := snapshot_of(name, kind):
-        return snapshot.name
-    info = None if is_looking() else hub_info(name, kind)
-    return info.sha if info else ""
 
 
 @functools.cache

@@ -467,11 +467,11 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
                  f"the chat template of {path} refuses this prompt: {error}")
         # No token is shorter than a byte; 64 for what is written around an answer.
         longest = max((len(answer.encode()) for answer in answers), default=0)
-        most = len(text.encode()) + room + 64 + longest
-        if most > limit:
+        needed = len(text.encode()) + room + 64 + longest
+        if needed > limit:
             lengths = [len(encode_response(tokenizer, prompt, answer)) for answer in answers]
-            most = len(encode_prompt(tokenizer, prompt)) + max(room, *lengths, 0)
-        if most > limit:
+            needed = len(encode_prompt(tokenizer, prompt)) + max(room, *lengths, 0)
+        if needed > limit:
             left["too_long"] += 1
         else:
             kept.append(row)
