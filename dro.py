@@ -34,7 +34,6 @@ Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5
 import argparse
 import os
 from collections.abc import Iterator
-from functools import reduce
 from typing import NamedTuple
 
 from core.folder import size_of
@@ -113,16 +112,14 @@ def tangents(pieces: int) -> tuple[np.ndarray, np.ndarray]:
 
 def maximum_of(slopes: np.ndarray, intercepts: np.ndarray, x: np.ndarray) -> np.ndarray:
     """max_k (s_k x + c_k) at every x: ℓ̃(x), where the lines are the tangents."""
-    return reduce(np.maximum, (s * x + c for s, c in zip(slopes, intercepts)))
+    return (np.multiply.outer(x, slopes) + intercepts).max(-1)
 
 
 def dual_value(xi: np.ndarray, losses: np.ndarray, at_zero: float, price: float,
                epsilon: float) -> float:
     """The dual objective, an upper bound on T2-3 for every price λ ≥ 0; from ξ [N], ℓ(ξ) [N] and
     ℓ(0)."""
-    bound = xi * -price
-    bound += at_zero
-    return float(price * epsilon + np.maximum(bound, losses, out=bound).mean())
+    return float(price * epsilon + np.maximum(at_zero - price * xi, losses).mean())
 
 
 def solve_exact(xi: np.ndarray, losses: np.ndarray, at_zero: float, epsilon: float) -> WorstCase:
@@ -252,14 +249,15 @@ def plot(path: str, xi: np.ndarray, solution: WorstCase, pieces: int) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def read_margins(path: str, used: bool) -> tuple[np.ndarray, int]:
-    """(margins [N], how many rows do not say what theirs is). Where margins are `used`, they must
-    be against π_init (D1, D10), at any β: train.py knows the right one."""
+def read_margins(path: str, against_init: bool) -> tuple[np.ndarray, int]:
+    """(margins [N], how many rows do not say what theirs is). With `against_init` a margin that is
+    not the implicit reward's against π_init ends the program (D1, D10)."""
     margins = []
     undeclared = 0
     for row in iterate_rows(path, "labelled"):
+        # At any β: which is right, train.py alone knows.
         beta = row.get("margin_of", {}).get("beta", 0.0)
-        problem = margin_problem(row, beta) if used else None
+        problem = margin_problem(row, beta) if against_init else None
         if problem:
             fail(f"{path}: id {row['id']!r}: {problem}; --epsilon above 0 moves confidences "
                  "against π_init: label with judge implicit, reference init, or take --epsilon 0")

@@ -27,7 +27,6 @@ how often the judge agrees with them.
 import argparse
 import math
 import os
-from typing import NamedTuple
 
 from core.folder import check_model, check_tokenizer, size_of
 from core.rows import fail
@@ -85,10 +84,9 @@ def flags() -> tuple[argparse.Namespace, dict]:
 if __name__ == "__main__":
     args, settings = flags()  # here already: what is imported below takes seconds to load
 
-import numpy as np
 import torch
 
-from core.chat import encode_rows, from_text, pair_of, vocabulary
+from core.chat import Answer, encode_rows, from_text, pair_of, vocabulary
 from core.models import check_same_tokens, load_config, load_tokenizer
 from core.parallel import in_bf16, start_processes
 from core.policy import ResponseLogps, score
@@ -108,13 +106,6 @@ LEFT_OUT = {
 }
 
 
-class Candidate(NamedTuple):
-    """A response that competes."""
-    text: str
-    ended: bool               # False where the length limit cut it
-    ids: np.ndarray | None    # its tokens, where they are known
-
-
 def implicit_reward(policy: list[float], reference: list[float], beta: float, lengths: list[int],
                     alpha: float) -> list[float]:
     """S7: β(log π_{t−1} − log π_init) − α|y| (S13) of each response to one prompt, from log-probs
@@ -122,24 +113,24 @@ def implicit_reward(policy: list[float], reference: list[float], beta: float, le
     return [beta * (p - r) - alpha * n for p, r, n in zip(policy, reference, lengths)]
 
 
-def best_and_worst(texts: list[str], rewards: list[float]) -> tuple[int, int] | None:
+def best_and_worst(texts: list[str], reward: list[float]) -> tuple[int, int] | None:
     """S8 for any number of candidates: positions of the highest and lowest reward; None where there
     is no preference."""
-    best = max(range(len(texts)), key=rewards.__getitem__)
-    worst = min(range(len(texts)), key=rewards.__getitem__)
-    if rewards[best] == rewards[worst] or texts[best] == texts[worst]:
+    best = max(range(len(texts)), key=reward.__getitem__)
+    worst = min(range(len(texts)), key=reward.__getitem__)
+    if reward[best] == reward[worst] or texts[best] == texts[worst]:
         return None
     return best, worst
 
 
-def read_candidates(args: argparse.Namespace, tokenizer,
-                    left_out: dict[str, int]) -> tuple[list[dict], list[list[Candidate]]]:
+def read_candidates(args: argparse.Namespace,
+                    left_out: dict[str, int]) -> tuple[list[dict], list[list[Answer]]]:
     """Rows of --responses with the responses that compete, or of --pairs with their two sides. Rows
     with fewer than two are left out."""
     path = args.pairs or args.responses
     if args.pairs:
         rows = read_rows(path, "preferences")
-        return rows, [[Candidate(*answer) for answer in pair_of(row)] for row in rows]
+        return rows, [pair_of(row) for row in rows]
     rows = []
     candidates = []
     for row in read_rows(path, "responses"):
@@ -149,14 +140,14 @@ def read_candidates(args: argparse.Namespace, tokenizer,
         ids = row.pop("response_ids", [None] * count)
         special_inside = row.pop("special_inside", [False] * count)
         usable = []
-        for candidate, special in zip(map(Candidate, texts, ended, ids), special_inside):
+        for answer, special in zip(map(Answer, texts, ended, ids), special_inside):
             if special:
                 left_out["special_inside"] += 1
-            elif not candidate.text.strip():
+            elif not answer.text.strip():
                 left_out["empty"] += 1
             else:
-                usable.append(candidate)
-        complete = [candidate for candidate in usable if candidate.ended]
+                usable.append(answer)
+        complete = [answer for answer in usable if answer.ended]
         if args.prefer_ended and len(complete) >= 2:
             left_out["cut"] += len(usable) - len(complete)
             usable = complete
@@ -182,7 +173,7 @@ def score_by(path: str, args: argparse.Namespace, tokenizer, encoded: list, rank
                  f"score {path}")
 
 
-def add_sides(row: dict, chosen: Candidate, rejected: Candidate) -> None:
+def add_sides(row: dict, chosen: Answer, rejected: Answer) -> None:
     """Write two of a prompt's answers into its row, as its chosen and its rejected side. What an
     earlier label said of the pair goes."""
     for key in ("chosen_ids", "rejected_ids", "chosen_logp", "rejected_logp", *WORST_CASE):
@@ -197,7 +188,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     tokenizer = load_tokenizer(args.model) if args.model else None
     path = args.pairs or args.responses
     left_out = dict.fromkeys(LEFT_OUT, 0)
-    rows, candidates = read_candidates(args, tokenizer, left_out)
+    rows, candidates = read_candidates(args, left_out)
     prompts = len(rows) + left_out["fewer_than_two"]
     how_read = ""
     if args.model:

@@ -1,25 +1,32 @@
 """From conversations to tokens: prompts in the model's chat template, the responses after them.
 
-An encoded row is (prompt ids, [response ids, …]), each an int32 array. What a model sampled is kept
-as ids, and these are what is scored and learnt; only text that came from elsewhere is tokenised
-(D9). Only the chat template writes control tokens: one that is spelled out in a message or a
-response is broken by a visible character.
+What a model sampled is kept as ids, int32 arrays, and these are what is scored and learnt; only
+text that came from elsewhere is tokenised (D9). Only the chat template writes control tokens: one
+that is spelled out in a message or a response is broken by a visible character.
 """
 import datetime
 import functools
 import hashlib
 import json
-import os
-import sys
+import re
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
 
 from core.models import context_of
-from core.rows import fail
+from core.rows import SIDES, fail, note
 
-# A response as it is known: its text, whether it ended by itself, and its token ids or None.
-Answer = tuple[str, bool, list[int] | np.ndarray | None]
+
+class Answer(NamedTuple):
+    """A response as it is known."""
+    text: str
+    ended: bool               # False where the length limit cut it
+    ids: np.ndarray | None    # its tokens, where they are known
+
+
+# An encoded row: prompt ids, [response ids, …].
+Encoded = tuple[np.ndarray, list[np.ndarray]]
 
 # What breaks a control token that a text spells: <|im_end|> becomes <·|im_end|>.
 BREAK = "·"
@@ -132,8 +139,10 @@ def as_text(tokenizer, text: str) -> str:
     """The text with BREAK in every control token that it spells, behind the first character (for a
     token of one character in its place), so that it is read as text."""
     for token in sorted(spelled(tokenizer, text), key=len, reverse=True):
-        broken = token[0] + BREAK + token[1:] if len(token) > 1 else BREAK
-        text = text.replace(token, broken)
+        broken = token[0] + BREAK if len(token) > 1 else BREAK
+        # Where it overlaps itself too: << in <<<.
+        begins = f"{re.escape(token[0])}(?={re.escape(token[1:])})"
+        text = re.sub(begins, lambda _, broken=broken: broken, text)
     return text
 
 
@@ -142,11 +151,6 @@ def spells_control(tokenizer, text: str) -> bool:
     answers."""
     ids = control_tokens(tokenizer)
     return any(ids[token] in foreign_tokens(tokenizer) for token in spelled(tokenizer, text))
-
-
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a text that stands alone."""
-    return tokenizer(as_text(tokenizer, text), add_special_tokens=False).input_ids
 
 
 def render(tokenizer, messages: list[dict], closed: bool) -> str:
@@ -208,7 +212,7 @@ def response_in_context(tokenizer, messages: list[dict], text: str,
 
 def response_alone(tokenizer, text: str, ended: bool) -> list[int]:
     """Token ids of a response that is tokenised without its conversation."""
-    ids = encode_text(tokenizer, text)
+    ids = tokenizer(as_text(tokenizer, text), add_special_tokens=False).input_ids
     return ids + [end_of_turn(tokenizer)] if ended else ids
 
 
@@ -251,25 +255,26 @@ def same_vocabulary(tokenizer, row: dict) -> bool:
 
 
 def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]], path: str,
-                most: int | None = None) -> list[tuple[np.ndarray, list[np.ndarray]] | None]:
+                prompt_limit: int | None = None) -> list[Encoded | None]:
     """[(prompt ids, [response ids, …]), …] of rows and the `answers` to each; None where the chat
     template does not write a response in full (`is_written`). A row that the model cannot read
     fails.
 
     A response's ids are those in the row if they are of this vocabulary, else its text's. A prompt
-    of more than `most` tokens loses its first ones after BOS; its row's `prompt_cut` counts them.
+    of more than `prompt_limit` tokens loses its first ones after BOS; its row's `prompt_cut` counts
+    them.
     """
     limit = context_of(config)
     encoded = []
     alone = 0
-    for row, texts in zip(rows, answers, strict=True):
+    for row, row_answers in zip(rows, answers, strict=True):
         if "prompt_cut" in row:  # scored after all of it, its answer would be another (D9)
             fail(f"{path}: id {row['id']!r} was answered after a prompt cut to the context "
                  "(generate.py --fit), which is for MT-Bench alone")
         try:
             prompt = encode_prompt(tokenizer, row["prompt"])
             responses = []
-            for text, ended, ids in texts:
+            for text, ended, ids in row_answers:
                 if ids is None or not same_vocabulary(tokenizer, row):
                     if not is_written(tokenizer, row["prompt"], text):
                         break
@@ -281,11 +286,11 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
         except Exception as error:
             # Templates raise whatever they like, e.g. for a system turn.
             fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
-        if len(responses) < len(texts):
+        if len(responses) < len(row_answers):
             encoded.append(None)
             continue
-        if most is not None and len(prompt) > most:
-            row["prompt_cut"] = len(prompt) - most
+        if prompt_limit is not None and len(prompt) > prompt_limit:
+            row["prompt_cut"] = len(prompt) - prompt_limit
             bos = prompt[:starts_with_bos(tokenizer)]
             prompt = bos + prompt[row["prompt_cut"] + len(bos):]
         longest = len(prompt) + max(map(len, responses), default=0)
@@ -313,21 +318,15 @@ def usable(rows: list[dict], encoded: list, path: str) -> tuple[list[dict], list
     return [rows[k] for k in kept], [encoded[k] for k in kept]
 
 
-def note(text: str) -> None:
-    """A line on stderr, once for all processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
-
-
 def pair_of(row: dict) -> list[Answer]:
     """The chosen, then the rejected response. Gold rows say no more than a text: theirs ended."""
-    return [(row[side], row.get(f"{side}_ended", True), row.get(f"{side}_ids"))
-            for side in ("chosen", "rejected")]
+    return [Answer(row[side], row.get(f"{side}_ended", True), row.get(f"{side}_ids"))
+            for side in SIDES]
 
 
 def from_text(tokenizer, rows: list[dict], answers: list[list[Answer]]) -> str:
     """For the summary line: how many rows are read from their text, for want of ids of this
     vocabulary."""
-    count = sum(not same_vocabulary(tokenizer, row) or any(ids is None for *_, ids in texts)
-                for row, texts in zip(rows, answers, strict=True))
+    count = sum(not same_vocabulary(tokenizer, row) or any(ids is None for *_, ids in row_answers)
+                for row, row_answers in zip(rows, answers, strict=True))
     return f"{count} read from text" if count else "all read as sampled"

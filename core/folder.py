@@ -10,10 +10,10 @@ import json
 import math
 import os
 import re
-import sys
 from pathlib import Path
+from typing import NoReturn
 
-from core.rows import fail
+from core.rows import fail, note
 
 # The fingerprint, while only looking, of what has yet to be written or downloaded.
 ABSENT = "absent"
@@ -29,10 +29,8 @@ INSTEAD = {
     ".bin": "its weights are pickles, which may run code and are never loaded; convert them to "
             "safetensors (transformers: from_pretrained, then save_pretrained)",
 }
-# Bytes a parameter: a published policy's, in fp32; a checkpoint's with Adam's two moments, of which
-# a new one is whole before the last one goes.
+# Bytes a parameter of a published policy, in fp32.
 POLICY_BYTES = 4
-CHECKPOINT_BYTES = 2 * 12
 
 
 # ---------------------------------------------------------------------------------- only looking
@@ -72,7 +70,8 @@ def size_of(path: str) -> int:
 
 
 def fingerprint(path: str, kind: str = "model") -> str:
-    """Digest of the content of a file or folder; for a hub id, its name and commit.
+    """Digest of the content of a file or folder; for a hub id, its name and commit: the one that
+    was downloaded, or else the hub's, which is not asked while only looking.
 
     Of safetensors it takes size, header and the first 64 KB of every tensor, everything else whole.
     Of a folder not what is hidden, nor log.jsonl: downloads and training leave times there. `kind`
@@ -86,8 +85,12 @@ def fingerprint(path: str, kind: str = "model") -> str:
             return path
         if kind == "file" or not is_hub_id(path):
             fail(f"{path}: no such file or folder")
-        commit = commit_of(path, kind)
-        return f"{path}@{commit}" if commit or not is_looking() else ABSENT
+        if snapshot := snapshot_of(path, kind):
+            return f"{path}@{snapshot.name}"
+        if is_looking():
+            return ABSENT
+        info = hub_info(path, kind)
+        return f"{path}@{info.sha if info else ''}"
     digest = hashlib.sha256()
     for file in files_of(path):
         name = file.relative_to(path)
@@ -151,15 +154,6 @@ def snapshot_of(name: str, kind: str = "model") -> Path | None:
     cache = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
     commit = cache / "refs" / "main"
     return cache / "snapshots" / commit.read_text().strip() if commit.is_file() else None
-
-
-def commit_of(name: str, kind: str = "model") -> str:
-    """The commit that a hub id stands for: the one that was downloaded, or else the hub's; "" where
-    neither can be had. While only looking nothing is asked."""
-    if snapshot := snapshot_of(name, kind):
-        return snapshot.name
-    info = None if is_looking() else hub_info(name, kind)
-    return info.sha if info else ""
 
 
 @functools.cache
@@ -249,17 +243,17 @@ def check_model(path: str) -> None:
     read_json(folder / "config.json")
     for name in weights:
         if tensors_of(folder / name) is None:
-            check_pointer(folder / name)
-            fail(f"{folder / name}: not a whole safetensors file; download or copy it again")
-    if "adapter_config.json" in names and int(os.environ.get("RANK", 0)) == 0:
-        print(f"note: {path}: the adapter beside the weights is not used", file=sys.stderr)
+            fail_broken(folder / name)
+    if "adapter_config.json" in names:
+        note(f"{path}: the adapter beside the weights is not used")
 
 
-def check_pointer(file: Path) -> None:
-    """Ends the program where a file is what Git leaves in the place of a large one."""
+def fail_broken(file: Path) -> NoReturn:
+    """Ends the program: a file is not whole, or what Git leaves in the place of a large one."""
     with open(file, "rb") as stream:
         if stream.read(23) == b"version https://git-lfs":
             fail(f"{file}: a Git-LFS pointer in the file's place; run `git lfs pull` in its folder")
+    fail(f"{file}: cut short or broken; download or copy it again")
 
 
 def read_json(file: Path) -> dict:
@@ -267,8 +261,7 @@ def read_json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        check_pointer(file)
-        fail(f"{file}: not JSON; download or copy it again")
+        fail_broken(file)
     return value if isinstance(value, dict) else {}
 
 
@@ -328,5 +321,5 @@ def policy_bytes(path: str) -> int:
 
 def checkpoint_bytes(path: str, out: str) -> int:
     """Bytes that checkpoints of training `out` from a model will need beyond those there are."""
-    needed = policy_bytes(path) // POLICY_BYTES * CHECKPOINT_BYTES
-    return max(0, needed - size_of(f"{out}.checkpoint"))
+    # Weights and Adam's two moments, and a new one is whole before the last one goes.
+    return max(0, 6 * policy_bytes(path) - size_of(f"{out}.checkpoint"))

@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
-from core.folder import commit_of, hub_trouble, is_hub_id, snapshot_of
+from core.folder import hub_trouble, snapshot_of
 from core.rows import fail
 
 # A tokenizer, its chat templates, and where its model's answers end.
@@ -42,18 +42,16 @@ def reason(error: Exception) -> str:
     return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
 
 
-def check_path(path: str) -> None:
-    if os.path.isdir(path):
-        return
-    if not is_hub_id(path) or os.path.exists(path):
-        fail(f"{path}: no such model folder, and not the id of a model on the hub")
-    if (trouble := hub_trouble()) and not commit_of(path):
-        fail(f"{path}: no such model folder, nor can it be had from the hub: {trouble}")
+def ask_the_hub_once(path: str) -> None:
+    """Where `path` is a hub id and the hub does not answer, transformers would wait for every
+    file."""
+    if not os.path.isdir(path):
+        hub_trouble()
 
 
 def load_config(path: str):
     """A model's config.json, from a folder or the hub."""
-    check_path(path)
+    ask_the_hub_once(path)
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
@@ -136,7 +134,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
 
 def load_tokenizer(path: str):
     """A tokenizer that knows how a chat is written and where a turn ends."""
-    check_path(path)
+    ask_the_hub_once(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:

@@ -28,6 +28,17 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def is_first() -> bool:
+    """Whether this process, of those that work on one output, is the one that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def note(text: str) -> None:
+    """A line on stderr, once for all processes."""
+    if is_first():
+        print(f"note: {text}", file=sys.stderr)
+
+
 # What each kind of file must hold, key by key.
 ROWS = {
     "prompts": ["id", "prompt"],
@@ -67,19 +78,19 @@ def is_from_zero(value: object) -> bool:
     return is_number(value) and value >= 0
 
 
-def are(kind: type, value: object) -> bool:
+def is_list_of(kind: type, value: object) -> bool:
     """Whether a JSON value is a list of values of one kind."""
     return isinstance(value, list) and all(type(element) is kind for element in value)
 
 
-def are_ids(value: object) -> bool:
+def is_ids(value: object) -> bool:
     """Whether a JSON value is a list of token ids, at least one."""
-    return are(int, value) and bool(value) and 0 <= min(value) and max(value) < 2 ** 31
+    return is_list_of(int, value) and bool(value) and 0 <= min(value) and max(value) < 2 ** 31
 
 
-def are_atoms(value: object) -> bool:
+def is_atoms(value: object) -> bool:
     """Whether a JSON value is [[weight, shift], …]: weights ≥ 0 that sum to 1, shifts ≥ 0."""
-    if not are(list, value):
+    if not is_list_of(list, value):
         return False
     sound = all(len(atom) == 2 and all(map(is_from_zero, atom)) for atom in value)
     return sound and abs(sum(weight for weight, _ in value) - 1) <= TOLERANCE
@@ -106,15 +117,15 @@ TEXT = (is_text, "a non-empty string")
 ANSWER = (lambda value: is_text(text_of(value)),
           "a non-empty text or one message of the assistant's")
 FLAG = (lambda value: type(value) is bool, "true or false")
-FLAGS = (lambda value: are(bool, value), "a list of true and false")
-IDS = (are_ids, "a list of token ids (integers ≥ 0), not empty")
+FLAGS = (lambda value: is_list_of(bool, value), "a list of true and false")
+IDS = (is_ids, "a list of token ids (integers ≥ 0), not empty")
 NUMBER = (is_number, "a finite number")
 FROM_ZERO = (is_from_zero, "a finite number ≥ 0")
 
 # key → (whether a value is right, what it must be)
 CHECKS = {
     "id": TEXT,
-    "prompt": (lambda value: are(dict, value) and value and all(map(is_message, value)),
+    "prompt": (lambda value: is_list_of(dict, value) and value and all(map(is_message, value)),
                'a non-empty list of {"role": …, "content": …}'),
     "chosen": ANSWER,
     "rejected": ANSWER,
@@ -124,10 +135,10 @@ CHECKS = {
     "rejected_ids": IDS,
     "chosen_logp": NUMBER,
     "rejected_logp": NUMBER,
-    "responses": (lambda value: are(str, value) and value, "a list of strings"),
+    "responses": (lambda value: is_list_of(str, value) and value, "a list of strings"),
     "ended": FLAGS,
     "special_inside": FLAGS,
-    "response_ids": (lambda value: are(list, value) and all(map(are_ids, value)),
+    "response_ids": (lambda value: is_list_of(list, value) and all(map(is_ids, value)),
                      "a list of lists of token ids (integers ≥ 0), none of them empty"),
     "vocabulary": (lambda value: isinstance(value, str), "a string"),
     "temperature": FROM_ZERO,
@@ -135,16 +146,10 @@ CHECKS = {
     "margin_of": (lambda value: isinstance(value, dict), "an object"),
     "xi": NUMBER,
     "pieces": (lambda value: type(value) is int and value >= 1, "an integer ≥ 1"),
-    "atoms": (are_atoms, "[[weight, shift], …], weights ≥ 0 that sum to 1, shifts ≥ 0"),
+    "atoms": (is_atoms, "[[weight, shift], …], weights ≥ 0 that sum to 1, shifts ≥ 0"),
 }
 # Keys that no kind of file must hold: checked where a row has them.
 OPTIONAL = [key for key in CHECKS if all(key not in keys for keys in ROWS.values())]
-
-
-def wrong(key: str, value: object) -> str | None:
-    """What `value` should have been under `key`, or None if it is right."""
-    is_right, expected = CHECKS[key]
-    return None if is_right(value) else expected
 
 
 # ----------------------------------------------------------------------------------- reading files
@@ -167,34 +172,25 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     return value
 
 
-# Made once: json.loads makes one a call.
-DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
-
-
 def parse(text: str) -> object:
     """A JSON value. ValueError where it is none, an object has a key twice, or a text holds half of
     a surrogate pair, which no file or tokenizer takes."""
-    value = DECODER.decode(text)
+    value = json.loads(text, object_pairs_hook=unique_keys)
     if "\\ud" in text or "\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for every line of a JSONL file. Blank lines at its end are no rows, one
-    before a row fails."""
+    """(line number, object) for every line of a JSONL file that is not blank."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
-    number = blank = 0
+    number = 0
     try:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
-                    blank = blank or number
                     continue
-                if blank:
-                    fail(f"{path}:{blank}: a blank line between rows; expected one JSON object a "
-                         "line")
                 row = parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 if not isinstance(row, dict):
                     fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
@@ -231,8 +227,9 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
             if key not in row:
                 fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need "
                      f"{', '.join(ROWS[kind])}{hint}")
-        for key in keys:
-            if key in row and (expected := wrong(key, row[key])) is not None:
+        for key in filter(row.__contains__, keys):
+            is_right, expected = CHECKS[key]
+            if not is_right(row[key]):
                 fail(f"{path}:{number}: '{key}' must be {expected}, "
                      f"found {json.dumps(row[key])[:60]}{hint}")
         where = f"{path}:{number}: id {row['id']!r}"

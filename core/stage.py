@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core.folder import ABSENT, files_of, fingerprint, is_looking, promises, size_of
-from core.rows import fail, remove
+from core.rows import fail, is_first, remove
 
 STARTED = time.time()
 
@@ -192,13 +192,12 @@ def exit_if_complete(out: str, settings: dict, *beside: str, note: str = "") -> 
                if settings.get(key) not in (old.get(key), ABSENT)]
     if not pending:
         changed += damage(out, record)
-    first = int(os.environ.get("RANK", 0)) == 0
     if not changed:
         follows = pending or ABSENT in settings.values()
         if is_looking():
             print_look("follows" if follows else "complete", out, size_of(out), note)
             raise SystemExit(WORK if follows else 0)
-        if first:
+        if is_first():
             if os.path.exists(unfinished(out)):
                 hold(out)
                 release()
@@ -209,7 +208,7 @@ def exit_if_complete(out: str, settings: dict, *beside: str, note: str = "") -> 
             print_look("changed", out, size_of(out), note)
         fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
              "replaces it and all that follows from it; another --out (RUN) keeps both")
-    if first and not is_looking():
+    if is_first() and not is_looking():
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
 
 
@@ -305,7 +304,6 @@ def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None],
     renames, the next stage that works on `out` goes on with them. What was there before is removed
     when the new output stands. Where that cannot be put in place, it stays in OUT.unfinished.
     """
-    was_held = out in locks
     hold(out)
     work = unfinished(out)
     new, stats_file = f"{work}/new", f"{work}/stats.tmp"
@@ -323,8 +321,7 @@ def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None],
         raise
     os.replace(stats_file, f"{work}/stats.json")
     put_in_place(out)
-    if not was_held:
-        release()
+    release()
 
 
 def put_in_place(out: str) -> None:
@@ -340,7 +337,9 @@ def put_in_place(out: str) -> None:
                 os.makedirs(f"{work}/old", exist_ok=True)
                 os.rename(place, old)
             os.replace(new, place)
-        clean(out)
+        # What only a run that is not finished needs.
+        for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp"):
+            remove(f"{out}.{suffix}")
         # On another disk than `out` where that is a link.
         shutil.move(f"{work}/stats.json", f"{out}.stats.json")
     except OSError as error:
@@ -351,31 +350,22 @@ def put_in_place(out: str) -> None:
         shutil.rmtree(f"{work}/{name}", ignore_errors=True)
 
 
-def clean(out: str) -> None:
-    """Remove what only a run that is not finished needs."""
-    for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp", "checkpoint.old"):
-        remove(f"{out}.{suffix}")
-
-
 def about(inputs: dict[str, str]) -> dict:
     """How an output came about: for readers, and no reason to do anything again. Paths stand here
     by name; their fingerprints are in the settings."""
     here = Path(__file__).resolve().parent.parent
     git = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:
-        commit = ""
+        commit = None
     program = Path(sys.argv[0]).resolve()
-    if program.parent in (here / "data", here / "judges"):
-        program = f"-m {program.parent.name}.{program.stem}"
-    else:
-        program = program.name
+    name = program.name if program.parent == here else f"-m {program.parent.name}.{program.stem}"
     torch = sys.modules.get("torch")  # a stage that computes has loaded it
     gpu = torch is not None and torch.cuda.is_initialized()
     card = f", {torch.cuda.get_device_name()}" if gpu else ""
-    return {"command": f"{program} {shlex.join(sys.argv[1:])}",
-            "commit": commit or None,
+    return {"command": f"{name} {shlex.join(sys.argv[1:])}",
+            "commit": commit,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{card}",
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "seconds": round(time.time() - STARTED, 1),
@@ -389,8 +379,9 @@ def run_stage(main: Callable[..., None], *given) -> None:
     """Run a stage, alone at its output; a full disk or an unreadable file is one line, like every
     other error that a user can mend."""
     try:
-        for out, record in looked_at.items():
-            if given and int(os.environ.get("RANK", 0)) == 0:
+        while looked_at:
+            out, record = looked_at.popitem()
+            if is_first():
                 hold(out)
                 if record_of(out) != record:
                     fail(f"{out}: another program has just written it; the same command again")

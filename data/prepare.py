@@ -77,8 +77,6 @@ TEXT_FILE = re.compile(r"\.(jsonl|json|csv|tsv|txt)(\.gz)?$")
 # The columns that may hold the prompt; the first that does is it.
 PROMPTS = ["prompt", "instruction", "question"]
 ROLES = ["system", "developer", "user", "assistant", "tool"]
-# What the project's own pairs say of their responses beside the texts, all of a line or nothing.
-OF_PAIRS = [["chosen_ended", "rejected_ended"], ["chosen_ids", "rejected_ids", "vocabulary"]]
 # Names of columns that people's preferences are kept in.
 PREFERENCES = re.compile(
     "chosen|rejected|rating|score|label|better|winner|response|completion|prefer|rank|vote")
@@ -365,11 +363,7 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
         raise LeftOut("empty_response")
     if are_pairs and answers[0] == answers[1]:
         raise LeftOut("tie")
-    pair = {"prompt": prompt, **dict(zip(SIDES, map(answer_turn, answers)))}
-    for keys in OF_PAIRS:
-        if are_pairs and all(row.get(key) is not None for key in keys):
-            pair |= {key: row.pop(key) for key in keys}
-    return pair
+    return {"prompt": prompt, **dict(zip(SIDES, map(answer_turn, answers)))}
 
 
 def collect(source: Iterable[tuple[str, dict]],
@@ -440,7 +434,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.chat import encode_prompt, encode_response, spells_control
+from core.chat import apply_template, encode_prompt, encode_response, spells_control
 from core.models import context_of, load_config, load_model, load_tokenizer
 from core.parallel import autocast, start_processes
 from core.policy import deal, pack, response_hidden
@@ -466,18 +460,18 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
             left["control_token"] += 1
             continue
         try:
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            text = apply_template(tokenizer, prompt, closed=False)
         except Exception as error:
             # Templates raise whatever they like.
             fail(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): "
                  f"the chat template of {path} refuses this prompt: {error}")
         # No token is shorter than a byte; 64 for what is written around an answer.
         longest = max((len(answer.encode()) for answer in answers), default=0)
-        most = len(text.encode()) + room + 64 + longest
-        if most > limit:
+        needed = len(text.encode()) + room + 64 + longest
+        if needed > limit:
             lengths = [len(encode_response(tokenizer, prompt, answer)) for answer in answers]
-            most = len(encode_prompt(tokenizer, prompt)) + max(room, *lengths, 0)
-        if most > limit:
+            needed = len(encode_prompt(tokenizer, prompt)) + max(room, *lengths, 0)
+        if needed > limit:
             left["too_long"] += 1
         else:
             kept.append(row)
@@ -517,13 +511,6 @@ def farthest(vectors: torch.Tensor, k: int) -> list[int]:
 # ---------------------------------------------------------------------------------------- the parts
 
 
-def flip(row: dict) -> None:
-    """Exchange the sides of a pair."""
-    for chosen in [key for key in row if key.startswith("chosen")]:
-        rejected = chosen.replace("chosen", "rejected")
-        row[chosen], row[rejected] = row[rejected], row[chosen]
-
-
 def main(args: argparse.Namespace, settings: dict) -> None:
     rows, left, unused = collect(load_any(args.data), args.prompts_alone)
     if args.model:
@@ -552,7 +539,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     pairs = parts.get("seed", [])
     flipped = dice.sample(pairs, round(args.flip * len(pairs)))
     for row in flipped:
-        flip(row)
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
 
     def write(tmp: str) -> None:
         for name, part in parts.items():

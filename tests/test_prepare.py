@@ -82,13 +82,11 @@ def test_twins_are_one_prompt(twin):
 
 
 def test_flips_and_unused_columns_are_said(tmp_path):
-    rows = [{**row, "completion": "C", "label": True, "chosen_ended": True, "rejected_ended": False,
-             "nothing": None} for row in plain(9)]
+    rows = [{**row, "completion": "C", "label": True, "nothing": None} for row in plain(9)]
     done = ok(prepare(dump(tmp_path / "p.jsonl", rows), tmp_path / "out",
                       "--seed-size", "4", "--rounds", "2", "--flip", "0.5"))
     seed = pair_rows(tmp_path / "out/seed.jsonl")
     assert sorted(row["chosen"][:4] for row in seed) == ["bad ", "bad ", "good", "good"]
-    assert all(row["chosen_ended"] == row["chosen"].startswith("good") for row in seed)
     assert all(set(row) == {"id", "prompt"} for row in jsonl(tmp_path / "out/prompts_1.jsonl"))
     assert done.stdout.startswith("prepare: read as pairs: seed 4")
     assert "2 labels of the seed flipped" in done.stdout and "nothing left out" in done.stdout
@@ -268,7 +266,8 @@ def test_texts_stay_texts(name, mark, tmp_path):
         table.writerows(rows)
         text = file.getvalue()
     elif ".jsonl" in name:
-        text = "".join(json.dumps(row) + "\n" for row in rows) + "\n \n"  # blank lines at the end
+        text = "".join(json.dumps(row) + "\n" for row in rows[:2]) + "\n \n"  # blank lines
+        text += "".join(json.dumps(row) + "\n" for row in rows[2:]) + "\n"
     else:
         text = json.dumps(rows, indent=1)
     path = tmp_path / name
@@ -298,7 +297,6 @@ BROKEN = {
     "c.csv": (b"prompt,chosen,rejected\n\xff,a,b\n", "not CSV in UTF-8"),
     "d.json": (b'[{"prompt": "q"}', "not JSON"),
     "e.json": (b'[{"prompt": "\\ud800"}]', "not JSON in UTF-8"),
-    "f.jsonl": (b'{"prompt": "q"}\n\n{"prompt": "r"}\n', ":2: a blank line"),
     "g.jsonl.gz": (gzip.compress(b'{"prompt": "q"}\n' * 9)[:-9], "gzip"),
     "h.csv.gz": (gzip.compress(b"prompt\nq\n")[:-9], "not CSV"),
     "i.csv": (b"", "0 prompts can be used"),

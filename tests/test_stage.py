@@ -122,8 +122,8 @@ def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):
     inputs = stage.inputs_of(args, settings)
     stage.publish(str(out), settings, {}, lambda tmp: os.mkdir(tmp), inputs)
     for argv, command in (
-        (["/x/train.py", "--out", "a b"], "train.py --out 'a b'"),
-        ([str(ROOT / "data/prepare.py"), "--rounds"], "-m data.prepare --rounds"),
+        ([f"{ROOT}/train.py", "--out", "a b"], "train.py --out 'a b'"),
+        ([f"{ROOT}/data/prepare.py", "--rounds"], "-m data.prepare --rounds"),
     ):
         monkeypatch.setattr("sys.argv", argv)
         assert stage.about({})["command"] == command

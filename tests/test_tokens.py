@@ -12,11 +12,11 @@ import torch
 import transformers
 from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
 from families import tiny_config
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import core.chat
-import core.sampling
+import generate
 from core.chat import (
     BREAK,
     answered,
@@ -26,11 +26,11 @@ from core.chat import (
     encode_prompt,
     encode_response,
     encode_rows,
-    encode_text,
     end_of_turn,
     foreign_tokens,
     is_foreign,
     pair_of,
+    response_alone,
     response_in_context,
     spells_control,
     usable,
@@ -46,7 +46,6 @@ from core.models import (
 )
 from core.probe import check_template
 from core.rows import read_rows
-from data import prepare
 from data.tiny import BYTES_TEMPLATE, make_tokenizer
 from judges.comparisons import option_prompt
 
@@ -113,6 +112,7 @@ def test_no_text_makes_a_control_token(each, first, second):
         assert controls(ids) == controls(encode_response(tokenizer, ASK, "x", ended))
 
 
+@example(words=["<<"], text="<<<")
 @given(words=st.lists(st.text("ab<|", min_size=1, max_size=5), min_size=1),
        text=st.text("ab<|", max_size=12))
 def test_one_character_breaks_what_spells_a_control_token(words, text):
@@ -152,7 +152,7 @@ def test_tokens_that_are_not_special_cannot_be_forged(tokenizer):
 
 @pytest.mark.parametrize("shape", ["<|reserved_{}|>", "{}>"])
 def test_thousands_of_added_tokens_cost_nothing(any_tokenizer, shape):
-    """In the best of twenty prompts; ten times the template's own time would be 2 ms."""
+    """In the best of twenty prompts, the first time that each is seen."""
     many = copy.deepcopy(any_tokenizer)
     many.add_tokens([transformers.AddedToken(shape.format(i), special=True) for i in range(6000)])
     ask = [{"role": "user", "content": "Write 12 <b>long</b> letters of 300 words.\n" * 8}]
@@ -160,11 +160,7 @@ def test_thousands_of_added_tokens_cost_nothing(any_tokenizer, shape):
     def encode() -> None:
         as_text.cache_clear()
         encode_prompt(many, ask)
-
-    def fastest(call) -> float:
-        return min(timeit.repeat(call, number=1, repeat=20))
-    plain = fastest(lambda: many.apply_chat_template(ask, return_dict=False))
-    assert fastest(encode) < 10 * plain
+    assert min(timeit.repeat(encode, number=1, repeat=20)) < 0.01
 
 
 # --------------------------------------------------------------------------- prompts and responses
@@ -363,7 +359,7 @@ def test_a_stage_learns_from_what_the_template_writes(folder, tokenizer, tmp_pat
 def sampled(monkeypatch, answers: list[list[int]]) -> None:
     """Let the sampler write these answers, over and over."""
     monkeypatch.setattr(
-        core.sampling, "sample",
+        generate, "sample",
         lambda model, prompts, u, *rest: [answers[k % len(answers)] for k in range(len(u))])
 
 
@@ -472,7 +468,7 @@ def test_channels(tokenizer):
     ids = encode_response(multi, ASK, "Hi <m>")
     assert multi.decode(ids) == f"<c>final<m>Hi <{BREAK}m><|im_end|>"
     assert is_foreign(multi, ids, True)
-    assert not is_foreign(multi, encode_text(multi, "Hi <m>"), False)
+    assert not is_foreign(multi, response_alone(multi, "Hi <m>", False), False)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -488,18 +484,6 @@ def test_wrong_ids_are_one_line(tmp_path, capsys, change, message):
         read_rows(dump(tmp_path / "r.jsonl", [row]), "responses")
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_prepare_keeps_what_was_sampled_and_flips_it_whole(tmp_path):
-    row = {"prompt": "Write.", "chosen": "yes", "rejected": "no", "chosen_ids": [5, 2],
-           "rejected_ids": [6, 7], "chosen_ended": True, "rejected_ended": False,
-           "vocabulary": "v"}
-    (kept,), *_ = prepare.collect(dump(tmp_path / "d.jsonl", [row]))
-    assert {**kept, "prompt": "Write."}.items() >= row.items()
-    prepare.flip(kept)
-    flipped = {**row, "chosen": "no", "rejected": "yes", "chosen_ids": [6, 7],
-               "rejected_ids": [5, 2], "chosen_ended": False, "rejected_ended": True}
-    assert {**kept, "prompt": "Write."}.items() >= flipped.items()
 
 
 def test_ids_take_four_bytes_and_are_kept_once(tokenizer, tmp_path):
