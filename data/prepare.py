@@ -77,6 +77,8 @@ TEXT_FILE = re.compile(r"\.(jsonl|json|csv|tsv|txt)(\.gz)?$")
 # The columns that may hold the prompt; the first that does is it.
 PROMPTS = ["prompt", "instruction", "question"]
 ROLES = ["system", "developer", "user", "assistant", "tool"]
+# What the project's own pairs say of their responses beside the texts, all of a line or nothing.
+OF_PAIRS = [["chosen_ended", "rejected_ended"], ["chosen_ids", "rejected_ids", "vocabulary"]]
 # Names of columns that people's preferences are kept in.
 PREFERENCES = re.compile(
     "chosen|rejected|rating|score|label|better|winner|response|completion|prefer|rank|vote")
@@ -363,7 +365,11 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
         raise LeftOut("empty_response")
     if are_pairs and answers[0] == answers[1]:
         raise LeftOut("tie")
-    return {"prompt": prompt, **dict(zip(SIDES, map(answer_turn, answers)))}
+    pair = {"prompt": prompt, **dict(zip(SIDES, map(answer_turn, answers)))}
+    for keys in OF_PAIRS:
+        if are_pairs and all(row.get(key) is not None for key in keys):
+            pair |= {key: row.pop(key) for key in keys}
+    return pair
 
 
 def collect(source: Iterable[tuple[str, dict]],
@@ -434,7 +440,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.chat import apply_template, encode_prompt, encode_response, spells_control
+from core.chat import encode_prompt, encode_response, spells_control
 from core.models import context_of, load_config, load_model, load_tokenizer
 from core.parallel import autocast, start_processes
 from core.policy import deal, pack, response_hidden
@@ -460,7 +466,7 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
             left["control_token"] += 1
             continue
         try:
-            text = apply_template(tokenizer, prompt, closed=False)
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         except Exception as error:
             # Templates raise whatever they like.
             fail(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): "
@@ -511,6 +517,13 @@ def farthest(vectors: torch.Tensor, k: int) -> list[int]:
 # ---------------------------------------------------------------------------------------- the parts
 
 
+def flip(row: dict) -> None:
+    """Exchange the sides of a pair."""
+    for chosen in [key for key in row if key.startswith("chosen")]:
+        rejected = chosen.replace("chosen", "rejected")
+        row[chosen], row[rejected] = row[rejected], row[chosen]
+
+
 def main(args: argparse.Namespace, settings: dict) -> None:
     rows, left, unused = collect(load_any(args.data), args.prompts_alone)
     if args.model:
@@ -539,7 +552,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     pairs = parts.get("seed", [])
     flipped = dice.sample(pairs, round(args.flip * len(pairs)))
     for row in flipped:
-        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        flip(row)
 
     def write(tmp: str) -> None:
         for name, part in parts.items():

@@ -82,11 +82,13 @@ def test_twins_are_one_prompt(twin):
 
 
 def test_flips_and_unused_columns_are_said(tmp_path):
-    rows = [{**row, "completion": "C", "label": True, "nothing": None} for row in plain(9)]
+    rows = [{**row, "completion": "C", "label": True, "chosen_ended": True, "rejected_ended": False,
+             "nothing": None} for row in plain(9)]
     done = ok(prepare(dump(tmp_path / "p.jsonl", rows), tmp_path / "out",
                       "--seed-size", "4", "--rounds", "2", "--flip", "0.5"))
     seed = pair_rows(tmp_path / "out/seed.jsonl")
     assert sorted(row["chosen"][:4] for row in seed) == ["bad ", "bad ", "good", "good"]
+    assert all(row["chosen_ended"] == row["chosen"].startswith("good") for row in seed)
     assert all(set(row) == {"id", "prompt"} for row in jsonl(tmp_path / "out/prompts_1.jsonl"))
     assert done.stdout.startswith("prepare: read as pairs: seed 4")
     assert "2 labels of the seed flipped" in done.stdout and "nothing left out" in done.stdout
