@@ -168,13 +168,6 @@ def compare(args, comparisons: list[Comparison], *place) -> tuple[np.ndarray, di
     return preference, behaviour
 
 
-def scores_of(args, rows: list[dict], *place) -> np.ndarray | None:
-    """Scores [prompts, samples] of all responses; None where the judge compares."""
-    if args.judge not in SCORERS:
-        return None
-    return np.array(SCORERS[args.judge](args, rows, *place))
-
-
 def rewards(args, rows: list[dict], *place) -> tuple[list[list[float]], dict]:
     """A reward for every response of every row, and how the judge behaved.
 
