@@ -46,9 +46,9 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """95 % interval of a rate, the mean of values in [0, 1] [prompts, samples], from the spread over
-    prompts and four more of them, two at 0 and two at 1 (Agresti & Coull 1998): so that it holds
-    few prompts, and rates of 0 and 1, which have no spread, to what they can tell."""
+    """95 % interval of a rate, the mean of values in [0, 1] [prompts, samples]: normal, from the
+    spread over the prompts and four more, two at 0 and two at 1 (Agresti & Coull 1998), so that few
+    prompts, and rates of 0 and 1, which have no spread, claim no more than they tell."""
     per_prompt = np.concatenate([values.mean(1), [0, 0, 1, 1]])
     middle = per_prompt.mean()
     half = 1.96 * per_prompt.std() / math.sqrt(len(per_prompt))
