@@ -2,8 +2,8 @@
 learnt from. It reads their answers; who samples them is generate.py.
 
     win rate of a policy   mean preference of the judge for its samples over those of the first
-                           policy named, a tie ½; 95 % bootstrap interval over prompts; p: paired
-                           test against the policy before it
+                           policy named, a tie ½; 95 % interval over prompts; p: paired test
+                           against the policy before it
     length-controlled      the same at equal length, by a regression on lengths that is symmetric in
                            the two policies, ± standard error over prompts
     label accuracy         share of a round's self-labels that the judge agrees with, ties ½
@@ -31,15 +31,7 @@ from pathlib import Path
 
 from core.rows import fail, read_json_list, read_rows
 from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage
-from judges.flags import check_judge, judge_flags, judge_settings
-
-
-def files_by_name(pairs: list[str], flag: str) -> dict[str, str]:
-    """{name: path} of NAME=FILE arguments."""
-    table = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    if len(table) != len(pairs) or any(not name or "/" in name for name in table):
-        fail(f"{flag} takes NAME=FILE, each name once and without '/'; found {' '.join(pairs)}")
-    return table
+from judges.flags import check_judge, files_by_name, judge_flags, judge_settings
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -55,8 +47,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of a judging model's matrix products")
     args = cli.parse_args()
-    args.answers = files_by_name(args.answers, "--answers")
-    args.labels = files_by_name(args.labels, "--labels")
+    args.answers = files_by_name(args.answers)
+    args.labels = files_by_name(args.labels)
     if unknown := set(args.labels) - set(args.answers):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --answers does not")
     settings = judge_settings(args, "answers", "labels")
@@ -74,8 +66,15 @@ import numpy as np
 
 from core.parallel import start_processes
 from judges.history import training_of
-from judges.judge import compare, scores_of
-from judges.measures import label_quality, mean_and_error, text_measures, win_measures, wins
+from judges.judge import SCORERS, compare
+from judges.measures import (
+    label_quality,
+    mean_and_error,
+    settled,
+    text_measures,
+    win_measures,
+    wins,
+)
 from judges.report import page, plot
 
 # Pairs of a round that are judged again: enough for ± 0.016, and no round's whole cost a second
@@ -88,7 +87,7 @@ def read_answers(args: argparse.Namespace) -> dict[str, list[dict]]:
     has one answer to each prompt and others n, it stands n times."""
     answers = {}
     for name, path in args.answers.items():
-        if ".json" in path[-8:] and ".jsonl" not in path[-9:]:
+        if path.removesuffix(".gz").endswith(".json"):
             answers[name] = [{"prompt": [{"role": "user", "content": row["instruction"]}],
                               "responses": [row["output"]]}
                              for row in read_json_list(path, "instruction", "output")]
@@ -117,27 +116,26 @@ def judge_policies(args, answers: dict[str, list[dict]], *place) -> dict[str, di
     before = None  # preferences for the policy before
     for name, rows in answers.items():
         p = policies[name] = text_measures(rows, second_lexicon=args.judge == "vader")
-        if args.judge == "none":
-            continue
-        scores = scores_of(args, rows, *place)
-        if scores is not None:
+        if args.judge in SCORERS:
+            scores = np.array(SCORERS[args.judge](args, rows, *place))
             p["score"], p["score_error"] = mean_and_error(scores)
-            p["worst"] = np.argsort(scores.mean(1), kind="stable").tolist()
-        if rows is baseline:
-            first_scores = scores
+            if rows is baseline:
+                first_scores = scores
+        if rows is baseline or args.judge == "none":
             continue
-        if scores is not None:
+        if args.judge in SCORERS:
             preference = wins(scores, first_scores)
         else:
             sides = [(row["prompt"], mine, theirs) for row, other in zip(rows, baseline)
                      for mine, theirs in zip(row["responses"], other["responses"])]
             verdicts, behaviour = compare(args, sides, *place)
             preference = verdicts.reshape(len(rows), -1)
+            scores = settled(preference)
             p |= behaviour
-            p["worst"] = np.argsort(np.nan_to_num(preference, nan=0.5).mean(1)).tolist()
         lengths = [np.array([[len(text) for text in row["responses"]] for row in side])
                    for side in (baseline, rows)]
         p |= win_measures(preference, before, lengths[0] - lengths[1])
+        p["worst"] = np.argsort(scores.mean(1), kind="stable").tolist()
         p["preferences"] = np.where(np.isnan(preference), None, preference).tolist()
         before = preference
     return policies

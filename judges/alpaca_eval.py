@@ -28,6 +28,7 @@ from core.stage import (
     run_stage,
     settings_of,
 )
+from judges.flags import files_by_name
 from judges.measures import error_over_prompts, length_controlled
 from judges.report import markdown
 
@@ -49,10 +50,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
         fail("--instructions and --answers need --out")
     args.name = None
     if args.answers:
-        args.name, _, args.answers = args.answers.partition("=")
+        [(args.name, args.answers)] = files_by_name([args.answers]).items()
         args.out = f"{args.out}/{args.name}.model_outputs.json"
-        if not args.name or not args.answers or "/" in args.name:
-            fail("--answers takes NAME=FILE, the name without '/'")
     args.out = os.path.normpath(args.out)
     settings = settings_of(args, "instructions", "answers")
     exit_if_complete(args.out, settings)
@@ -114,23 +113,18 @@ def scores(annotations: list[dict]) -> dict:
             "n_wins": int((p > 0.5).sum()),
             "n_wins_base": int((p < 0.5).sum()),
             "n_draws": int((p == 0.5).sum()),
-            "n_total": len(p),
             "n_missing": len(annotations) - len(p),
             "avg_length": int(lengths[:, 1].mean())}
 
 
 def leaderboard(paths: list[str]) -> str:
     """A table of the scores of every file of annotations."""
-    shown = {"win_rate": "win rate", "standard_error": "its error",
-             "length_controlled": "length-controlled", "length_controlled_error": "its error",
-             "n_wins": "wins", "n_wins_base": "losses", "n_draws": "draws", "n_missing": "missing",
-             "avg_length": "characters"}
-    rows = []
+    table = {}
     for path in paths:
         annotations = read_annotations(path)
-        score = scores(annotations)
-        rows.append([annotations[0]["generator_2"], *(score[key] for key in shown)])
-    return markdown(["model", *shown.values()], rows)
+        table[path] = {"model": annotations[0]["generator_2"], **scores(annotations)}
+    header = [key.replace("_", " ") for key in next(iter(table.values()))]
+    return markdown(header, [list(score.values()) for score in table.values()])
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import string
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,8 @@ from judges.flags import key_of_endpoint
 TIMEOUT = 600.0
 RETRIES = 8
 PARALLEL = 8
+# May stand around a lone letter.
+MARKS = string.whitespace + "[](){}*_`\"'“”‘’."
 # What an endpoint says, with status 400, 413 or 422, of a question that it will never answer: its
 # filter minds the text, or the text is too long for the model.
 UNANSWERABLE = re.compile(
@@ -44,10 +47,8 @@ def parse_choice(text: str) -> float:
     in "(A) is better, since (B) rambles" no rule knows which letter is meant."""
     last_words = conclusion(text)
     letters = re.findall(r"\[\[([AB])\]\]", last_words)
-    if not letters:
-        lone = re.fullmatch(r"[\s\[\](){}*_`\"'“”‘’.]*([ABab])[\s\[\](){}*_`\"'“”‘’.]*", last_words)
-        letters = [lone[1].upper()] if lone else []
-    return {"A": 1.0, "B": 0.0}[letters[-1]] if letters else math.nan
+    lone = last_words.strip(MARKS).upper()
+    return {"A": 1.0, "B": 0.0}.get(letters[-1] if letters else lone, math.nan)
 
 
 def parse_rating(text: str) -> float:
@@ -81,31 +82,23 @@ def read_cache(path: Path) -> dict[str, str]:
     return answers
 
 
-def as_wanted(request: str, refused: set[str]) -> dict:
-    """The body of a request as an endpoint wants it that has refused `max_tokens` or temperature 0,
-    as those of reasoning models do."""
-    body = json.loads(request)
-    if "max_tokens" in refused:
-        body["max_completion_tokens"] = body.pop("max_tokens")
-    if "temperature" in refused:
-        del body["temperature"]
-    return body
-
-
 def hidden(text: str, key: str) -> str:
-    """The text without the key. One of fewer than eight characters may be part of ordinary words,
-    and is hidden where it stands by itself."""
-    if len(key) >= 8:
-        return text.replace(key, "…")
-    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", "…", text)
+    """The text without the key. One of fewer than eight characters is no secret ("none", for a
+    server that asks for none), and may be part of ordinary words."""
+    return text.replace(key, "…") if len(key) >= 8 else text
 
 
 def answer_of(client, request: str, refused: set[str]) -> str:
-    """One request's answer; "" where the endpoint will never give one. `refused` gathers the
-    settings that it does not take: they are learnt once for all requests."""
+    """One request's answer; "" where the endpoint will never give one. `refused` gathers which of
+    `max_tokens` and temperature 0 it does not take, as those of reasoning models do not: that is
+    learnt once for all requests."""
     from openai import APIStatusError
     while True:
-        body = as_wanted(request, refused)
+        body = json.loads(request)
+        if "max_tokens" in refused:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        if "temperature" in refused:
+            del body["temperature"]
         try:
             completion = client.chat.completions.create(**body)
             return str(completion.choices[0].message.content or "")

@@ -34,6 +34,14 @@ def endpoint_flags(cli: argparse.ArgumentParser, tokens: int) -> None:
                      help="room for an answer of --judge openai; more where it reasons first")
 
 
+def files_by_name(pairs: list[str]) -> dict[str, str]:
+    """{name: path} of NAME=FILE arguments."""
+    table = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(table) != len(pairs) or any(not name or "/" in name for name in table):
+        fail(f"{' '.join(pairs)}: expected NAME=FILE, each name once and without '/'")
+    return table
+
+
 def judge_settings(args: argparse.Namespace, *inputs: str) -> dict:
     """`settings_of` for a stage with a judge; an input may be a table {name: path}.
 

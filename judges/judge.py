@@ -73,25 +73,23 @@ def reward_model(args, rows: list[dict], *place) -> list[list[float]]:
     split over ranks."""
     rank, world, device = place
     path = args.judge_model
-    answers = [(row["prompt"], text) for row in rows for text in row["responses"]]
-    chats = [answered(prompt, text) for prompt, text in answers]
-    prompts = [prompt for prompt, _ in answers]
+    prompts = [row["prompt"] for row in rows for _ in row["responses"]]
+    chats = [answered(row["prompt"], text) for row in rows for text in row["responses"]]
     encoded = encode_chats(path, load_tokenizer(path), prompts, chats, room=0)
     kind = transformers.AutoModelForSequenceClassification
     model = load_weights(kind, path, device, torch.float32)
     if model.config.num_labels != 1:
         fail(f"{path}: a reward model needs one logit; found {model.config.num_labels}")
     mine = {}
-    quiet = None if rank == 0 else True
     share = range(rank, len(chats), world)
-    for i in tqdm(share, desc="reward model", unit="answer", disable=quiet):
+    for i in tqdm(share, desc="reward model", unit="answer", disable=None if rank == 0 else True):
         with autocast(device, args.precision):
             mine[i] = model(torch.tensor([encoded[i]], device=device)).logits.float().item()
     logits = merge(mine, world)
     if not all(map(math.isfinite, logits.values())):
         fail(f"{path}: a reward is not finite; are its weights sound?")
-    in_order = (logits[i] for i in range(len(chats)))
-    return [[next(in_order) for _ in row["responses"]] for row in rows]
+    in_order = iter(sorted(logits))
+    return [[logits[next(in_order)] for _ in row["responses"]] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------ rankers
@@ -168,13 +166,6 @@ def compare(args, comparisons: list[Comparison], *place) -> tuple[np.ndarray, di
     return preference, behaviour
 
 
-def scores_of(args, rows: list[dict], *place) -> np.ndarray | None:
-    """Scores [prompts, samples] of all responses; None where the judge compares."""
-    if args.judge not in SCORERS:
-        return None
-    return np.array(SCORERS[args.judge](args, rows, *place))
-
-
 def rewards(args, rows: list[dict], *place) -> tuple[list[list[float]], dict]:
     """A reward for every response of every row, and how the judge behaved.
 
@@ -190,7 +181,7 @@ def rewards(args, rows: list[dict], *place) -> tuple[list[list[float]], dict]:
         for (j, first), (k, second) in itertools.combinations(enumerate(row["responses"]), 2):
             where.append((i, j, k))
             comparisons.append((row["prompt"], first, second))
-    if not where:
+    if not comparisons:
         return result, {}
     preference, behaviour = compare(args, comparisons, *place)
     p = settled(preference).clip(1e-6, 1 - 1e-6)

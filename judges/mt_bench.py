@@ -11,9 +11,7 @@ pi_3; 1 024 new tokens are FastChat's.
     python generate.py --model pi_3 --prompts turn2.prompts.jsonl --out turn2.jsonl \\
         -n 1 --max-new-tokens 1024 --fit
     python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl turn2.jsonl \\
-        --out model_answer/mine.jsonl                                       answers, for FastChat
-    python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl turn2.jsonl \\
-        --judge-model NAME --base-url URL --out model_judgment/mine.jsonl   judgements; prints means
+        --judge-model NAME --base-url URL --out mine.jsonl    judgements; prints their means
 
 A second turn's prompt holds the first answer, so nobody knows its length before: --fit cuts what
 the context cannot hold, as FastChat's server does, and the scores count `prompts cut` and `answers
@@ -24,7 +22,7 @@ import math
 import os
 from pathlib import Path
 
-from core.rows import fail, read_json_lines, read_rows, write_rows
+from core.rows import are, fail, read_json_lines, read_rows, write_rows
 from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage
 from judges.flags import check_judge, endpoint_flags, judge_settings
 from judges.report import markdown
@@ -44,8 +42,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      help="JSONL; the name of the model in it is the file's")
     endpoint_flags(cli, 2048)
     args = cli.parse_args()
-    if len(args.answers) > 2 or args.judge_model and len(args.answers) < 2:
-        fail("--answers takes one file a turn, at most two; --judge-model needs both")
+    if len(args.answers) > 2 or bool(args.judge_model) != (len(args.answers) == 2):
+        fail("--answers takes one file a turn; with both it needs --judge-model, and only then")
     args.judge = "openai" if args.judge_model else "none"
     args.answers = {f"turn {t}": path for t, path in enumerate(args.answers, 1)}
     settings = judge_settings(args, "folder", "answers")
@@ -73,9 +71,9 @@ def read_by_key(path: str, key: str) -> dict[str, dict]:
     return rows
 
 
-def are_two_texts(value: object) -> bool:
-    """Whether a JSON value is a list of two strings: something for each turn."""
-    return isinstance(value, list) and [type(text) for text in value] == [str, str]
+def has_two_turns(row: dict) -> bool:
+    """Whether a row holds a text for each turn."""
+    return are(str, row.get("turns")) and len(row["turns"]) == 2
 
 
 def read_questions(folder: str) -> dict[str, dict]:
@@ -83,7 +81,7 @@ def read_questions(folder: str) -> dict[str, dict]:
     path = f"{folder}/question.jsonl"
     questions = read_by_key(path, "question_id")
     for key, row in questions.items():
-        if not are_two_texts(row.get("turns")) or not isinstance(row.get("category"), str):
+        if not has_two_turns(row) or not isinstance(row.get("category"), str):
             fail(f"{path}: question {key}: needs a category and two turns")
     return questions
 
@@ -95,12 +93,10 @@ def read_solutions(folder: str) -> dict[str, list[str]]:
         path = f"{folder}/reference_gpt-4.jsonl"
     solutions = {}
     for key, row in read_by_key(path, "question_id").items():
-        try:
-            solutions[key] = row["choices"][0]["turns"]
-        except (LookupError, TypeError):
-            solutions[key] = None
-        if not are_two_texts(solutions[key]):
+        choices = row.get("choices")
+        if not are(dict, choices) or not choices or not has_two_turns(choices[0]):
             fail(f"{path}: question {key}: needs choices whose first has two turns")
+        solutions[key] = choices[0]["turns"]
     return solutions
 
 
@@ -138,13 +134,6 @@ def read_answers(questions: dict[str, dict], paths: list[str]) -> tuple[dict, di
             cuts["prompts cut"] += "prompt_cut" in row
             cuts["answers cut"] += "answer_cut" in row
     return answers, cuts
-
-
-def answer_rows(name: str, answers: dict[str, list[str]]) -> list[dict]:
-    """Answers in FastChat's format."""
-    return [{"question_id": int(key) if key.isdigit() else key, "answer_id": f"{name}-{key}",
-             "model_id": name, "choices": [{"index": 0, "turns": turns}]}
-            for key, turns in answers.items()]
 
 
 # -------------------------------------------------------------------------------------- judgements
@@ -197,20 +186,18 @@ def mean_scores(judgements: list[dict]) -> dict[str, float]:
 def main(args: argparse.Namespace, settings: dict) -> None:
     questions = read_questions(args.folder)
     answers, cuts = read_answers(questions, list(args.answers.values()))
-    name = Path(args.out).stem
     scores = {}
-    if len(args.answers) < 2:
-        rows = prompt_rows(questions, answers)
-    elif not args.judge_model:
-        rows = answer_rows(name, answers)
-    else:
+    if args.judge_model:
         rows = judge(args, questions, answers)
         scores = mean_scores(rows) | cuts
+    else:
+        rows = prompt_rows(questions, answers)
     publish(args.out, settings, {"rows": len(rows), "scores": scores},
             lambda tmp: write_rows(tmp, rows), {"folder": args.folder, **args.answers})
     print(f"mt_bench: {len(rows)} rows → {args.out}")
     if scores:
-        print("\n" + markdown(["MT-Bench", name], [list(item) for item in scores.items()]))
+        header = ["MT-Bench", Path(args.out).stem]
+        print("\n" + markdown(header, [list(item) for item in scores.items()]))
 
 
 if __name__ == "__main__":

@@ -65,23 +65,24 @@ def load_pairrm(path: str, device: torch.device) -> tuple:
     return model.to(device).eval(), tokenizer
 
 
-def encode(config, tokenizer, texts: tuple[str, str, str]) -> tuple[list[int], int]:
-    """(token ids of source, first and second answer; how many were cut off)."""
+def encode(config, tokenizer, texts: tuple[str, str, str]) -> tuple[list[int], bool]:
+    """(token ids of source, first and second answer; whether one was cut)."""
     controls = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    ids, cut = [], 0
+    ids = []
     room = SOURCE_LENGTH
+    is_cut = False
     for k, (name, text) in enumerate(zip(MARKERS, texts)):
         for token in controls:
             text = text.replace(token, token[0] + BREAK + token[1:])
         mark = tokenizer.convert_ids_to_tokens(getattr(config, name))
         part = tokenizer(mark + text).input_ids
         if len(part) > room:
-            cut += len(part) - room
+            is_cut = True
             part = [*part[:room - 1], part[-1]]  # [SEP] stays
         ids += part
         if k == 0:
             room = (LENGTH - len(ids)) // 2
-    return ids, cut
+    return ids, is_cut
 
 
 def conversation_text(turns: list[dict]) -> str:
@@ -98,7 +99,7 @@ def pairrm(args, comparisons: list[tuple], *place) -> list[float]:
     model, tokenizer = load_pairrm(args.judge_model, device)
     encoded = [encode(model.config, tokenizer, (conversation_text(turns), first, second))
                for turns, first, second in comparisons]
-    if rank == 0 and (shortened := sum(cut > 0 for _, cut in encoded)):
+    if rank == 0 and (shortened := sum(is_cut for _, is_cut in encoded)):
         print(f"note: {args.judge_model} reads {LENGTH} tokens; {shortened} of {len(encoded)} "
               "comparisons are longer and lose the ends of their parts", file=sys.stderr)
     # Alike lengths together.

@@ -1,6 +1,7 @@
 """The report of a run: sentences, tables, a picture and answers side by side, on one page that can
 be read without the code. Needs no torch."""
 import math
+import re
 
 import numpy as np
 
@@ -8,18 +9,20 @@ from core.stage import about
 from judges.history import command_of, history
 
 SIDE_BY_SIDE = 3  # prompts shown from the top, and as many of the last policy's worst
-# A mean loss beyond this has diverged: where nothing is learnt DPO's is 0.69, and the worst case's
-# at most 1 + log K, 2.8 for K = 6.
-DIVERGED = 10.0
 
 COLUMNS = """Win rate: how often the judge prefers the policy's answer to the first policy's, \
-ties ½, with a 95 % bootstrap interval over prompts (at 0 and 1 an exact one); p: the paired test \
-of that win rate against the line above (the first: against ½); at equal length: the win rate by a \
-regression on lengths that is symmetric in the two policies; ± one standard error over prompts. \
+ties ½, with a 95 % interval over prompts; p: the paired test of that win rate against the line \
+above (the first: against ½); at equal length: the win rate by a regression on lengths that is \
+symmetric in the two policies; ± one standard error over prompts. \
 Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows (pip install \
 textblob); nothing was trained on it, so that where the gold score rises and it does not, a policy \
 pleases the gold judge alone. Ended: share of the answers that ended before the length limit, ✂ \
 marks one that did not; openings: distinct first three words, as a share of the answers."""
+NOTES = {
+    "order_disagreement": "of the comparisons have another winner when the two are exchanged",
+    "no_verdict": "answers of the judge held no verdict and count ½",
+    "special_inside": "answers have special tokens inside; their text without these is judged",
+}
 
 # ------------------------------------------------------------------------------------------ tables
 
@@ -38,11 +41,9 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def p_value(p: float | None) -> str | None:
+def p_value(p: float | None) -> str:
     """A p-value to three digits."""
-    if p is None or math.isnan(p):
-        return None
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p is not None and p < 0.001 else cell(p)
 
 
 def with_error(p: dict, key: str) -> str | None:
@@ -77,27 +78,24 @@ def label_table(labels: dict[str, dict]) -> str:
 
 def spoken(name: str) -> str:
     """A policy in a sentence: "round2" is round 2."""
-    number = name.removeprefix("round")
-    return f"round {number}" if name != number and number.isdigit() else name
+    return re.sub(r"^round(?=\d+$)", "round ", name)
 
 
 def opening(policies: dict[str, dict], labels: dict[str, dict],
             trainings: dict[str, tuple]) -> str:
     """The run in sentences: the last policy against the first and the one before it, its scores,
-    how right the self-labels were, and what diverged."""
+    how right its labels were, and what diverged."""
     names = list(policies)
     first, before, last = names[0], names[-2:][0], names[-1]
     p = policies[last]
-    clauses = []
+    clauses = [f"answers in {p['characters']:.0f} characters"]
     if "win_rate" in p:
         low, high = p["interval"]
-        clauses.append(f"is preferred to {spoken(first)} on {100 * p['win_rate']:.0f} % of the "
-                       f"prompts [{100 * low:.0f}, {100 * high:.0f}]")
+        clauses = [f"is preferred to {spoken(first)} on {100 * p['win_rate']:.0f} % of the prompts "
+                   f"[{100 * low:.0f}, {100 * high:.0f}]"]
         if before != first:
             equals = "< 0.001" if p["p"] < 0.001 else f"= {p['p']:.2g}"
             clauses.append(f"against {spoken(before)} p {equals}")
-    else:
-        clauses.append(f"answers in {p['characters']:.0f} characters")
     if "ended" in p:
         clauses.append(f"{100 * p['ended']:.0f} % of its answers end")
     sentences = [f"{spoken(last)} {'; '.join(clauses)}"]
@@ -109,27 +107,16 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
         sentences.append(f"the judge agrees with {100 * quality['accuracy']:.0f} % of the "
                          f"self-labels of {spoken(name)}")
     for name, (_, record) in trainings.items():
-        if record.get("loss", 0.0) > DIVERGED:
-            sentences.append(f"the training of {spoken(name)} diverged: its last epoch has loss "
-                             f"{record['loss']:.3g} and accuracy {record['accuracy']:.2f}")
-    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
+        if record.get("diverged"):
+            sentences.append(f"{spoken(name)} {record['diverged'].removeprefix('; ')}")
+    return " ".join(f"{text[0].upper()}{text[1:].removesuffix('.')}." for text in sentences)
 
 
 def notes(policies: dict, labels: dict) -> list[str]:
-    """What must be known of single policies and labels."""
-    lines = []
-    for name, p in policies.items():
-        if "order_disagreement" in p:
-            lines.append(f"`{name}`: the judge's two orders named different winners in "
-                         f"{p['order_disagreement']:.1%} of the comparisons.")
-        if p["special_inside"]:
-            lines.append(f"`{name}`: special tokens stand inside {p['special_inside']} answers; "
-                         "what is judged is their text without these.")
-    for name, measures in [*policies.items(), *labels.items()]:
-        if measures.get("no_verdict"):
-            lines.append(f"`{name}`: {measures['no_verdict']} answers of the judge held no verdict "
-                         "and count ½.")
-    return lines
+    """What must be known of single policies and labels: a line for each of NOTES that holds."""
+    return [f"`{name}`: {cell(measures[key])} {text}."
+            for name, measures in [*policies.items(), *labels.items()]
+            for key, text in NOTES.items() if measures.get(key)]
 
 
 def came_about(stages: list[dict]) -> list[str]:
@@ -168,7 +155,7 @@ def page(title: str, judge: str, answers: dict[str, list[dict]], policies: dict[
     last = list(policies)[-1]
     parts = [f"# Run `{title}`", opening(policies, labels, trainings), policy_table(policies),
              *([label_table(labels)] if labels else []),
-             "![win rates, scores, lengths, training, labels](report.png)",
+             "![win rates, scores, lengths, training](report.png)",
              f"{len(rows)} held-out prompts × {len(rows[0]['responses'])} samples, judge: {judge}.",
              COLUMNS, *notes(policies, labels), "## Responses side by side",
              side_by_side(answers, list(range(len(rows)))[:SIDE_BY_SIDE])]
@@ -185,39 +172,29 @@ def page(title: str, judge: str, answers: dict[str, list[dict]], policies: dict[
 
 def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
          trainings: dict[str, tuple]) -> None:
-    """Lengths, win rates, scores, training, label quality: a panel for each that there is something
-    of."""
+    """Win rates, scores, lengths, training, labels: a panel for each that there is something of."""
     import matplotlib  # slow to import, and the report's alone
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    logs = {name: log for name, (log, _) in trainings.items() if log}
-    kinds = {"wins": any("win_rate" in p for p in policies.values()),
-             "scores": any("score" in p for p in policies.values()),
-             "lengths": True, "training": bool(logs), "labels": bool(labels)}
-    shown = [kind for kind, there in kinds.items() if there]
-    columns = min(3, len(shown))
-    lines = math.ceil(len(shown) / columns)
-    figure = plt.figure(figsize=(4.7 * columns, 3.75 * lines), constrained_layout=True)
-    for place, kind in enumerate(shown, 1):
-        axis = figure.add_subplot(lines, columns, place)
-        if kind == "wins":
-            first = next(iter(policies))
-            plot_measures(axis, policies, {"win_rate": "win rate",
-                                           "length_controlled": "at equal length"})
-            axis.axhline(0.5, color="gray", lw=0.8, ls=":", label=f"as good as {first}")
-            axis.set(title=f"preferred to {first}, held-out prompts", ylim=(0, 1))
-        elif kind == "scores":
-            plot_measures(axis, policies, {"score": "gold score", "second_score": "second lexicon"})
-            axis.set(title="scores of the answers")
-        elif kind == "lengths":
-            plot_measures(axis, policies, {"characters": "characters"})
-            longest = max(p["characters"] for p in policies.values())
-            axis.set(title="length of the answers", ylim=(0, 1.2 * longest + 1))
-        elif kind == "training":
-            plot_training(axis, logs, [record["settings"] for _, record in trainings.values()
-                                       if record])
-        else:
-            plot_labels(axis, labels)
+    first = next(iter(policies))
+    panels = {f"preferred to {first}": {"win_rate": "win rate",
+                                        "length_controlled": "at equal length"},
+              "scores of the answers": {"score": "gold score", "second_score": "second lexicon"},
+              "length of the answers": {"characters": "characters"}}
+    shown = [title for title, kinds in panels.items()
+             if any(key in p for key in kinds for p in policies.values())]
+    trained = {name: training for name, training in trainings.items() if training[0]}
+    count = len(shown) + bool(trained) + bool(labels)
+    figure, axes = plt.subplots(1, count, figsize=(4.5 * count, 3.75), squeeze=False,
+                                constrained_layout=True)
+    for axis, title in zip(axes[0], shown):
+        plot_measures(axis, policies, panels[title])
+        axis.set(title=title)
+    if trained:
+        plot_training(axes[0, len(shown)], trained)
+    if labels:
+        plot_labels(axes[0, -1], labels)
+    for axis in axes[0]:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
@@ -233,6 +210,8 @@ def plot_measures(axis, policies: dict, kinds: dict[str, str]) -> None:
             value, low, high = np.array(bars).T
             axis.errorbar(known, value, [value - low, high - value], marker="o", capsize=3,
                           clip_on=False, label=text)
+    if "win_rate" in kinds:
+        axis.axhline(0.5, color="gray", lw=0.8, ls=":", label="as good")
     axis.set(xticks=range(len(names)), xticklabels=names, ylabel="mean, bars: 95 %")
     axis.margins(x=0.1, y=0.1)
 
@@ -245,11 +224,12 @@ def bar_of(p: dict, key: str) -> tuple[float, float, float]:
     return p[key], p[key] - 1.96 * error, p[key] + 1.96 * error
 
 
-def plot_training(axis, logs: dict[str, list[dict]], settings: list[dict]) -> None:
+def plot_training(axis, trained: dict[str, tuple]) -> None:
     """The loss; where it is anchored at π_init, and so rises by construction, the accuracy."""
+    settings = [record.get("settings", {}) for _, record in trained.values()]
     key = "accuracy" if any(s.get("anchor") == "init" for s in settings) else "loss"
     start = 1
-    for name, log in logs.items():
+    for name, (log, _) in trained.items():
         axis.plot(range(start, start + len(log)), [step[key] for step in log], ".-",
                   clip_on=False, label=name)
         start += len(log)
@@ -258,11 +238,11 @@ def plot_training(axis, logs: dict[str, list[dict]], settings: list[dict]) -> No
 
 
 def plot_labels(axis, labels: dict) -> None:
+    """How right a round's labels are, and whether those flagged as noise are the wrong ones."""
     kinds = {"accuracy": "the judge agrees", "wrong": "wrong, of all that could be flagged",
              "wrong_among_flagged": "wrong, of those flagged as noise"}
     for k, (key, text) in enumerate(kinds.items()):
         places = np.arange(len(labels)) + 0.27 * (k - 1)
         axis.bar(places, [quality[key] or 0.0 for quality in labels.values()], 0.25, label=text)
-    axis.axhline(0.5, color="gray", lw=0.8, ls=":")
     axis.set(title="a round's self-labels", ylabel="share of the pairs", xticks=range(len(labels)),
              xticklabels=list(labels), ylim=(0, 1.4))

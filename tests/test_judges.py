@@ -585,8 +585,8 @@ def test_a_judge_without_any_verdict_is_an_error(monkeypatch, capsys):
 
 
 def test_a_key_is_hidden_by_value_and_letters_are_left():
-    assert hidden("Bearer sk-12x, key sk-12x!", "sk-12x") == "Bearer …, key …!"
-    assert hidden("max_tokens exceeds x", "x") == "max_tokens exceeds …"
+    assert hidden("Bearer sk-0123x, key sk-0123x!", "sk-0123x") == "Bearer …, key …!"
+    assert hidden("none of these", "none") == "none of these"
     # an address writes = as %3D, and nothing need stand between a word and the key
     for text in ("?key%3Dsk-0123456789", "api_keysk-0123456789ab"):
         assert "sk-0123456789" not in hidden(text, "sk-0123456789")
