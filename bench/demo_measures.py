@@ -30,7 +30,7 @@ from core.policy import ResponseLogps, score  # noqa: E402
 from core.probe import load_scorer  # noqa: E402
 from core.rows import atomic_path, fail, read_rows  # noqa: E402
 from core.stage import parser, run_stage  # noqa: E402
-from judges.history import inputs_of, record_of  # noqa: E402
+from judges.history import sources_of, stage_of  # noqa: E402
 from judges.measures import mean_and_error  # noqa: E402
 
 SAMPLED = ("n", "max_new_tokens", "seed", "precision")  # settings of the evaluation that stay
@@ -61,8 +61,8 @@ def far_and_fluent(policy: np.ndarray, init: np.ndarray, tokens: np.ndarray) -> 
 
 def measure(answers: Path, init: str, cache: Path, device: torch.device) -> dict[str, float]:
     """The measures of the policy that gave the `answers` of an evaluation."""
-    record = record_of(str(answers))
-    settings, inputs = record["settings"], inputs_of(record)
+    record = stage_of(str(answers))
+    settings, inputs = record["settings"], sources_of(record)
     known = cache / f"{settings['model']}.json"
     if not known.exists():
         samples = known.with_suffix(".jsonl")
@@ -103,7 +103,7 @@ def main() -> None:
     for run in args.runs:
         if not (run / "eval/init.jsonl").exists():
             continue
-        init = inputs_of(record_of(str(run / "eval/init.jsonl")))["model"]
+        init = sources_of(stage_of(str(run / "eval/init.jsonl")))["model"]
         measures = {answers.stem: measure(answers, init, run.parent / "measured", device)
                     for answers in sorted((run / "eval").glob("*.jsonl"))}
         write_json(run / "measures.json", measures)

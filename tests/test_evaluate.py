@@ -467,7 +467,7 @@ def test_the_stage_against_plain_loops(tmp_path):
     made = {"command": "train.py --out policy", "seconds": 2.0, "processes": 2, "commit": "abc",
             "machine": "m", "inputs": {}}
     record = {"settings": {"anchor": "init", "lr": 5.0}, "about": made}
-    record |= {"loss": 648.1, "accuracy": 0.0}
+    record |= {"loss": 648.1, "accuracy": 0.0, "diverged": "; DIVERGED: its loss is 648"}
     (tmp_path / "policy.stats.json").write_text(json.dumps(record))
     sampled = {**made, "command": "generate.py", "inputs": {"model": str(policy)}}
     sampled = {"settings": {}, "about": sampled}
@@ -494,8 +494,7 @@ def test_the_stage_against_plain_loops(tmp_path):
         np.array([1.0, 0, 0]), np.array([False, False, True]), np.array([False, True, True]))
     text = (tmp_path / "run/report.md").read_text()
     assert text.split("\n\n")[1] in printed and "| round1 |" in printed
-    diverged = "The training of `round1` diverged: its last epoch has loss 648 and accuracy 0.00."
-    assert diverged in text
+    assert "Round 1 DIVERGED: its loss is 648." in text
     assert "--nproc_per_node 2 train.py --out policy\n" in text and "anchor init, lr 5.0" in text
     assert (tmp_path / "run/report.png").stat().st_size > 10_000
     worst = text.partition("does worst by the judge")[2]
@@ -506,12 +505,15 @@ def test_the_stage_against_plain_loops(tmp_path):
 def test_the_report_opens_with_sentences():
     first = {"characters": 200.0, "score": 0.47}
     p = {"characters": 190.0, "win_rate": 0.85, "interval": [0.8, 0.9], "p": 0.283, "ended": 0.81,
-         "score": 0.874}
-    policies = {"init": first, "round1": p, "round2": p}
-    assert report.opening(policies, {}) == (
-        "`round2` is preferred to `init` on 85 % of the prompts [80, 90]; p against `round1` "
-        "0.283; 81 % of its answers end. Its mean gold score is 0.87, that of `init` 0.47.")
-    assert report.opening({"init": first}, {}) == "`init` answers in 200 characters."
+         "score": 0.874, "second_score": 0.31}
+    policies = {"init": {**first, "second_score": 0.3}, "round1": p, "round2": p}
+    text = report.opening(policies, {"round2": {"accuracy": 0.75}}, {})
+    assert text == (
+        "Round 2 is preferred to init on 85 % of the prompts [80, 90]; against round 1 p = 0.28; "
+        "81 % of its answers end. Its mean gold score is 0.87, that of init 0.47. Its mean score "
+        "by a second lexicon is 0.31, that of init 0.30. The judge agrees with 75 % of the "
+        "self-labels of round 2.")
+    assert report.opening({"init": first}, {}, {}) == "Init answers in 200 characters."
 
 
 def test_outputs_of_other_models_and_no_verdicts(tmp_path, monkeypatch):
@@ -607,8 +609,9 @@ def test_panels_of_what_there_is(monkeypatch, tmp_path):
     log = [{"loss": 0.7, "accuracy": 0.5}, {"loss": 0.9, "accuracy": 0.6}]
     for anchor, key in (("init", "accuracy"), ("previous", "loss")):
         trainings = {"init": ([], {}), "moved": (log, {"settings": {"anchor": anchor}})}
-        report.plot("r.png", {"init": init, "moved": moved}, trainings)
-        wins_, scores_, lengths, training = kept[-1]
+        quality = {"moved": {"accuracy": 0.7, "wrong": 0.3, "wrong_among_flagged": None}}
+        report.plot("r.png", {"init": init, "moved": moved}, quality, trainings)
+        wins_, scores_, lengths, training, labels = kept[-1]
         assert all(axis.has_data() for axis in kept[-1])
         assert training.lines[0].get_ydata().tolist() == [step[key] for step in log]
         assert all(tick == round(tick) for tick in training.get_xticks())
@@ -616,5 +619,6 @@ def test_panels_of_what_there_is(monkeypatch, tmp_path):
     assert measured == {"win rate": [1], "at equal length": [1]}
     assert [c.get_label() for c in scores_.containers] == ["gold score"]
     assert not wins_.containers[0].lines[0].get_clip_on() and lengths.get_ylim()[1] > 520
-    report.plot("r.png", {"init": {"characters": 5.0}}, {"init": ([], {})})
+    assert [bar.get_height() for bar in labels.patches] == [0.7, 0.3, 0.0]
+    report.plot("r.png", {"init": {"characters": 5.0}}, {}, {"init": ([], {})})
     assert [axis.get_title() for axis in kept[-1]] == ["length of the answers"]
