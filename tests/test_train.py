@@ -297,7 +297,7 @@ def test_a_dying_rank_takes_the_others_down_and_all_go_on(command, tmp_path, pro
     flags = f"unstated --anchor init --batch-size 8 {EVERY_STEP} {extra}"
     start = time.monotonic()
     done = launch(command("killed", flags), processes=processes, DIE="1,3")
-    assert done.returncode != 0 and time.monotonic() - start < 120
+    assert done.returncode != 0 and time.monotonic() - start < 300
     assert "rank 1 dies" in done.stderr and "SIGKILL" in done.stderr
     done = ok(launch(command("killed", flags), command("whole", flags), processes=processes))
     # rank 0 may have come to the next checkpoint before it was taken down
