@@ -19,8 +19,8 @@ import argparse
 import math
 import time
 
-from core.flags import check_policy, training_bytes, training_flags
-from core.stage import exit_if_complete, exit_if_looking, run_stage, settings_of
+from core.flags import check_training, training_flags
+from core.stage import exit_if_complete, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -33,8 +33,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     exit_if_complete(args.out, settings)
-    check_policy(args.model)
-    exit_if_looking(args.out, **training_bytes(args))
+    check_training(args)
     return args, settings
 
 
@@ -78,7 +77,6 @@ def lr_at(step: int, total: int, peak: float) -> float:
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:
-
     run = begin(args, settings, "preferences")
     supervised = args.objective == "supervised"                         # −log π(y_w) alone
     if supervised:

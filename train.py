@@ -22,8 +22,8 @@ import statistics
 import sys
 import time
 
-from core.flags import check_policy, training_bytes, training_flags
-from core.stage import exit_if_complete, exit_if_looking, ranged, run_stage, settings_of
+from core.flags import check_training, training_flags
+from core.stage import exit_if_complete, ranged, run_stage, settings_of
 
 
 def flags() -> tuple[argparse.Namespace, dict]:
@@ -42,8 +42,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     exit_if_complete(args.out, settings)
-    check_policy(args.model)
-    exit_if_looking(args.out, **training_bytes(args))
+    check_training(args)
     return args, settings
 
 
@@ -140,7 +139,6 @@ def warn_if_far(args: argparse.Namespace, round_margin: list[float]) -> None:
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:
-
     run = begin(args, settings, "labelled")
     device = run.device
     unstated = check_margins(run.rows, args, settings["model"], run.precision)

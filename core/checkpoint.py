@@ -10,7 +10,6 @@ follows from (seed, epoch), the position from the length of the log, and so does
 import hashlib
 import json
 import os
-import pickle
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from core.models import reason
 from core.rows import fail, remove
 
 
@@ -43,7 +43,7 @@ def save_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.O
         # torch.save says RuntimeError where the disk is full.
         remove(tmp)
         fail(f"{path}: cannot be written; is the disk full? An earlier one, if any, is kept. "
-             f"({str(error).splitlines()[0]})")
+             f"({reason(error)})")
 
 
 def load_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.Optimizer,
@@ -51,13 +51,21 @@ def load_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.O
     """The log up to where training goes on; weights and moments are set. Empty where there is no
     checkpoint of these settings; one of others is kept under a name of its own. Every process reads
     what it needs of the file."""
-    state = read_checkpoint(path)
+    exists = os.path.lexists(path)
+    if exists:
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            saved = json.loads(state["settings"])
+            log = json.loads(state["log"])
+        except Exception as error:
+            # torch raises many kinds.
+            fail(f"{path}: not a checkpoint of this program ({reason(error)}); remove it to start "
+                 "again")
     if world > 1:
         # Nobody moves or replaces what another has yet to open.
         dist.barrier()
-    if state is None:
+    if not exists:
         return []
-    saved = json.loads(state["settings"])
     changed = [key for key in settings if saved.get(key) != settings[key]]
     if changed:
         aside = f"{path}-{hashlib.sha256(state['settings'].encode()).hexdigest()[:8]}"
@@ -66,26 +74,9 @@ def load_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.O
             print(f"{path}: of other settings ({', '.join(changed)}); starting again. It is kept "
                   f"as {aside}", flush=True)
         return []
-    log = json.loads(state["log"])
     set_state_dict(policy, optimizer, model_state_dict=state["weights"],
                    optim_state_dict=state["moments"],
                    options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         print(f"{path}: going on after step {len(log)}", flush=True)
     return log
-
-
-def read_checkpoint(path: str) -> dict | None:
-    """What was saved under `path`, its tensors on the disk until they are used; None where there is
-    nothing."""
-    if not os.path.lexists(path):
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        json.loads(state["settings"])
-        json.loads(state["log"])
-        return state
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError,
-            pickle.UnpicklingError) as error:
-        fail(f"{path}: not a checkpoint of this program ({str(error).splitlines()[0]}); remove it "
-             "to start again")

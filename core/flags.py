@@ -4,7 +4,7 @@ import argparse
 import os
 
 from core.folder import check_model, check_tokenizer, checkpoint_bytes, policy_bytes
-from core.stage import natural, parser, positive, ranged
+from core.stage import exit_if_looking, natural, parser, positive, ranged
 
 
 def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
@@ -41,14 +41,10 @@ def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
     return cli
 
 
-def check_policy(path: str) -> None:
-    """Ends the program where `path` is no model with a tokenizer and chat template, as far as its
-    files show."""
-    check_model(path)
-    check_tokenizer(path)
-
-
-def training_bytes(args: argparse.Namespace) -> dict[str, int]:
-    """What training writes: the policy, which stays, and checkpoints, which go again."""
-    passing = checkpoint_bytes(args.model, args.out) if args.save_every else 0
-    return {"writes": policy_bytes(args.model), "passing": passing}
+def check_training(args: argparse.Namespace) -> None:
+    """Ends the program where training could not begin, as far as files show, or where LOOK=yes. The
+    policy stays on the disk, checkpoints go again."""
+    check_model(args.model)
+    check_tokenizer(args.model)
+    checkpoints = checkpoint_bytes(args.model, args.out) if args.save_every else 0
+    exit_if_looking(args.out, writes=policy_bytes(args.model), passing=checkpoints)

@@ -4,6 +4,7 @@ A few short sequences, and one beyond the attention window that the stage's own 
 through the very functions that the stage uses and through a plain `model(ids).logits`. What differs
 by more than rounding, and whatever raises, is one line.
 """
+import contextlib
 import itertools
 import os
 import sys
@@ -38,7 +39,7 @@ WINDOWS = {
 
 def load_scorer(path: str, device: torch.device, encoded: list, precision: str, tokenizer=None):
     """A frozen causal LM that was found to give `encoded` rows the log-probs that they have; with
-    the tokenizer that encoded them, its template is checked too.
+    its own tokenizer, if that encoded them, its template is checked too.
 
     One process checks for all: the others wait for it where they next meet.
     """
@@ -101,21 +102,18 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
     rows = probe_rows(model.config, encoded)
     device = next(model.parameters()).device
     name = f"{path}: {model.config.model_type} cannot be scored or trained"
-    worst = 0.0
-    try:
+    differences = []
+    with in_one_line(name):
         ours = score(ResponseLogps(model), rows, precision, device, title="probe")
         for (prompt, ys), logps in zip(rows, ours):
             for y, logp in zip(ys, logps):
                 with autocast(device, precision):
                     plain = plain_logits(model, prompt + y[:-1])[-len(y):].log_softmax(-1)
                 plain_logp = sum(row[token].item() for row, token in zip(plain, y))
-                worst = max(worst, abs(logp - plain_logp) / len(y), key=nan_as_inf)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        # A model's code raises whatever it likes.
-        fail(f"{name}: {reason(error)}")
+                differences.append(abs(logp - plain_logp) / len(y))
     dtype = torch.bfloat16 if in_bf16(device, precision) else model.dtype
+    # NaN where one of them is.
+    worst = np.max(differences)
     if not worst <= TOLERANCE[dtype]:
         shared = shares_prompt(model, rows)
         layout = "responses share their prompt" if shared else "one sequence a response"
@@ -138,22 +136,30 @@ def check_samples(path: str, model, prompts: list[list[int]], longest: int) -> N
     stop = torch.tensor([0], device=model.device)
     trace: list[tuple[torch.Tensor, torch.Tensor]] = []
     name = f"{path}: {model.config.model_type} cannot be sampled from"
-    worst = 0.0
-    try:
+    differences = []
+    with in_one_line(name):
         for row, y in enumerate(sample(model, probe, u, heat, stop, trace)):
             plain = plain_logits(model, probe[row // 2] + y[:-1])[-len(y):]
             cached = [logits[rows == row][0] for rows, logits in trace if row in rows]
             for with_cache, without in zip(cached, plain):
                 # In bf16 all logits may move together, by 0.4, which no draw sees.
                 difference = with_cache.float().log_softmax(-1) - without.log_softmax(-1)
-                worst = max(worst, difference.abs().mean().item(), key=nan_as_inf)
+                differences.append(difference.abs().mean().item())
+    worst = np.max(differences)
+    if not worst <= TOLERANCE_SAMPLED[model.dtype]:
+        fail(f"{name}: through the cache its log-probs are {worst:.2g} nats off those without, "
+             "on average")
+
+
+@contextlib.contextmanager
+def in_one_line(name: str) -> Iterator[None]:
+    """What a model's code raises, which may be anything, ends the program in one line."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         fail(f"{name}: {reason(error)}")
-    if not worst <= TOLERANCE_SAMPLED[model.dtype]:
-        fail(f"{name}: through the cache its log-probs are {worst:.2g} nats off those without, "
-             "on average")
 
 
 @torch.no_grad()
@@ -188,8 +194,3 @@ def largest_window_passed(config, longest: int) -> int | None:
     windows = [values.get(name) for name in WINDOWS]
     return max((size for size in windows if isinstance(size, int) and 0 < size < longest),
                default=None)
-
-
-def nan_as_inf(value: float) -> float:
-    """For the worst of several: what is not a number is worse than any."""
-    return value if value == value else float("inf")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from core.chat import encode_rows, from_text, pair_of, usable
@@ -62,8 +63,7 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     """Rows, policy and optimizer on every process."""
     rows = read_rows(args.pairs, kind)
     rank, world, device = start_processes()
-    if args.shard and world == 1:
-        fail("--shard needs several processes: torchrun --nproc_per_node=N …")
+    args.shard = args.shard and world > 1  # one process has nobody to share with
     tokenizer = load_tokenizer(args.model)
     if rank == 0:
         check_copy(args.model)  # what is published has its files
@@ -75,7 +75,7 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
         place = torch.device("cpu") if args.shard else device
-        # loaded frozen, and asked: is it read rightly?
+        # It comes frozen, and is asked: is it read rightly?
         model = load_scorer(args.model, place, encoded, args.precision, tokenizer)
     # π_θ is what the loss reaches: a vision tower beside the decoder stays as it is.
     model.get_decoder().requires_grad_(True)
@@ -185,12 +185,13 @@ def update(run: Run, lr: float) -> float:
     """One step of AdamW at rate `lr` on the clipped gradient, which the backward passes have left
     in the parameters. Returns the gradient's norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.args.clip)
-    norm = getattr(norm, "full_tensor", lambda: norm)().item()
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm.item()
 
 
 def record_step(run: Run, log: list[dict], batch: list[int], pairs: dict, lr: float, norm: float,

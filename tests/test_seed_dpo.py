@@ -48,7 +48,6 @@ def plain_logp(model, prompt, response):
     return sum(logps[len(prompt) + j - 1, token] for j, token in enumerate(response))
 
 
-
 def logps_are_the_plain_ones(make, encoded):
     ours = score(ResponseLogps(make()), encoded, "fp32", CPU)
     model = make().double()
@@ -223,7 +222,6 @@ def test_gradient_checkpointing_recomputes_each_layer_and_changes_nothing():
     assert all(torch.equal(plain, saved) for plain, saved in zip(*gradients))
 
 
-
 def test_first_update_against_a_separate_computation(folder, command, tmp_path):
     """One batch, one step of AdamW at a known rate, from log-probs computed the plain way."""
     rows = gold_rows(3)
@@ -251,12 +249,6 @@ def test_first_update_against_a_separate_computation(folder, command, tmp_path):
         if name in ours and strong.any():
             expected = p.data.float()[strong]
             torch.testing.assert_close(ours[name][strong], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_nan_stops_before_weights_are_saved(command, tmp_path):
-    done = run(*command("out", "--lr 1e30 --batch-size 2"))
-    assert done.returncode == 2 and "No weights are saved" in done.stderr
-    assert "rows g" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_divergence_short_of_nan_is_said(command, tmp_path):

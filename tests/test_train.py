@@ -297,7 +297,7 @@ def test_a_dying_rank_takes_the_others_down_and_all_go_on(command, tmp_path, pro
     flags = f"unstated --anchor init --batch-size 8 {EVERY_STEP} {extra}"
     start = time.monotonic()
     done = launch(command("killed", flags), processes=processes, DIE="1,3")
-    assert done.returncode != 0 and time.monotonic() - start < 120
+    assert done.returncode != 0 and time.monotonic() - start < 300
     assert "rank 1 dies" in done.stderr and "SIGKILL" in done.stderr
     done = ok(launch(command("killed", flags), command("whole", flags), processes=processes))
     # rank 0 may have come to the next checkpoint before it was taken down
@@ -352,7 +352,8 @@ def test_checkpoints_of_other_settings_or_broken_ones(command, tmp_path):
     named; NaN keeps the last checkpoint."""
     flags = WORST + EVERY_STEP
     done = run(*command("out", f"{flags} --lr 1e30"))
-    assert done.returncode == 2 and "rows p" in done.stderr and not (tmp_path / "out").exists()
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "No weights are saved" in done.stderr and "rows p" in done.stderr
     saved = tmp_path / "out.checkpoint"
     launch(command("out", flags), processes=1, DIE="0,3")
     first = saved.read_bytes()
