@@ -207,7 +207,8 @@ look() {  # a stage that looks says STATE, OUT, BYTES and, of data, pairs or pro
   (( status == 0 )) || promised+=$out$'\t'$bytes$'\n'
   if (( status == 3 )); then
     pending=yes
-  elif (( status != 0 )); then
+  elif (( status != 0 )) && [[ $state != changed || $plan != *"  changed "*"  changed "* ]]; then
+    # What has changed is said once: the rest follows from it.
     problems+=$(grep '^error: ' <<<"$answer" || echo "error: $program: $answer")$'\n'
   fi
 }

@@ -7,7 +7,6 @@ weight that needs a gradient.
 import math
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,8 +25,8 @@ TOKENIZER_FILES = [
     "chat_template*", "additional_chat_templates/*", "generation_config.json",
 ]
 
-if not sys.stderr.isatty():
-    transformers.utils.logging.disable_progress_bar()
+# Bars of loading and saving would stand between those of the stages.
+transformers.utils.logging.disable_progress_bar()
 # What loading must say is said here, in one line.
 if "TRANSFORMERS_VERBOSITY" not in os.environ:
     transformers.utils.logging.set_verbosity_error()
