@@ -252,7 +252,7 @@ look_then_work() {
     sort -u <<<"${problems%$'\n'}" >&2
     exit 2
   fi
-  [[ -n $pending ]] || { echo "$RUN: complete, skipped" && sed '/^## /,$d' "$RUN/report.md"; }
+  [[ -n $pending ]] || { echo "$RUN: complete, skipped" && sed '/^!\[/,$d' "$RUN/report.md"; }
   [[ -z $check && -n $pending ]] || exit 0
   pass=work
   algorithm
