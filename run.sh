@@ -13,24 +13,24 @@
 # What is complete, from the same settings, is skipped: the same command goes on after a stop.
 
 set -euo pipefail
-caller=$PWD
-cd "$(dirname "$0")"
+[[ $0 -ef run.sh ]] || { echo "error: call it where it lies: cd '$(dirname "$0")'" >&2; exit 2; }
 # Settings, the interpreter, and how a stage starts: `stage` on one process, `launch` on all of
 # them, `sampling` on all or in vLLM.
 source configs/settings.sh "$@"
 
 algorithm() {  # runs twice: in the first pass every stage only looks, in the second it works
   local init=$MODEL policy=$RUN/seed gold=$RUN/data/seed.jsonl judge=$JUDGE_MODEL
-  local before='' reference round name t=0 lams=($LAMS) policies=() labels=() answers=()
+  local before='' reference round name anchor=init t=0
+  local lams=($LAMS) policies=() labels=() answers=()
 
   # Flags that need a thought, or that several stages share.
+  [[ $METHOD != spa ]] || anchor=previous  # D6a
   local seed_size=(--seed-size "$SEED_SIZE")
   [[ -z $SEED_FRACTION ]] || seed_size=(--seed-fraction "$SEED_FRACTION")
   [[ -z $SEED_POLICY ]] || seed_size=(--seed-size 0)
   local train=(--beta "$BETA" --batch-size "$BATCH_SIZE" --seed "$SEED" --precision "$PRECISION"
     --micro-tokens "$MICRO_TOKENS")
-  [[ $SHARD == no ]] || train+=(--gradient-checkpointing)
-  [[ $SHARD == no ]] || (( NPROC * NNODES == 1 )) || train+=(--shard)
+  [[ $SHARD == no ]] || train+=(--gradient-checkpointing --shard)
   local sample=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED" --precision "$PRECISION"
     --sample-tokens "$SAMPLE_TOKENS" --backend "$BACKEND")
   local ask=(--judge-tokens "$JUDGE_TOKENS" ${BASE_URL:+--base-url "$BASE_URL"})
@@ -39,7 +39,7 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
 
   # 0. The model, and the data: a gold seed, unlabelled prompts for each round, and for evaluation.
   [[ -z $tiny ]] || stage -m data.tiny --architecture "$ARCHITECTURE" --out "$RUN/tiny"
-  [[ -z $demo ]] || stage -m data.demo --out "$MODEL"
+  [[ $MODEL != models/smollm2 ]] || stage -m data.demo --out "$MODEL"
   if [[ $SYSTEM_TURN == empty ]]; then  # it goes into the template, which all policies inherit
     init=$RUN/init
     stage -m data.system_turn --model "$MODEL" --out "$init"
@@ -97,7 +97,7 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
       --epsilon "$EPSILON" --pieces "$PIECES" ${GROUP:+--group "$GROUP"}
     # π_t: noise-refined labels under that worst case                                      S9 … S12
     launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
-      --anchor "$ANCHOR" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[-1]}}" \
+      --anchor "$anchor" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[-1]}}" \
       --percentile "$PERCENTILE" --lr "$LR" "${train[@]}"
     before=$policy
     policy=$round/policy

@@ -1,5 +1,5 @@
 # What run.sh needs before its algorithm: settings, the interpreter, and how a stage starts.
-# Sourced by run.sh with its arguments, from the project's folder; $caller is where it was called.
+# Sourced by run.sh with its arguments.
 shopt -s extglob
 
 stop() {
@@ -24,11 +24,10 @@ setting() {  # as `variable`; METHOD=spa before the command must not train the w
     "$1='${!1}', or take it away: env -u $1 bash run.sh"
   variable "$@"
 }
-spa_or() { if [[ $METHOD == spa ]]; then echo "$1"; else echo "$2"; fi; }
 
 define_settings() {
   setting METHOD worst-case "worst-case (SGPO/SSAPO, the thesis) or spa"
-  setting MODEL "" "π_init: a folder or hub id; empty: the demo's SmolLM2-135M-Instruct"
+  setting MODEL models/smollm2 "π_init: a folder or hub id; this one, the demo's, is fetched"
   setting SYSTEM_TURN none "empty: MODEL was tuned with an empty system turn where there is none"
   setting DATA "" "preferences, or prompts alone: a file, or what \`datasets\` loads"
   setting PROMPTS_ALONE no "yes: take the prompts alone, though DATA seems to hold preferences"
@@ -56,8 +55,9 @@ define_settings() {
   setting ALPHA 0.1 "SPA: label smoothing of flagged pairs; 0: no refinement"
   setting LAMS "0.5 0.25 0.125" "SPA: extrapolation λ, round by round"
   setting PERCENTILE 10 "SPA: share of the pairs to flag, in percent"
-  setting ANCHOR "$(spa_or previous init)" "confidences against init, or previous (SPA's own)"
-  setting EPSILON "$(spa_or 0 0.01)" "the follower's radius ε; 0: no worst case"
+  local epsilon=0.01
+  [[ $METHOD != spa ]] || epsilon=0
+  setting EPSILON $epsilon "the follower's radius ε; 0: no worst case"
   setting PIECES 6 "tangents of −log ξ"
   setting GROUP "" "pairs a group of the follower (the thesis: 100); empty: all in one"
 
@@ -74,11 +74,8 @@ define_settings() {
   setting EVAL_N 1 "answers a prompt"
 
   setting PRECISION auto "of matrix products: bf16, fp32, or auto: bf16 where it is faster"
-  setting NPROC 1 "processes (GPUs) a machine"
-  setting NNODES 1 "machines, which share this folder"
-  # One task a machine would be bound to one core and given its share of the memory.
-  local slurm="srun --nodes=$NNODES --ntasks-per-node=1 --cpu-bind=none --mem=0 --export=ALL"
-  setting EACH_NODE "$slurm" "runs a command once on every machine"
+  setting NPROC 1 "processes (GPUs) on this machine"
+  setting LAUNCH "" "starts a stage on several machines (docs/scale.md); empty: NPROC, here"
   setting BACKEND transformers "of sampling: transformers, or vllm (all GPUs of this machine)"
   setting SAMPLE_TOKENS 131072 "tokens sampled together, prompts and answers: memory, not text"
   setting SHARD no "yes: weights, gradients and Adam in shards over all processes"
@@ -87,8 +84,6 @@ define_settings() {
 
   variable REDO no "yes: replace complete stages whose settings have changed"
   variable PYTHON "" "an interpreter, taken as it is; empty: .venv, made and filled by pip"
-  variable MASTER_ADDR "" "host where the machines meet; empty: the first that EACH_NODE reaches"
-  variable MASTER_PORT 29500 "port there"
 }
 
 # What other programs call a setting.
@@ -121,7 +116,7 @@ one_of() {  # NAME CHOICES…
 is_zero() { [[ $1 =~ ^[+-]?0*\.?0*([eE][+-]?[0-9]+)?$ ]]; }
 
 check_settings() {
-  local name near needs
+  local name near
   for name in "${!given[@]}"; do
     near=${ALIASES[${name^^}]-$(nearest "${name^^}" "${names[@]}")}
     stop "$name is no setting${near:+; is $near meant?} (bash run.sh --help lists them)"
@@ -130,23 +125,18 @@ check_settings() {
   one_of SYSTEM_TURN none empty
   one_of JUDGE_START init previous
   for name in SHARD REDO PROMPTS_ALONE; do one_of $name yes no; done
-  for name in N GOLD_N NPROC NNODES; do
-    [[ ${!name} =~ ^0*[1-9][0-9]*$ ]] || stop "$name=${!name}: must be a whole number, at least 1"
+  for name in N GOLD_N NPROC; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || stop "$name=${!name}: must be a whole number, at least 1"
   done
-  (( 10#$N > 1 && 10#$GOLD_N > 1 )) || stop "N=$N, GOLD_N=$GOLD_N: a pair takes two responses"
+  (( N > 1 && GOLD_N > 1 )) || stop "N=$N, GOLD_N=$GOLD_N: a pair takes two responses"
   [[ $SEED_FRACTION$SEED_POLICY || ! $SEED_SIZE =~ ^0+$ ]] ||
     stop "SEED_SIZE=$SEED_SIZE: without gold pairs SEED_POLICY must name an aligned model"
   [[ $LAMS == *[![:space:]]* ]] || stop "LAMS names no number"
-  (( NNODES == 1 )) || command -v ${EACH_NODE%% *} >/dev/null ||
-    stop "EACH_NODE=$EACH_NODE: ${EACH_NODE%% *} is no command here"
-  if [[ $ANCHOR == previous ]] && ! is_zero "$EPSILON"; then
-    stop "EPSILON=$EPSILON moves confidences against π_init; ANCHOR=previous measures others (D6)"
-  elif [[ $ANCHOR == init ]]; then  # confidences are used: they must be against π_init (D1, D10)
-    needs="METHOD=$METHOD with ANCHOR=$ANCHOR, EPSILON=$EPSILON uses confidences against π_init; it"
-    needs+=" goes with METHOD=spa and its own ANCHOR=previous, EPSILON=0"
-    [[ $JUDGE == implicit ]] || stop "JUDGE=$JUDGE: $needs"
-    [[ $REFERENCE == init ]] || stop "REFERENCE=$REFERENCE: $needs"
-    is_zero "$LENGTH_PENALTY" || stop "LENGTH_PENALTY=$LENGTH_PENALTY: $needs"
+  if [[ $METHOD == spa ]]; then
+    is_zero "$EPSILON" || stop "EPSILON=$EPSILON: a worst case is METHOD=worst-case (D6)"
+  elif [[ $JUDGE-$REFERENCE != implicit-init ]] || ! is_zero "$LENGTH_PENALTY"; then
+    stop "JUDGE=$JUDGE REFERENCE=$REFERENCE LENGTH_PENALTY=$LENGTH_PENALTY goes with METHOD=spa:" \
+      "METHOD=worst-case needs confidences of π_{t−1} against π_init (D1, D10)"
   fi
 }
 
@@ -155,21 +145,16 @@ check_settings() {
 install() {  # FILE: make $python an interpreter that has what a requirements file asks for
   python=$PYTHON
   [[ -z $python ]] || return 0
-  local pip=(-m pip install --quiet --disable-pip-version-check -r "$1")
   local stamp=.venv/installed-${1//\//-}
   python=.venv/bin/python
   [[ ! $stamp -nt $1 ]] || return 0
   if [[ ! -x $python ]]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
       stop "python3 is older than 3.11; make .venv by a newer one: python3.12 -m venv .venv"
-    # Without an index pip installs nothing: it succeeds where all is there.
-    python=python3
-    ! "$python" "${pip[@]}" --dry-run --no-index >/dev/null 2>&1 || return 0
     python3 -m venv .venv
-    python=.venv/bin/python
   fi
   echo "installing $1 into .venv" >&2
-  "$python" "${pip[@]}"
+  "$python" -m pip install --quiet --disable-pip-version-check -r "$1"
   touch "$stamp"
 }
 
@@ -215,29 +200,20 @@ look() {  # a stage that looks says STATE, OUT, BYTES and, of data, pairs or pro
 sampling() {  # a stage that samples; vLLM has processes of its own
   if [[ $BACKEND == vllm ]]; then stage "$@"; else launch "$@"; fi
 }
-launch() {  # a stage on all processes of all machines
+launch() {  # a stage on all processes
   local starter=("${starter[@]}")
-  if [[ $pass == work ]] && (( NPROC * NNODES > 1 )); then
+  if [[ $pass == work && $LAUNCH$NPROC != 1 ]]; then
     # Many processes take long to start: has the stage work?
     ! LOOK=yes "$python" "$@" >/dev/null || return 0
-    starter=(on_all_processes)
+  fi
+  if [[ -n $LAUNCH ]]; then
+    starter=($LAUNCH)
+  elif (( NPROC > 1 )); then
+    # torchrun's own number of threads, given beforehand: else it warns of it at every stage.
+    starter=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m torch.distributed.run
+      --standalone --nproc_per_node "$NPROC")
   fi
   stage "$@"
-}
-on_all_processes() {
-  # torchrun's own number of threads, given beforehand: else it warns of it at every stage.
-  local torchrun=(env PYTORCH_ALLOC_CONF="$allocator" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    "$python" -m torch.distributed.run --nproc_per_node "$NPROC")
-  if (( NNODES == 1 )); then
-    "${torchrun[@]}" --standalone "$@"
-    return
-  fi
-  if [[ -z $MASTER_ADDR ]]; then  # this host may be a login node, which the others cannot reach
-    MASTER_ADDR=$($EACH_NODE hostname | sort | sed -n 1p)
-    [[ -n $MASTER_ADDR ]] || stop "EACH_NODE=$EACH_NODE: reaches no machine; or set MASTER_ADDR"
-  fi
-  $EACH_NODE "${torchrun[@]}" --nnodes "$NNODES" --rdzv_backend c10d --rdzv_id "$RANDOM" \
-    --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" "$@"
 }
 holds_prompts_alone() {  # whether DATA has no preferences, as data.prepare has found
   [[ $pass == look || ! -f $RUN/data/seed_prompts.jsonl ]] || holds=prompts
@@ -276,7 +252,6 @@ for word in "$@"; do
     --help | -h) help=yes ;;
     [A-Za-z_]*=*) given[${word%%=*}]=${word#*=} ;;
     *)
-      [[ -f $word || ! -f $caller/$word ]] || word=$caller/$word
       near=$(nearest "$word" test --check --tiny --help configs/*.env)
       [[ -f $word ]] || stop "$word: neither NAME=VALUE nor a config${near:+; is $near meant?}"
       [[ -z $config ]] || stop "$word: a second config; the first is $config"
@@ -284,15 +259,11 @@ for word in "$@"; do
       ;;
   esac
 done
-# What the caller names lies where the caller is; MODEL and DATA are a part of the run's name.
+# A run is named after its config, and after what the command line gives.
 title=
-for name in MODEL DATA RUN SEED_POLICY JUDGE_MODEL GOLD_MODEL; do
-  path=${given[$name]-}
-  [[ -n $path ]] || continue
-  [[ $caller == "$PWD" || $path == /* || $name != RUN && ! -e $caller/$path ]] ||
-    given[$name]=$caller/$path
+for path in "${given[MODEL]-}" "${given[DATA]-}"; do
   path=$(basename "$path")
-  [[ $name != @(MODEL|DATA) ]] || title+=-${path%%.@(jsonl|json|csv|tsv|txt|parquet)*}
+  [[ -z $path ]] || title+=-${path%%.@(jsonl|json|csv|tsv|txt|parquet)*}
 done
 [[ -n $config || -v given[DATA] || -n $help ]] || config=configs/demo.env
 # A config's empty system turn is its own model's, and its gold judge is its own data's.
@@ -308,22 +279,19 @@ title=${config:+$(basename "$config" .env)}$title
 RUN=${RUN:-runs/${title#-}}
 RUN=${RUN%/}
 if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architecture
-  [[ -n $ARCHITECTURE ]] || stop "--tiny: ARCHITECTURE must name one, such as llama"
   RUN+=-tiny
   MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl
   SEED_SIZE=8 ROUNDS=${ROUNDS//+([0-9])/6} MAX_NEW_TOKENS=8 BATCH_SIZE=4
   [[ -z $SEED_POLICY ]] || SEED_POLICY=$MODEL MODEL=$RUN/tiny/base
 fi
-demo=
-[[ -n $MODEL ]] || MODEL=models/smollm2 demo=yes
 if [[ -z $config && ! -e /dev/nvidia0 ]]; then
   echo "note: these are the settings of a 7 B model, and there is no GPU here; for a small model" \
     "on two cores: bash run.sh configs/demo.env DATA=$DATA" >&2
 fi
 export REDO
 install requirements.txt
-# Lengths differ from pass to pass: GPU memory in blocks of fixed size would be full of holes. In
-# the command itself: torch reads it when loaded, and not every launcher forwards variables.
-allocator=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
-starter=(env PYTORCH_ALLOC_CONF="$allocator" "$python")
+starter=("$python")
+# Lengths differ from pass to pass: GPU memory in blocks of fixed size would be full of holes.
+allocator=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-$allocator}
 echo "run: $METHOD on $MODEL, data $DATA, ε $EPSILON, α $ALPHA, lr $LR, n $N, seed $SEED → $RUN"

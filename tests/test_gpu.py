@@ -219,7 +219,7 @@ def launched(tmp_path, environment: dict | None = None, **given) -> list[str]:
     words = {"DATA": "x.jsonl", "MODEL": "model", "RUN": tmp_path / "run"} | given
     env = {"PATH": os.environ["PATH"], "PYTHON": str(python), **(environment or {})}
     subprocess.run(["bash", ROOT / "run.sh", *(f"{name}={words[name]}" for name in words)],
-                   cwd=tmp_path, env=env, check=True, capture_output=True)
+                   cwd=ROOT, env=env, check=True, capture_output=True)
     return log.read_text().splitlines()
 
 
@@ -239,32 +239,12 @@ def test_stages_get_the_allocator_and_the_budget(tmp_path):
     assert stage_of(launched(tmp_path, chosen), "train.py").startswith("conf=max_split_size_mb:64 ")
 
 
-def test_machines_meet_on_one_of_them(tmp_path):
-    """Not on the host that starts them, which may be a login node."""
-    each = tmp_path / "each"
-    each.write_text(
-        '#!/bin/sh\nif [ "$1" = hostname ]; then printf "node2\\nnode1\\n"; exit; fi\n'
-        'exec env -i PATH="$PATH" "$@"\n')  # a launcher that forwards no variable
-    each.chmod(0o755)
-    commands = launched(tmp_path, NNODES=2, NPROC=8, EACH_NODE=each)
+def test_a_launcher_is_given_the_stages_of_several_processes(tmp_path):
+    """With its own words before theirs; where nothing is launched, one process runs a stage."""
+    commands = launched(tmp_path, LAUNCH=f"env conf=1 {tmp_path}/python torchrun --nnodes 2")
     for name in STAGES:
-        line = stage_of(commands, name)
-        assert "--rdzv_endpoint node1:29500 " in line and "--nproc_per_node 8" in line
-        assert line.startswith("conf=expandable_segments:True ")
-    named = launched(tmp_path, {"MASTER_ADDR": "node7"}, NNODES=2, EACH_NODE=each)
-    assert "--rdzv_endpoint node7:29500 " in stage_of(named, "train.py")
-
-
-def test_slurm_starves_no_machine(tmp_path):
-    """The default EACH_NODE, with a stand-in for srun."""
-    srun = tmp_path / "srun"
-    srun.write_text(f'#!/bin/bash\necho "$*" >> "{tmp_path}/asked"\n'
-                    'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
-    srun.chmod(0o755)
-    launched(tmp_path, {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, NNODES=3)
-    asked = (tmp_path / "asked").read_text().splitlines()
-    expected = "--nodes=3 --ntasks-per-node=1 --cpu-bind=none --mem=0 --export=ALL "
-    assert len(asked) > 5 and all(line.startswith(expected) for line in asked)
+        assert f" torchrun --nnodes 2 {name} " in stage_of(commands, name)
+    assert not any("torchrun" in line for line in commands if " dro.py " in line)
 
 
 # -------------------------------------------------------------------------------------------- costs
