@@ -49,7 +49,7 @@ WORK = 3
 
 # What decides no output: where things lie, and what only memory notices, for what is written is the
 # same to rounding whatever it is (D11).
-NOT_SETTINGS = ("out", "plot", "micro_tokens", "sample_tokens", "gradient_checkpointing", "shard",
+NOT_SETTINGS = ("out", "micro_tokens", "sample_tokens", "gradient_checkpointing", "shard",
                 "save_every")
 
 # What lies in OUT.unfinished.

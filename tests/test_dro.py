@@ -2,7 +2,6 @@
 transport problem."""
 import json
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.special import expit
 
+from core.rows import answer_turn
 from dro import average, gap, loss_star, maximum_of, solve_exact, solve_lp, tangents
 
 CONFIDENCES = st.lists(
@@ -156,16 +156,17 @@ def test_properties(xi, one, two, pieces, group, dice):
     shuffled = xi.copy()
     dice.shuffle(shuffled)
     assert exact_of(shuffled, loss, low).value == pytest.approx(value, abs=1e-12)
-    grouped = average([exact_of(xi[start:start + group], loss, low)
-                       for start in range(0, len(xi), group)])
+    parts = np.split(xi, range(group, len(xi), group))
+    grouped = average(list(map(len, parts)), [exact_of(part, loss, low) for part in parts])
     assert grouped.value <= value + 1e-12
     assert gap(grouped.value, grouped.dual) < 1e-10
     check(grouped, xi, loss, low, 1e-9)
 
 
 def labelled(margins) -> list[dict]:
-    return [{"id": str(i), "prompt": [{"role": "user", "content": "x"}], "chosen": "a",
-             "rejected": "b", "margin": m, "chosen_logp": -1.0, "rejected_logp": -2.0}
+    return [{"id": str(i), "prompt": [{"role": "user", "content": "x"}],
+             "chosen": answer_turn("a"), "rejected": answer_turn("b"), "margin": m,
+             "chosen_logp": -1.0, "rejected_logp": -2.0}
             for i, m in enumerate(margins)]
 
 
@@ -174,12 +175,11 @@ def labelled(margins) -> list[dict]:
                                    ["--epsilon", "0"]])
 def test_stage(tmp_path, solver, extra):
     rows = labelled(np.random.default_rng(1).exponential(1, 40))
-    rows[3]["chosen"] = 'a "quoted" line\nand }'
+    rows[3]["chosen"] = answer_turn('a "quoted" line\nand }')
     pairs = dump(tmp_path / "labelled.jsonl", rows)
     out = tmp_path / "worst.jsonl"
     command = ["--epsilon", "0.02", "--solver", solver, *extra]
-    ok(run("dro.py", "--pairs", pairs, "--out", out, "--plot", tmp_path / "p.png", *command))
-    assert (tmp_path / "p.png").stat().st_size > 5000
+    ok(run("dro.py", "--pairs", pairs, "--out", out, *command))
     stats = json.load(open(f"{out}.stats.json"))
     worst = jsonl(out)
     added = ("xi", "atoms", "pieces")
@@ -202,19 +202,6 @@ def test_stage(tmp_path, solver, extra):
     # its own output is fine as input
     ok(run("dro.py", "--pairs", out, "--out", tmp_path / "again.jsonl", *command))
     assert jsonl(tmp_path / "again.jsonl") == worst
-
-
-def test_memory_does_not_grow_with_the_responses(tmp_path):
-    peaks = []
-    for length in (10, 4000):
-        rows = [{**r, "chosen": "x" * length} for r in labelled(np.linspace(0, 3, 3000))]
-        pairs = dump(tmp_path / f"{length}.jsonl", rows)
-        del rows
-        tracemalloc.start()
-        ok(run("dro.py", "--pairs", pairs, "--out", tmp_path / f"w{length}.jsonl"))
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 4e6, peaks  # the rows alone are 12 MB
 
 
 def refused(pairs, out, *flags) -> str:

@@ -103,7 +103,7 @@ def listing(folder) -> list[str]:
 
 def test_what_decides_no_output_is_no_setting():
     """Places and memory."""
-    places = {"out": "o", "plot": "p", "gradient_checkpointing": False}
+    places = {"out": "o", "gradient_checkpointing": False}
     memory = {"micro_tokens": 1, "sample_tokens": 1, "shard": False, "save_every": 1.0}
     assert stage.settings_of(argparse.Namespace(lr=1.0, **places, **memory)) == {"lr": 1.0}
 
