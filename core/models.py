@@ -100,7 +100,7 @@ def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
 
 def attention(kind, config) -> str | None:
     """What computes attention in a model of an Auto class."""
-    family = kind._model_mapping.get(type(config), None)
+    family = getattr(kind, "_model_mapping", {}).get(type(config), None)
     if config.get_text_config() is not config:
         return None  # each part of a composite model its own
     return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"

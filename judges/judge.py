@@ -26,34 +26,29 @@ from core.models import context_of, load_config, load_tokenizer, load_weights, r
 from core.parallel import autocast, merge
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import fail
+from core.rows import fail, note
 from judges.comparisons import option_prompt
 from judges.endpoint import chat, parse_choice
 from judges.measures import settled, wins
-from judges.pairrm import pairrm
+from judges.pairrm import LENGTH, encode_comparison, load_pairrm
 
 Comparison = tuple[list[dict], str, str]
 
 
-def encode_chats(path: str, tokenizer, prompts: list[list[dict]], chats: list[list[dict]],
-                 room: int) -> list[list[int]]:
-    """Token ids of what a judging model reads about the answers to each of the prompts; with `room`
-    for tokens of its own up to where they begin. All must fit its context before any is judged:
-    beyond it some models fail late, and others go on as if nothing were."""
-    limit = context_of(load_config(path))
-    encoded = []
-    for prompt, messages in zip(prompts, chats):
-        where = f"{path}: the prompt {prompt[-1]['content']!r:.80}"
-        try:
-            ids = encode_prompt(tokenizer, messages, room > 0)
-        except Exception as error:  # templates raise whatever they like
-            fail(f"{where}: the judge's chat template refuses it: {reason(error)}")
-        if len(ids) + room > limit:
-            fail(f"{where} and what is judged of it have {len(ids)} tokens; the judge's context is "
-                 f"{limit}. Take a judge with a longer one, shorter answers (--max-new-tokens), or "
-                 "remove the row")
-        encoded.append(ids)
-    return encoded
+def logits_of(args, model, encoded: list[list[int]], *place) -> list[float]:
+    """The one logit of a judging model for each list of token ids. It reads them one by one, so
+    that nothing is padded; ranks share them."""
+    rank, world, device = place
+    mine = {}
+    share = range(rank, len(encoded), world)
+    for i in tqdm(share, desc=args.judge, unit="answer", disable=None if rank == 0 else True):
+        with torch.no_grad(), autocast(device, args.precision):
+            logits = model(torch.tensor([encoded[i]], device=device)).logits
+        mine[i] = logits.float().item()
+    logits = merge(mine, world)
+    if not all(map(math.isfinite, logits.values())):
+        fail(f"{args.judge_model}: a reward is not finite; are its weights sound?")
+    return [logits[i] for i in range(len(encoded))]
 
 
 # ------------------------------------------------------------------------------------------ scorers
@@ -67,29 +62,28 @@ def vader(args, rows: list[dict], *place) -> list[list[float]]:
     return [[judge.polarity_scores(text)["compound"] for text in row["responses"]] for row in rows]
 
 
-@torch.no_grad()
 def reward_model(args, rows: list[dict], *place) -> list[list[float]]:
-    """Logit of every response by a one-logit sequence classifier with a chat template; responses
-    split over ranks."""
-    rank, world, device = place
+    """Logit of every response by a one-logit sequence classifier with a chat template."""
     path = args.judge_model
-    prompts = [row["prompt"] for row in rows for _ in row["responses"]]
-    chats = [answered(row["prompt"], text) for row in rows for text in row["responses"]]
-    encoded = encode_chats(path, load_tokenizer(path), prompts, chats, room=0)
+    tokenizer = load_tokenizer(path)
+    limit = context_of(load_config(path))
+    encoded = []
+    for row in rows:
+        where = f"{path}: the prompt {row['prompt'][-1]['content']!r:.80}"
+        for text in row["responses"]:
+            try:
+                ids = encode_prompt(tokenizer, answered(row["prompt"], text), generation=False)
+            except Exception as error:  # templates raise whatever they like
+                fail(f"{where}: the judge's chat template refuses it: {reason(error)}")
+            # Beyond it some models fail late, and others go on as if nothing were.
+            if len(ids) > limit:
+                fail(f"{where} and its answer have {len(ids)} tokens; the judge's context is "
+                     f"{limit}. Take a judge with a longer one, or remove the row")
+            encoded.append(ids)
     kind = transformers.AutoModelForSequenceClassification
-    model = load_weights(kind, path, device, torch.float32)
-    if model.config.num_labels != 1:
-        fail(f"{path}: a reward model needs one logit; found {model.config.num_labels}")
-    mine = {}
-    share = range(rank, len(chats), world)
-    for i in tqdm(share, desc="reward model", unit="answer", disable=None if rank == 0 else True):
-        with autocast(device, args.precision):
-            mine[i] = model(torch.tensor([encoded[i]], device=device)).logits.float().item()
-    logits = merge(mine, world)
-    if not all(map(math.isfinite, logits.values())):
-        fail(f"{path}: a reward is not finite; are its weights sound?")
-    in_order = iter(sorted(logits))
-    return [[logits[next(in_order)] for _ in row["responses"]] for row in rows]
+    model = load_weights(kind, path, place[-1], torch.float32)
+    logits = iter(logits_of(args, model, encoded, *place))
+    return [[next(logits) for _ in row["responses"]] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------ rankers
@@ -101,10 +95,9 @@ def llm(args, comparisons: list[Comparison], *place) -> list[float]:
     rank, world, device = place
     path = args.judge_model
     tokenizer = load_tokenizer(path)
-    chats = [option_prompt(*comparison) for comparison in comparisons]
-    prompts = [conversation for conversation, _, _ in comparisons]
-    encode_chats(path, tokenizer, prompts, chats, room=1)
-    rows = [{"id": str(i), "prompt": messages} for i, messages in enumerate(chats)]
+    # Named by what a reader knows of them, for the line of one that does not fit.
+    rows = [{"id": f"{comparison[0][-1]['content']:.80}", "prompt": option_prompt(*comparison)}
+            for comparison in comparisons]
     letters = [("A", False, None), ("B", False, None)]
     encoded = encode_rows(load_config(path), tokenizer, rows, [letters] * len(rows), path)
     # The template may write something before a letter, Qwen3's a think block; it is the same for
@@ -116,6 +109,19 @@ def llm(args, comparisons: list[Comparison], *place) -> list[float]:
     model = load_scorer(path, device, encoded, args.precision, tokenizer)
     logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]
+
+
+def pairrm(args, comparisons: list[Comparison], *place) -> list[float]:
+    """P(first is better) by PairRM; it reads the beginning of what is too long for it."""
+    model, tokenizer = load_pairrm(args.judge_model, place[-1])
+    encoded = [encode_comparison(model.config, tokenizer, *comparison)
+               for comparison in comparisons]
+    shortened = sum(is_cut for _, is_cut in encoded)
+    if shortened:
+        note(f"{args.judge_model} reads {LENGTH} tokens; {shortened} of {len(encoded)} comparisons "
+             "are longer and lose the ends of their parts")
+    logits = logits_of(args, model, [ids for ids, _ in encoded], *place)
+    return torch.tensor(logits).double().sigmoid().tolist()
 
 
 def openai(args, comparisons: list[Comparison], *place) -> list[float]:

@@ -11,21 +11,17 @@ a head that compares two answers.
 The markers' ids stand in config.json. A text that spells one, or any other control token, is broken
 by a visible character: only the layout writes them.
 """
-import sys
-
 import torch
 import transformers
-from tqdm import tqdm
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from core.chat import BREAK
-from core.models import load_config, reason
-from core.parallel import autocast, merge
+from core.models import load_weights, reason
 from core.rows import fail
 from judges.flags import MARKERS
 
 LENGTH = 2048
 SOURCE_LENGTH = 1224
-TOGETHER = 8  # comparisons a pass
 
 
 class PairRM(transformers.DebertaV2PreTrainedModel):
@@ -41,48 +37,23 @@ class PairRM(transformers.DebertaV2PreTrainedModel):
             torch.nn.Dropout(), torch.nn.Linear(width, getattr(config, "n_tasks", 1)))
         self.post_init()
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits [B] of tokens and attention mask [B, T]."""
-        hidden = self.pretrained_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    def forward(self, ids: torch.Tensor) -> SequenceClassifierOutput:
+        """One logit for the tokens [1, T] of a comparison."""
+        hidden = self.pretrained_model(input_ids=ids).last_hidden_state
         source, *answers = [hidden[ids == getattr(self.config, name)] for name in MARKERS]
         first, second = [self.head_layer(torch.cat([source, h], -1)) for h in answers]
-        return (first - second).mean(-1)
+        return SequenceClassifierOutput(logits=(first - second).mean(-1))
 
 
 def load_pairrm(path: str, device: torch.device) -> tuple:
     """(model, tokenizer). What the weights hold beside the model's own does not matter; what they
     lack ends the program."""
-    load_config(path)  # says in one line where there is none
+    model = load_weights(PairRM, path, device, torch.float32)
     try:
-        model, info = PairRM.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
-                                             output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        fail(f"{path}: cannot load the ranker: {reason(error)}")
-    if missing := sorted(info["missing_keys"]):
-        fail(f"{path}: {len(missing)} weights are missing ({', '.join(missing[:3])}); --judge "
-             "pairrm reads llm-blender/PairRM-hf and what is laid out like it")
-    return model.to(device).eval(), tokenizer
-
-
-def encode(config, tokenizer, texts: tuple[str, str, str]) -> tuple[list[int], bool]:
-    """(token ids of source, first and second answer; whether one was cut)."""
-    controls = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    ids = []
-    room = SOURCE_LENGTH
-    is_cut = False
-    for k, (name, text) in enumerate(zip(MARKERS, texts)):
-        for token in controls:
-            text = text.replace(token, token[0] + BREAK + token[1:])
-        mark = tokenizer.convert_ids_to_tokens(getattr(config, name))
-        part = tokenizer(mark + text).input_ids
-        if len(part) > room:
-            is_cut = True
-            part = [*part[:room - 1], part[-1]]  # [SEP] stays
-        ids += part
-        if k == 0:
-            room = (LENGTH - len(ids)) // 2
-    return ids, is_cut
+        fail(f"{path}: cannot load the tokenizer: {reason(error)}")
+    return model, tokenizer
 
 
 def conversation_text(turns: list[dict]) -> str:
@@ -92,27 +63,22 @@ def conversation_text(turns: list[dict]) -> str:
     return "\n".join(f"{turn['role'].upper()}: {turn['content']}" for turn in turns)
 
 
-@torch.no_grad()
-def pairrm(args, comparisons: list[tuple], *place) -> list[float]:
-    """P(first is better) of every (conversation, first, second); passes split over ranks."""
-    rank, world, device = place
-    model, tokenizer = load_pairrm(args.judge_model, device)
-    encoded = [encode(model.config, tokenizer, (conversation_text(turns), first, second))
-               for turns, first, second in comparisons]
-    if rank == 0 and (shortened := sum(is_cut for _, is_cut in encoded)):
-        print(f"note: {args.judge_model} reads {LENGTH} tokens; {shortened} of {len(encoded)} "
-              "comparisons are longer and lose the ends of their parts", file=sys.stderr)
-    # Alike lengths together.
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-    passes = [order[start:start + TOGETHER] for start in range(0, len(order), TOGETHER)]
-    mine = {}
-    quiet = None if rank == 0 else True
-    for rows in tqdm(passes[rank::world], desc="PairRM", unit="batch", disable=quiet):
-        parts = [torch.tensor(encoded[i][0], device=device) for i in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(parts, True, tokenizer.pad_token_id)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], True)
-        with autocast(device, args.precision):
-            logits = model(ids, mask)
-        mine |= dict(zip(rows, logits.double().sigmoid().tolist()))
-    probabilities = merge(mine, world)
-    return [probabilities[i] for i in range(len(comparisons))]
+def encode_comparison(config, tokenizer, turns: list[dict], first: str,
+                      second: str) -> tuple[list[int], bool]:
+    """(token ids of a conversation, the first and the second answer; whether one was cut)."""
+    controls = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    ids = []
+    is_cut = False
+    left = SOURCE_LENGTH  # tokens that the part may have
+    for name, text in zip(MARKERS, (conversation_text(turns), first, second)):
+        for token in controls:
+            text = text.replace(token, token[0] + BREAK + token[1:])
+        mark = tokenizer.convert_ids_to_tokens(getattr(config, name))
+        part = tokenizer(mark + text).input_ids
+        if len(part) > left:
+            is_cut = True
+            part = [*part[:left - 1], part[-1]]  # [SEP] stays
+        if not ids:
+            left = (LENGTH - len(part)) // 2  # for each of the answers
+        ids += part
+    return ids, is_cut
