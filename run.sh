@@ -20,7 +20,7 @@ source configs/settings.sh "$@"
 
 algorithm() {  # runs twice: in the first pass every stage only looks, in the second it works
   local init=$MODEL policy=$RUN/seed gold=$RUN/data/seed.jsonl judge=$JUDGE_MODEL
-  local before='' reference round name anchor=init t=0
+  local before='' reference round name from anchor=init t=0
   local lams=($LAMS) policies=() labels=() answers=()
 
   # Flags that need a thought, or that several stages share.
@@ -69,10 +69,6 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     policy=$SEED_POLICY
     policies=(start="$policy")
   fi
-  if [[ $JUDGE-$JUDGE_START-$JUDGE_MODEL == llm-init- ]]; then
-    judge=$RUN/judge
-    train_judge "$init"
-  fi
 
   # 2. Rounds: π_{t−1} answers and judges; the follower finds the worst case; π_t learns under it.
   for _ in $ROUNDS; do
@@ -84,9 +80,12 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     sampling generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" \
       --out "$round/responses.jsonl" -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
     # r(y) = β(log π_{t−1} − log π_init); best against worst becomes a pair                  S7, S8
-    if [[ $JUDGE-$JUDGE_START-$JUDGE_MODEL == llm-previous- ]]; then
-      judge=$round/judge
-      train_judge "$policy"
+    if [[ $JUDGE-$JUDGE_MODEL == llm- && ( $t == 1 || $JUDGE_START == previous ) ]]; then
+      # an LLM judge that is not given learns the letters of the gold pairs
+      judge=$RUN/judge from=$init
+      [[ $JUDGE_START == init ]] || judge=$round/judge from=$policy
+      launch seed_dpo.py --objective judge --model "$from" --pairs "$gold" --out "$judge" \
+        --lr "$JUDGE_LR" "${train[@]}"
     fi
     launch label.py --model "$policy" --responses "$round/responses.jsonl" \
       --out "$round/labelled.jsonl" --judge "$JUDGE" ${judge:+--judge-model "$judge"} \
@@ -113,12 +112,6 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
   done
   launch evaluate.py --answers "${answers[@]}" --labels "${labels[@]}" --out "$RUN" \
     "${gold_judge[@]}"
-}
-
-train_judge() {  # FROM: an LLM judge that is not given learns the letters of the gold pairs
-  stage -m judges.comparisons --pairs "$gold" --out "$judge.pairs.jsonl"
-  launch seed_dpo.py --objective supervised --model "$1" --pairs "$judge.pairs.jsonl" \
-    --out "$judge" --lr "$JUDGE_LR" "${train[@]}"
 }
 
 look_then_work

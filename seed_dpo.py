@@ -9,8 +9,8 @@ Of the stages this is read first: it owns the DPO margin, its loss and the learn
 the loop. train.py shows the same loop with SPA's refinement and the worst case in it. log-probs are
 computed in core/policy.py; how a batch is spread over passes and processes, in core/training.py.
 
-`--objective supervised` learns the `chosen` responses alone, −log π(y_w), as an LLM judge learns
-its letters.
+`--objective judge` makes an LLM judge: it learns −log π of the right letter, where each gold pair
+is asked in both orders (judges/comparisons.py).
 
     python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed.jsonl --out runs/demo/seed
     torchrun --nproc_per_node=8 seed_dpo.py --model MODEL --pairs seed.jsonl --out pi_0
@@ -28,8 +28,8 @@ def flags() -> tuple[argparse.Namespace, dict]:
     # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed, and for memory
     # --micro-tokens --gradient-checkpointing --shard --save-every
     cli = training_flags(__doc__, epochs=3)
-    cli.add_argument("--objective", choices=["dpo", "supervised"], default="dpo",
-                     help="or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
+    cli.add_argument("--objective", choices=["dpo", "judge"], default="dpo",
+                     help="or an LLM judge of these pairs (papers: --lr 2e-5)")
     args = cli.parse_args()
     settings = settings_of(args, "model", "pairs")
     exit_if_complete(args.out, settings)
@@ -43,6 +43,7 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 
+from core.rows import read_rows
 from core.training import (
     batches,
     begin,
@@ -54,6 +55,7 @@ from core.training import (
     save_policy,
     update,
 )
+from judges.comparisons import comparisons
 
 
 def dpo_margin(logps: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
@@ -77,9 +79,10 @@ def lr_at(step: int, total: int, peak: float) -> float:
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:
-    run = begin(args, settings, "preferences")
-    supervised = args.objective == "supervised"                         # −log π(y_w) alone
-    if supervised:
+    rows = read_rows(args.pairs, "preferences")
+    is_judge = args.objective == "judge"                    # of letters: −log π(y_w) alone
+    run = begin(args, settings, comparisons(rows) if is_judge else rows)
+    if is_judge:
         # No reference: the margin is only logged, and its sign is the accuracy.
         beta, logp_ref = 1.0, torch.zeros(len(run.rows), 2, device=run.device)
     else:
@@ -95,7 +98,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
             logp = logp.view(-1, 2)                                     # chosen, rejected
             margin = dpo_margin(logp, logp_ref[indices], beta)
             # L = −log σ(M)                                                                    S6
-            loss = -logp[:, 0] if supervised else dpo_loss(margin)
+            loss = -logp[:, 0] if is_judge else dpo_loss(margin)
             (scale * loss.sum()).backward()                             # ∇ of the mean over B    D7
             columns = {"loss": loss, "margin": margin, "round_margin": margin}
             per_pass.append((indices, scale, columns))
@@ -104,9 +107,9 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         norm = update(run, lr)                                          # θ ← θ − η∇L
         record_step(run, log, batch, pairs, lr, norm, started)
 
-    stats = save_policy(run, log, log[0]["loss"] if supervised else math.log(2))
+    stats = save_policy(run, log, log[0]["loss"] if is_judge else math.log(2))
     if run.rank == 0:
-        print(f"seed_dpo: {len(run.rows)} {'responses' if supervised else 'gold pairs'}, "
+        print(f"seed_dpo: {len(run.rows)} {'letters' if is_judge else 'gold pairs'}, "
               f"{run.read_as}, {len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
 

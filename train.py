@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 import torch
 
-from core.rows import fail, margin_problem
+from core.rows import fail, margin_problem, read_rows
 from core.training import (
     batches,
     begin,
@@ -139,7 +139,7 @@ def warn_if_far(args: argparse.Namespace, round_margin: list[float]) -> None:
 
 
 def main(args: argparse.Namespace, settings: dict) -> None:
-    run = begin(args, settings, "labelled")
+    run = begin(args, settings, read_rows(args.pairs, "labelled"))
     device = run.device
     unstated = check_margins(run.rows, args, settings["model"], run.precision)
     weight, shift = atoms_of(run.rows)

@@ -36,7 +36,7 @@ from core.models import (
 from core.parallel import autocast, distribute, in_bf16, merge, model_of, start_processes
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
-from core.rows import fail, read_rows, write_rows
+from core.rows import fail, write_rows
 from core.stage import inputs_of, publish
 
 
@@ -59,9 +59,8 @@ class Run(NamedTuple):
     started: float                    # seconds, by time.perf_counter
 
 
-def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
-    """Rows, policy and optimizer on every process."""
-    rows = read_rows(args.pairs, kind)
+def begin(args: argparse.Namespace, settings: dict, rows: list[dict]) -> Run:
+    """Policy and optimizer on every process, and the rows as they are learnt."""
     rank, world, device = start_processes()
     args.shard = args.shard and world > 1  # one process has nobody to share with
     tokenizer = load_tokenizer(args.model)

@@ -1,24 +1,8 @@
 """What an LLM judge learns from: gold pairs as questions whose answer is a letter (SPA, B.2).
 
 Each pair is asked in both orders after SPA's Listing 1; `chosen` is the right letter, `rejected`
-the other. seed_dpo.py learns such rows like any others:
-
-    python -m judges.comparisons --pairs seed.jsonl --out judge.jsonl
-    python seed_dpo.py --objective supervised --model pi_init --pairs judge.jsonl --out judge
+the other. `seed_dpo.py --objective judge` learns them.
 """
-import argparse
-import os
-
-from core.rows import answer_turn, read_rows, write_rows
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    inputs_of,
-    parser,
-    publish,
-    run_stage,
-    settings_of,
-)
 
 
 def option_prompt(conversation: list[dict], first: str, second: str) -> list[dict]:
@@ -36,7 +20,7 @@ def option_prompt(conversation: list[dict], first: str, second: str) -> list[dic
 
 
 def comparisons(rows: list[dict]) -> list[dict]:
-    """Two supervised rows a gold pair. The letter alone is learnt, as it alone is read: no end of
+    """Two questions a gold pair. The letter alone is learnt, as it alone is read: no end of
     turn."""
     asked = []
     for row in rows:
@@ -44,29 +28,6 @@ def comparisons(rows: list[dict]) -> list[dict]:
         for right, wrong, first, second in (("A", "B", good, bad), ("B", "A", bad, good)):
             asked.append({"id": f"{row['id']} {right}",
                           "prompt": option_prompt(row["prompt"], first, second),
-                          "chosen": answer_turn(right), "rejected": answer_turn(wrong),
+                          "chosen": right, "rejected": wrong,
                           "chosen_ended": False, "rejected_ended": False})
     return asked
-
-
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
-    cli = parser(__doc__)
-    cli.add_argument("--pairs", required=True, help="gold preference rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="supervised rows (JSONL)")
-    args = cli.parse_args()
-    settings = settings_of(args, "pairs")
-    exit_if_complete(args.out, settings)
-    exit_if_looking(args.out)
-    return args, settings
-
-
-def main(args: argparse.Namespace, settings: dict) -> None:
-    rows = comparisons(read_rows(args.pairs, "preferences"))
-    publish(args.out, settings, {"comparisons": len(rows)}, lambda tmp: write_rows(tmp, rows),
-            inputs_of(args, settings))
-    print(f"comparisons: {len(rows)} of {len(rows) // 2} pairs → {args.out}")
-
-
-if __name__ == "__main__":
-    run_stage(main, *flags())

@@ -192,11 +192,10 @@ def test_llm_judge_against_a_plain_computation(wide, tokenizer, tmp_path):
 
 
 def test_fine_tuning_a_judge(wide, tmp_path):
-    """Supervised on the letters: the loss is −log π(letter), and the judge learns to agree with its
-    gold pairs."""
+    """By the letters of gold pairs: the loss is −log π(letter), and the judge learns to agree with
+    them."""
     pairs = dump(tmp_path / "gold.jsonl", gold_rows(6))
-    ok(run("judges/comparisons.py", "--pairs", pairs, "--out", tmp_path / "letters.jsonl"))
-    flags = f"--objective supervised --model {wide} --pairs {tmp_path / 'letters.jsonl'} --lr 1e-2"
+    flags = f"--objective judge --model {wide} --pairs {pairs} --lr 1e-2"
     flags += " --precision fp32 --micro-tokens 4000 --epochs 40 --batch-size 12"
     ok(run("seed_dpo.py", *flags.split(), "--out", tmp_path / "judge"))
     log = jsonl(tmp_path / "judge/log.jsonl")

@@ -439,7 +439,7 @@ def test_a_missing_package_is_one_line(package):
 
 
 PROGRAMS = ["seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"]
-MODULES = ["data.prepare", "data.demo", "data.tiny", "data.system_turn", "judges.comparisons"]
+MODULES = ["data.prepare", "data.demo", "data.tiny", "data.system_turn"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS + MODULES)
