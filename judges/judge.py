@@ -18,12 +18,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
 from core import RANK, WORLD
 from core.chat import answered, encode_prompt, encode_rows
 from core.models import context_of, load_config, load_tokenizer, load_weights, reason
-from core.parallel import autocast, merge, this_device
+from core.parallel import autocast, merge, progress, this_device
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import fail
@@ -81,8 +80,7 @@ def reward_model(args, rows: list[dict]) -> list[list[float]]:
     if model.config.num_labels != 1:
         fail(f"{path}: a reward model needs one logit; found {model.config.num_labels}")
     mine = {}
-    share = range(RANK, len(chats), WORLD)
-    for i in tqdm(share, desc="reward model", unit="answer", disable=None if RANK == 0 else True):
+    for i in progress(range(RANK, len(chats), WORLD), "reward model", "answer"):
         with autocast(device, args.precision):
             mine[i] = model(torch.tensor([encoded[i]], device=device)).logits.float().item()
     logits = merge(mine)

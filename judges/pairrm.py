@@ -15,12 +15,11 @@ import sys
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from core import RANK, WORLD
 from core.chat import BREAK
 from core.models import load_config, reason
-from core.parallel import autocast, merge, this_device
+from core.parallel import autocast, merge, progress, this_device
 from core.rows import fail
 from judges.flags import MARKERS
 
@@ -107,8 +106,7 @@ def pairrm(args, comparisons: list[tuple]) -> list[float]:
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
     passes = [order[start:start + TOGETHER] for start in range(0, len(order), TOGETHER)]
     mine = {}
-    quiet = None if RANK == 0 else True
-    for rows in tqdm(passes[RANK::WORLD], desc="PairRM", unit="batch", disable=quiet):
+    for rows in progress(passes[RANK::WORLD], "PairRM", "batch"):
         parts = [torch.tensor(encoded[i][0], device=device) for i in rows]
         ids = torch.nn.utils.rnn.pad_sequence(parts, True, tokenizer.pad_token_id)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], True)
