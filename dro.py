@@ -36,21 +36,11 @@ import os
 from typing import NamedTuple
 
 from core.folder import size_of
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    inputs_of,
-    natural,
-    parser,
-    publish,
-    ranged,
-    run_stage,
-    settings_of,
-)
+from core.stage import exit_if_looking, natural, parser, publish, ranged, run_stage, start
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
@@ -63,14 +53,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--group", type=natural,
                      help="pairs a group (thesis: 100, 200, 300); default: all pairs in one")
     args = cli.parse_args()
-    settings = settings_of(args, "pairs")
-    exit_if_complete(args.out, settings)
+    start(args, files=["pairs"])
     exit_if_looking(args.out, writes=size_of(args.pairs))
-    return args, settings
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import numpy as np
 import scipy.sparse as sp
@@ -229,7 +218,7 @@ def worst_rows(rows: list[dict], xi: np.ndarray, solution: WorstCase, pieces: in
     return worst
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.pairs, "labelled")
     margins, undeclared = margins_of(rows, args.pairs, args.epsilon > 0)
     xi = expit(margins)                                                       # T2-2
@@ -257,8 +246,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
              "worst_case_loss_star": float(star), "transport": solution.transport, "moved": moved,
              "margins_taken_as_against_init": undeclared}
     worst = worst_rows(rows, xi, solution, args.pieces)
-    publish(args.out, settings, stats, lambda tmp: write_rows(tmp, worst),
-            inputs_of(args, settings))
+    publish(args, stats, lambda tmp: write_rows(tmp, worst))
     taken = f", {undeclared} margins taken as against π_init" if undeclared else ""
     print(f"dro: {moved} of {len(xi)} pairs moved within ε = {args.epsilon}; mean loss "
           f"{stats['empirical_loss']:.4f} → worst case {solution.value:.4f} (of the leader's ℓ*: "
@@ -266,4 +254,4 @@ def main(args: argparse.Namespace, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

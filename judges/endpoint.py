@@ -2,21 +2,19 @@
 
 Any server of that kind will do (`vllm serve`, `transformers serve`, a hosted one). The client tries
 again with growing pauses when the endpoint is busy, fails or is silent. Every answer is kept in
-judge_cache.jsonl in or beside OUT, and no question in it is asked, or paid, again.
+OUT.judge_cache.jsonl, and no question in it is asked, or paid, again.
 """
 import json
 import math
-import os
 import re
 import string
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
-from core.parallel import merge
-from core.rows import fail
+from core import RANK
+from core.parallel import merge, progress
+from core.rows import fail, read_appended
 from judges.flags import key_of_endpoint
 
 # Seconds a request, tries beyond the first, requests at once.
@@ -64,22 +62,10 @@ def parse_rating(text: str) -> float:
 # ------------------------------------------------------------------------------------------ asking
 
 
-def chat(args, chats: list[list[dict]], rank: int, world: int) -> list[str]:
+def chat(args, chats: list[list[dict]]) -> list[str]:
     """The answer of --judge-model to every chat, at temperature 0; process 0 asks for all. An empty
     one stands for what the endpoint will never answer."""
-    return merge({0: ask_endpoint(args, chats)} if rank == 0 else {}, world)[0]
-
-
-def read_cache(path: Path) -> dict[str, str]:
-    """request → answer of all that was asked before; a line that a kill cut is skipped."""
-    answers = {}
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            row = json.loads(line)
-            answers[row["request"]] = row["answer"]
-        except (ValueError, KeyError, TypeError):
-            pass
-    return answers
+    return merge({0: ask_endpoint(args, chats)} if RANK == 0 else {})[0]
 
 
 def hidden(text: str, key: str) -> str:
@@ -123,9 +109,9 @@ def ask_endpoint(args, chats: list[list[dict]]) -> list[str]:
     client = OpenAI(base_url=args.base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
     requests = [json.dumps({"model": args.judge_model, "messages": messages, "temperature": 0,
                             "max_tokens": args.judge_tokens}) for messages in chats]
-    cache = Path(f"{args.out}{'/' if os.path.isdir(args.out) else '.'}judge_cache.jsonl")
+    cache = Path(f"{args.out}.judge_cache.jsonl")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    answers = read_cache(cache)
+    answers = {row["request"]: row["answer"] for row in read_appended(cache)}
     errors = []
     refused: set[str] = set()
     lock = threading.Lock()
@@ -148,8 +134,7 @@ def ask_endpoint(args, chats: list[list[dict]]) -> list[str]:
     with open(cache, "a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL) as pool:
         file.write("\n" if cache.stat().st_size else "")  # the last line may have been cut
         todo = [request for request in dict.fromkeys(requests) if request not in answers]
-        for _ in tqdm(pool.map(ask, todo), desc="judge", total=len(todo), unit="request",
-                      disable=None):
+        for _ in progress(pool.map(ask, todo), "judge", "request", total=len(todo)):
             pass
     if errors:
         reason = hidden(" ".join(f"{type(errors[0]).__name__}: {errors[0]}".split()), key)[:300]

@@ -1,10 +1,9 @@
 """Judges: who says which of two responses to a prompt is better.
 
-A *ranker* is a function (args, comparisons, *place) → P(first response is better), one number in
+A *ranker* is a function (args, comparisons) → P(first response is better), one number in
 [0, 1] for every comparison (conversation, first, second), NaN where it gives no verdict. `compare`
 asks it in both orders and averages, because a judge's taste for the first option is often stronger
-than its taste. A *scorer* gives each response a number of its own, and is asked once. `place` is
-(rank, world size, device), what core.parallel.start_processes returns.
+than its taste. A *scorer* gives each response a number of its own, and is asked once.
 
     vader           scorer: sentiment by a lexicon rated by people, the gold standard of the demo
     reward-model    scorer: the logit of any one-logit sequence classifier with a chat template
@@ -19,11 +18,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
+from core import RANK, WORLD
 from core.chat import answered, encode_prompt, encode_rows
 from core.models import context_of, load_config, load_tokenizer, load_weights, reason
-from core.parallel import autocast, merge
+from core.parallel import autocast, merge, progress, this_device
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import fail, note
@@ -35,17 +34,16 @@ from judges.pairrm import LENGTH, encode_comparison, load_pairrm
 Comparison = tuple[list[dict], str, str]
 
 
-def logits_of(args, model, encoded: list[list[int]], *place) -> list[float]:
+def logits_of(args, model, encoded: list[list[int]]) -> list[float]:
     """The one logit of a judging model for each list of token ids. It reads them one by one, so
     that nothing is padded; ranks share them."""
-    rank, world, device = place
+    device = this_device()
     mine = {}
-    share = range(rank, len(encoded), world)
-    for i in tqdm(share, desc=args.judge, unit="answer", disable=None if rank == 0 else True):
+    for i in progress(range(RANK, len(encoded), WORLD), args.judge, "answer"):
         with torch.no_grad(), autocast(device, args.precision):
             logits = model(torch.tensor([encoded[i]], device=device)).logits
         mine[i] = logits.float().item()
-    logits = merge(mine, world)
+    logits = merge(mine)
     if not all(map(math.isfinite, logits.values())):
         fail(f"{args.judge_model}: a reward is not finite; are its weights sound?")
     return [logits[i] for i in range(len(encoded))]
@@ -54,7 +52,7 @@ def logits_of(args, model, encoded: list[list[int]], *place) -> list[float]:
 # ------------------------------------------------------------------------------------------ scorers
 
 
-def vader(args, rows: list[dict], *place) -> list[list[float]]:
+def vader(args, rows: list[dict]) -> list[list[float]]:
     """Sentiment in [−1, 1] of every response by VADER, a lexicon rated by people (Hutto & Gilbert
     2014)."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # the demo's alone
@@ -62,7 +60,7 @@ def vader(args, rows: list[dict], *place) -> list[list[float]]:
     return [[judge.polarity_scores(text)["compound"] for text in row["responses"]] for row in rows]
 
 
-def reward_model(args, rows: list[dict], *place) -> list[list[float]]:
+def reward_model(args, rows: list[dict]) -> list[list[float]]:
     """Logit of every response by a one-logit sequence classifier with a chat template."""
     path = args.judge_model
     tokenizer = load_tokenizer(path)
@@ -81,18 +79,17 @@ def reward_model(args, rows: list[dict], *place) -> list[list[float]]:
                      f"{limit}. Take a judge with a longer one, or remove the row")
             encoded.append(ids)
     kind = transformers.AutoModelForSequenceClassification
-    model = load_weights(kind, path, place[-1], torch.float32)
-    logits = iter(logits_of(args, model, encoded, *place))
+    model = load_weights(kind, path, this_device(), torch.float32)
+    logits = iter(logits_of(args, model, encoded))
     return [[next(logits) for _ in row["responses"]] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------ rankers
 
 
-def llm(args, comparisons: list[Comparison], *place) -> list[float]:
+def llm(args, comparisons: list[Comparison]) -> list[float]:
     """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA,
     B.2)."""
-    rank, world, device = place
     path = args.judge_model
     tokenizer = load_tokenizer(path)
     # Named by what a reader knows of them, for the line of one that does not fit.
@@ -106,31 +103,31 @@ def llm(args, comparisons: list[Comparison], *place) -> list[float]:
         a, b = pair[1] if pair else ([], [])
         if len(a) != len(b) or (a[:-1] != b[:-1]).any() or a[-1] == b[-1]:
             fail(f"{path}: its tokenizer does not write A and B as one token each")
-    model = load_scorer(path, device, encoded, args.precision, tokenizer)
-    logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")
+    model = load_scorer(path, this_device(), encoded, args.precision, tokenizer)
+    logps = score(ResponseLogps(model), encoded, args.precision, "judge")
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]
 
 
-def pairrm(args, comparisons: list[Comparison], *place) -> list[float]:
+def pairrm(args, comparisons: list[Comparison]) -> list[float]:
     """P(first is better) by PairRM; it reads the beginning of what is too long for it."""
-    model, tokenizer = load_pairrm(args.judge_model, place[-1])
+    model, tokenizer = load_pairrm(args.judge_model, this_device())
     encoded = [encode_comparison(model.config, tokenizer, *comparison)
                for comparison in comparisons]
     shortened = sum(is_cut for _, is_cut in encoded)
     if shortened:
         note(f"{args.judge_model} reads {LENGTH} tokens; {shortened} of {len(encoded)} comparisons "
              "are longer and lose the ends of their parts")
-    logits = logits_of(args, model, [ids for ids, _ in encoded], *place)
+    logits = logits_of(args, model, [ids for ids, _ in encoded])
     return torch.tensor(logits).double().sigmoid().tolist()
 
 
-def openai(args, comparisons: list[Comparison], *place) -> list[float]:
+def openai(args, comparisons: list[Comparison]) -> list[float]:
     """1 or 0 by the letter that an OpenAI-compatible endpoint answers to Listing 1."""
     order = ("You compare two responses. Answer with [[A]] or [[B]], whichever is better, and "
              "nothing else.")
     system = {"role": "system", "content": order}
     chats = [[system, *option_prompt(*comparison)] for comparison in comparisons]
-    return [parse_choice(text) for text in chat(args, chats, *place[:2])]
+    return [parse_choice(text) for text in chat(args, chats)]
 
 
 # -------------------------------------------------------------------------- one way to use them all
@@ -155,16 +152,16 @@ def both_orders(first: np.ndarray, exchanged: np.ndarray) -> tuple[np.ndarray, d
                         "no_verdict": int(without.sum())}
 
 
-def compare(args, comparisons: list[Comparison], *place) -> tuple[np.ndarray, dict]:
+def compare(args, comparisons: list[Comparison]) -> tuple[np.ndarray, dict]:
     """P(first is better) [N] of every comparison by the judge of `args`, whatever its kind, NaN
     where it gave no verdict, and how it behaved."""
     if args.judge in SCORERS:
         rows = [{"prompt": prompt, "responses": sides} for prompt, *sides in comparisons]
-        first, second = np.array(SCORERS[args.judge](args, rows, *place)).T
+        first, second = np.array(SCORERS[args.judge](args, rows)).T
         return wins(first, second), {}
     count = len(comparisons)
     exchanged = [(conversation, second, first) for conversation, first, second in comparisons]
-    answers = RANKERS[args.judge](args, [*comparisons, *exchanged], *place)
+    answers = RANKERS[args.judge](args, [*comparisons, *exchanged])
     preference, behaviour = both_orders(np.array(answers[:count]), np.array(answers[count:]))
     if behaviour["no_verdict"] == 2 * count:
         fail(f"{args.judge_model}: none of its {2 * count} answers held a verdict; a judge that "
@@ -172,7 +169,7 @@ def compare(args, comparisons: list[Comparison], *place) -> tuple[np.ndarray, di
     return preference, behaviour
 
 
-def rewards(args, rows: list[dict], *place) -> tuple[list[list[float]], dict]:
+def rewards(args, rows: list[dict]) -> tuple[list[list[float]], dict]:
     """A reward for every response of every row, and how the judge behaved.
 
     A ranker's is the mean log-odds against the siblings (0 against itself): the least-squares fit
@@ -180,7 +177,7 @@ def rewards(args, rows: list[dict], *place) -> tuple[list[list[float]], dict]:
     log p/(1 − p). Certainty counts as p = 1 − 10⁻⁶.
     """
     if args.judge in SCORERS:
-        return SCORERS[args.judge](args, rows, *place), {}
+        return SCORERS[args.judge](args, rows), {}
     result = [[0.0] * len(row["responses"]) for row in rows]
     where, comparisons = [], []
     for i, row in enumerate(rows):
@@ -189,7 +186,7 @@ def rewards(args, rows: list[dict], *place) -> tuple[list[list[float]], dict]:
             comparisons.append((row["prompt"], first, second))
     if not comparisons:
         return result, {}
-    preference, behaviour = compare(args, comparisons, *place)
+    preference, behaviour = compare(args, comparisons)
     p = settled(preference).clip(1e-6, 1 - 1e-6)
     odds = np.log(p) - np.log1p(-p)
     for (i, j, k), difference in zip(where, odds.tolist()):
