@@ -472,12 +472,12 @@ def test_channels(tokenizer):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"response_ids": [[1], [-1]]}, "'response_ids' must be a list of lists of token ids"),
-    ({"response_ids": [[1], [True]]}, "'response_ids' must be a list of lists of token ids"),
-    ({"response_ids": [[1], []]}, "'response_ids' must be a list of lists of token ids"),
+    ({"response_ids": [[1], [-1]]}, "'response_ids' must be [\"token ids\"]"),
+    ({"response_ids": [[1], [True]]}, "'response_ids' must be [\"token ids\"]"),
+    ({"response_ids": [[1], []]}, "'response_ids' must be [\"token ids\"]"),
     ({"response_ids": [[1]]}, "'response_ids' must hold a value for each of its 2 responses"),
     ({"ended": [True]}, "'ended' must hold a value for each of its 2 responses"),
-    ({"vocabulary": 7}, "'vocabulary' must be a string")])
+    ({"vocabulary": 7}, "'vocabulary' must be \"text\"")])
 def test_wrong_ids_are_one_line(tmp_path, capsys, change, message):
     row = {"id": "x", "prompt": ASK, "responses": ["a", "b"], **change}
     with pytest.raises(SystemExit):
