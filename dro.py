@@ -79,7 +79,7 @@ import scipy.sparse as sp
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from core.rows import fail, iterate_rows, margin_problem, read_json_lines, write_rows
+from core.rows import AGAINST_INIT, check_margins, fail, read_json_lines, read_rows, write_rows
 
 LP_PAIRS = 1000  # how many pairs the linear program checks: about a second
 
@@ -252,18 +252,11 @@ def plot(path: str, xi: np.ndarray, solution: WorstCase, pieces: int) -> None:
 def read_margins(path: str, against_init: bool) -> tuple[np.ndarray, int]:
     """(margins [N], how many rows do not say what theirs is). With `against_init` a margin that is
     not the implicit reward's against π_init ends the program (D1, D10)."""
-    margins = []
-    undeclared = 0
-    for row in iterate_rows(path, "labelled"):
-        # At any β: which is right, train.py alone knows.
-        beta = row.get("margin_of", {}).get("beta", 0.0)
-        problem = margin_problem(row, beta) if against_init else None
-        if problem:
-            fail(f"{path}: id {row['id']!r}: {problem}; --epsilon above 0 moves confidences "
-                 "against π_init: label with judge implicit, reference init, or take --epsilon 0")
-        undeclared += "margin_of" not in row
-        margins.append(row["margin"])
-    return np.array(margins, np.float64), undeclared
+    rows = read_rows(path, "labelled")
+    remedy = ("--epsilon above 0 moves confidences against π_init: label with judge implicit, "
+              "reference init, or take --epsilon 0")
+    undeclared = check_margins(rows, path, AGAINST_INIT if against_init else {}, remedy)
+    return np.array([row["margin"] for row in rows], np.float64), undeclared
 
 
 def worst_rows(path: str, xi: np.ndarray, solution: WorstCase, pieces: int) -> Iterator[dict]:

@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 import torch
 
-from core.rows import fail, margin_problem
+from core.rows import AGAINST_INIT, check_margins, fail
 from core.training import (
     batches,
     begin,
@@ -110,22 +110,17 @@ def atoms_of(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, shift
 
 
-def check_margins(rows: list[dict], args: argparse.Namespace, policy: str, precision: str) -> int:
-    """How many rows do not say what their margin is. Ends the program at a row whose log-probs are
-    not those of `policy` (a fingerprint) at this precision, or, where the margin is used, whose
-    margin is not against π_init (D10)."""
-    beta = args.beta if args.anchor == "init" else None
+def needed_of(args: argparse.Namespace, policy: str, precision: str) -> tuple[dict, str]:
+    """What the rows' `margin_of` must say (D10), and the remedy where it does not: log-probs of
+    `policy` (a fingerprint) at this precision and, where the margin is used, one against π_init."""
+    needed = {"policy": policy, "precision": precision}
     remedy = (f"label.py must score these rows with --model {args.model} and --precision "
               f"{precision} (PRECISION)")
-    if beta is not None:
-        remedy += (f", judge implicit, reference init and --beta {beta} (D6), or take --anchor "
-                   "previous")
-    unstated = 0
-    for row in rows:
-        if problem := margin_problem(row, beta, policy, precision):
-            fail(f"{args.pairs}: id {row['id']!r}: {problem}; {remedy}")
-        unstated += "margin_of" not in row
-    return unstated
+    if args.anchor == "init":
+        needed |= AGAINST_INIT | {"beta": args.beta}
+        remedy += (f", judge implicit, reference init and --beta {args.beta} (D6), or take "
+                   "--anchor previous")
+    return needed, remedy
 
 
 def warn_if_far(args: argparse.Namespace, round_margin: list[float]) -> None:
@@ -141,7 +136,8 @@ def warn_if_far(args: argparse.Namespace, round_margin: list[float]) -> None:
 def main(args: argparse.Namespace, settings: dict) -> None:
     run = begin(args, settings, "labelled")
     device = run.device
-    unstated = check_margins(run.rows, args, settings["model"], run.precision)
+    needed, remedy = needed_of(args, settings["model"], run.precision)
+    unstated = check_margins(run.rows, args.pairs, needed, remedy)
     weight, shift = atoms_of(run.rows)
     if args.anchor == "previous" and bool(((shift != 0) & (weight > 0)).any()):
         fail(f"{args.pairs} has a worst case of confidences against π_init: give --anchor init; "

@@ -53,6 +53,8 @@ SIDES = ["chosen", "rejected"]
 PER_RESPONSE = ["ended", "response_ids", "special_inside"]
 # What dro.py adds to a labelled row: all of it or nothing.
 WORST_CASE = ["xi", "pieces", "atoms"]
+# What a margin against π_init is (D1), in the keys of `margin_of`; at which β, train.py knows.
+AGAINST_INIT = {"judge": "implicit", "reference": "init", "length_penalty": 0}
 # The remedy that an error names where a file is not one of ours.
 PREPARE = "run python -m data.prepare on raw data first"
 # Of ξ against σ(margin), and of weights against 1: what other programs' rounding may leave.
@@ -204,9 +206,10 @@ def read_json_list(path: str, *keys: str) -> list[dict]:
     return rows
 
 
-def iterate_rows(path: str, kind: str) -> Iterator[dict]:
+def read_rows(path: str, kind: str) -> list[dict]:
     """Rows of a JSONL file, each checked for the keys of `ROWS[kind]`. The first bad line ends the
     program."""
+    rows = []
     line_of_id = {}
     keys = [*ROWS[kind], *OPTIONAL]
     # Raw data are prompts or preferences.
@@ -241,14 +244,10 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
                 row[key] = np.array(row[key], np.int32)
         if "response_ids" in row:
             row["response_ids"] = [np.array(ids, np.int32) for ids in row["response_ids"]]
-        yield row
-    if not line_of_id:
+        rows.append(row)
+    if not rows:
         fail(f"{path}: holds no rows")
-
-
-def read_rows(path: str, kind: str) -> list[dict]:
-    """All rows of a file, checked."""
-    return list(iterate_rows(path, kind))
+    return rows
 
 
 # --------------------------------------------------------------------- whether rows may be used
@@ -272,26 +271,22 @@ def scored_digest(row: dict) -> str:
     return hashlib.sha256(scored.encode()).hexdigest()[:16]
 
 
-def margin_problem(row: dict, beta: float | None = None, policy: str | None = None,
-                   precision: str | None = None) -> str | None:
-    """Why a row's stored log-probs or its margin cannot be used, or None (D10).
-
-    With `beta` the margin must be the implicit reward's against π_init at this β; with `policy`, a
-    fingerprint, the log-probs must be that model's; with `precision`, bf16 or fp32, computed so.
-    What was scored must always be what the row holds. What a row does not say, another program's
-    perhaps, is taken as right.
-    """
-    margin_of = row.get("margin_of", {})
-    needed = {"policy": policy, "precision": precision}
-    if beta is not None:
-        needed |= {"judge": "implicit", "reference": "init", "length_penalty": 0, "beta": beta}
-    for key, value in needed.items():
-        labelled = margin_of.get(key)
-        if None not in (labelled, value) and labelled != value:
-            return f"its margin_of has {key} {labelled!r:.60}, where {value!r} is needed"
-    if "scored" in margin_of and margin_of["scored"] != scored_digest(row):
-        return "its prompt, its texts or their token ids were changed after they were scored"
-    return None
+def check_margins(rows: list[dict], path: str, needed: dict, remedy: str) -> int:
+    """How many rows do not say what their margin and their log-probs are: they are taken as right.
+    Ends the program at the first whose `margin_of` has another value for a key of `needed`, or that
+    does not hold any more what was scored (D10)."""
+    for row in rows:
+        margin_of = row.get("margin_of", {})
+        where = f"{path}: id {row['id']!r}:"
+        for key, value in needed.items():
+            labelled = margin_of.get(key)
+            if labelled not in (None, value):
+                fail(f"{where} its margin_of has {key} {labelled!r:.60}, where {value!r} is "
+                     f"needed; {remedy}")
+        if "scored" in margin_of and margin_of["scored"] != scored_digest(row):
+            fail(f"{where} its prompt, its texts or their token ids were changed after they were "
+                 f"scored; {remedy}")
+    return sum("margin_of" not in row for row in rows)
 
 
 # ------------------------------------------------------------------------------------ writing files
