@@ -18,8 +18,6 @@ m_i = 0. Without atoms that is SPA; with --alpha 0 as well, DPO.
 """
 import argparse
 import math
-import statistics
-import sys
 import time
 
 from core.flags import check_training, training_flags
@@ -123,16 +121,6 @@ def needed_of(args: argparse.Namespace, policy: str, precision: str) -> tuple[di
     return needed, remedy
 
 
-def warn_if_far(args: argparse.Namespace, round_margin: list[float]) -> None:
-    """Say so where the rows' log-probs are not the policy's: before the first update a round's
-    margin is 0, but for rounding."""
-    nats = statistics.median(map(abs, round_margin)) / args.beta
-    if nats > 2.5:
-        print(f"warning: {args.pairs}: log-probs in the rows are not those of {args.model} (half "
-              f"of the first batch is off by more than {nats:.1f} nats); label.py --model must "
-              "name the same policy", file=sys.stderr, flush=True)
-
-
 def main(args: argparse.Namespace, settings: dict) -> None:
     run = begin(args, settings, "labelled")
     device = run.device
@@ -175,8 +163,8 @@ def main(args: argparse.Namespace, settings: dict) -> None:
                 logp, logp_tilde = run.policy(tokens, reference, args.lam)                   # S12
             logp = logp.view(-1, 2)                                     # chosen, rejected
             logp_tilde = logp_tilde.view(-1, 2)
-            # z: does the extrapolated policy doubt the label? Before `first_seen` there is no π_ref
-            # to extrapolate from, and nobody looks.                                  S9, S11
+            # z: does the extrapolated policy doubt the label? Until `first_seen` p̃ is not used: no
+            # reference model runs, and π̃ is π.                                       S9, S11
             p_tilde = torch.sigmoid(dpo_margin(logp_tilde, logp_ref[indices], args.beta))
             z = (p_tilde < tau).float()
             # L: the refined label under the worst case      S10, T2-5, D4, D5, D6
@@ -188,8 +176,6 @@ def main(args: argparse.Namespace, settings: dict) -> None:
                        "p_tilde": p_tilde, "z": z}
             per_pass.append((indices, scale, columns))
         pairs = gather(run, per_pass, batch)                            # of all processes
-        if step == 0 and run.rank == 0:
-            warn_if_far(args, pairs["round_margin"])
         lr = lr_at(step, run.total, args.lr)
         norm = update(run, lr)                                          # θ ← θ − η∇L
         flagged = [run.rows[i]["id"] for i, flag in zip(batch, pairs["z"]) if flag]

@@ -408,7 +408,7 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
     ok(run("dro.py", "--pairs", tmp_path / "l.jsonl", "--out", tmp_path / "w.jsonl"))
     done = ok(run("train.py", "--model", any_folder, "--anchor", "init", "--precision", "fp32",
                   "--pairs", tmp_path / "w.jsonl", "--out", tmp_path / "policy"))
-    assert "3 pairs, all read as sampled" in done.stdout and "not those of" not in done.stderr
+    assert "3 pairs, all read as sampled" in done.stdout
 
     # ids of another vocabulary mean something else: the text is read, and that is said
     others = [{**row, "vocabulary": "another"} for row in labelled]
