@@ -13,9 +13,8 @@ memory at a time.
 
 Other judges (judges/judge.py) write the same rows; give them --model too if train.py is to follow.
 Fewer than two responses, identical ones or equal rewards carry no preference: such rows are left
-out, and each reason is counted. `--prefer-ended` keeps answers that the length limit cut from
-competing with answers that ended. `--pairs` judges the two sides of gold pairs again and reports
-how often the judge agrees with them.
+out, and each reason is counted. `--pairs` judges the two sides of gold pairs again and reports how
+often the judge agrees with them.
 
     python label.py --model pi_0 --reference-model pi_init --responses responses.jsonl \\
         --out labelled.jsonl
@@ -59,9 +58,6 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      help="α of S13, a token (papers: 0.001 to 0.01)")
     cli.add_argument("--beta", type=positive, default=0.1,
                      help="scale of the implicit reward; the same as in training")
-    cli.add_argument("--prefer-ended", action="store_true",
-                     help="where two answers to a prompt or more ended by themselves, only those "
-                     "compete (papers: off)")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of matrix products, as in training")
     args = cli.parse_args()
@@ -98,7 +94,6 @@ from judges.judge import rewards
 LEFT_OUT = {
     "empty": "empty responses",
     "special_inside": "responses with special tokens inside",
-    "cut": "cut responses beside two that ended",
     "fewer_than_two": "rows with fewer than two responses",
     "unwritten": "rows that the chat template does not write in full",
     "identical": "rows of identical responses",
@@ -147,10 +142,6 @@ def read_candidates(args: argparse.Namespace,
                 left_out["empty"] += 1
             else:
                 usable.append(answer)
-        complete = [answer for answer in usable if answer.ended]
-        if args.prefer_ended and len(complete) >= 2:
-            left_out["cut"] += len(usable) - len(complete)
-            usable = complete
         if len(usable) < 2:
             left_out["fewer_than_two"] += 1
             continue
