@@ -224,17 +224,16 @@ def encode_response(tokenizer, messages: list[dict], text: str, ended: bool = Tr
 
 def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
     """The text of sampled ids. A character that the length limit cut in half is no part of it."""
-    def text(ids: list[int]) -> str:
+    def text_of(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if ended:
-        return text(ids[:-1])
-    # A character has four bytes at most, a token one at least.
-    for cut in range(min(4, len(ids))):
-        shortened = text(ids[:len(ids) - cut])
-        if not shortened.endswith("\ufffd"):
-            return shortened
-    # Other bytes are no text.
-    return text(ids).rstrip("\ufffd")
+        return text_of(ids[:-1])
+    text = text_of(ids)
+    while text.endswith("\ufffd"):
+        # Token by token: some decoders give up characters before it that are bytes too.
+        ids = ids[:-1]
+        text = text_of(ids)
+    return text
 
 
 def is_foreign(tokenizer, ids: list[int], ended: bool) -> bool:
