@@ -82,7 +82,7 @@ if __name__ == "__main__":
 
 import torch
 
-from core.chat import Answer, encode_rows, from_text, pair_of, vocabulary
+from core.chat import Answer, encode_rows, pair_of, vocabulary
 from core.models import check_same_tokens, load_config, load_tokenizer
 from core.parallel import in_bf16, start_processes
 from core.policy import ResponseLogps, score
@@ -181,14 +181,12 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     left_out = dict.fromkeys(LEFT_OUT, 0)
     rows, candidates = read_candidates(args, left_out)
     prompts = len(rows) + left_out["fewer_than_two"]
-    how_read = ""
     if args.model:
         encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
         written = [k for k, pair in enumerate(encoded) if pair is not None]
         left_out["unwritten"] = len(rows) - len(written)
         rows, candidates, encoded = [[part[k] for k in written]
                                      for part in (rows, candidates, encoded)]
-        how_read = f", {from_text(tokenizer, rows, candidates)}"
         # From here on an answer's ids are those that are scored: they are what is learnt.
         candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
                       for answers, (_, ys) in zip(candidates, encoded)]
@@ -259,7 +257,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         notes += f", agreement with gold {stats['gold_agreement']:.3f}"
     publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled),
             inputs_of(args, settings))
-    print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}{how_read}, median "
+    print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}, median "
           f"margin {stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
 
 

@@ -107,7 +107,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     stats = save_policy(run, log, log[0]["loss"] if supervised else math.log(2))
     if run.rank == 0:
         print(f"seed_dpo: {len(run.rows)} {'responses' if supervised else 'gold pairs'}, "
-              f"{run.read_as}, {len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
+              f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
 
 

@@ -193,7 +193,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         taken = ""
         if unstated and args.anchor == "init":
             taken = f", {unstated} margins taken as against π_init"
-        print(f"train: {len(run.rows)} pairs, {run.read_as}, {len(log)} steps, anchor "
+        print(f"train: {len(run.rows)} pairs, {len(log)} steps, anchor "
               f"{args.anchor}; last epoch: accuracy {stats['accuracy']:.2f}, margin "
               f"{stats['margin']:.3f}; {flagged} labels flagged as noise{taken}"
               f"{stats['diverged']} → {args.out}")

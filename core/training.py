@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from core.chat import encode_rows, from_text, pair_of, usable
+from core.chat import encode_rows, pair_of, usable
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.models import (
     check_copy,
@@ -45,7 +45,6 @@ class Run(NamedTuple):
     args: argparse.Namespace
     settings: dict
     rows: list[dict]
-    read_as: str                      # how many rows are read from their text, for the last line
     encoded: list                     # (prompt ids, [chosen ids, rejected ids]) of each row
     shared: bool                      # one sequence a pair, or one a response
     policy: torch.nn.Module           # π_θ as `ResponseLogps`, over all processes
@@ -70,7 +69,6 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     encoded = encode_rows(load_config(args.model), tokenizer, rows, [pair_of(row) for row in rows],
                           args.pairs)
     rows, encoded = usable(rows, encoded, args.pairs)
-    read_as = from_text(tokenizer, rows, [pair_of(row) for row in rows])
     if args.shard and rank > 0:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
@@ -85,7 +83,7 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
-        args, settings, rows, read_as, encoded, shared, policy, optimizer,
+        args, settings, rows, encoded, shared, policy, optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
         autocast=autocast(device, args.precision, cache=not args.shard),
         device=device, rank=rank, world=world,
