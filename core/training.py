@@ -8,8 +8,6 @@ import argparse
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -242,7 +240,6 @@ def log_row(run: Run, step: int, batch: list[int], pairs: dict, lr: float, norm:
         "lr": lr,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "memory_gb": memory_gb(run.device),
     }
 
 
@@ -257,14 +254,6 @@ def checkpoint_is_due(run: Run, seconds: float) -> bool:
     if run.world > 1:
         dist.broadcast_object_list(due)
     return due[0]
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process so far, in 10⁹ bytes: the GPU's where there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> dict:
