@@ -66,7 +66,15 @@ import scipy.sparse as sp
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from core.rows import SIDES, answer_turn, fail, margin_problem, read_rows, write_rows
+from core.rows import (
+    AGAINST_INIT,
+    SIDES,
+    answer_turn,
+    check_margins,
+    fail,
+    read_rows,
+    write_rows,
+)
 
 
 class WorstCase(NamedTuple):
@@ -191,21 +199,6 @@ def gap(lower: float, upper: float) -> float:
     return abs(upper - lower) / max(1.0, abs(lower))
 
 
-def margins_of(rows: list[dict], path: str, against_init: bool) -> tuple[np.ndarray, int]:
-    """(margins [N], how many rows do not say what theirs is). With `against_init` a margin that is
-    not the implicit reward's against π_init ends the program (D1, D10)."""
-    undeclared = 0
-    for row in rows:
-        # At any β: which is right, train.py alone knows.
-        beta = row.get("margin_of", {}).get("beta", 0.0)
-        problem = margin_problem(row, beta) if against_init else None
-        if problem:
-            fail(f"{path}: id {row['id']!r}: {problem}; --epsilon above 0 moves confidences "
-                 "against π_init: label with judge implicit, reference init, or take --epsilon 0")
-        undeclared += "margin_of" not in row
-    return np.array([row["margin"] for row in rows], np.float64), undeclared
-
-
 def worst_rows(rows: list[dict], xi: np.ndarray, solution: WorstCase, pieces: int) -> list[dict]:
     """The labelled rows with `xi`, `pieces` and `atoms`."""
     atoms = np.stack([solution.weight, solution.shift], 1)
@@ -220,8 +213,11 @@ def worst_rows(rows: list[dict], xi: np.ndarray, solution: WorstCase, pieces: in
 
 def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.pairs, "labelled")
-    margins, undeclared = margins_of(rows, args.pairs, args.epsilon > 0)
-    xi = expit(margins)                                                       # T2-2
+    undeclared = check_margins(
+        rows, args.pairs, AGAINST_INIT if args.epsilon > 0 else {},
+        "--epsilon above 0 moves confidences against π_init: label with judge implicit, reference "
+        "init, or take --epsilon 0")
+    xi = expit(np.array([row["margin"] for row in rows], np.float64))         # T2-2
     lines = tangents(args.pieces)
     tilde = maximum_of(*lines, xi)                                            # ℓ̃ ≤ ℓ*
     at_zero = lines[1].max()                                                  # ℓ̃(0) = ℓ*(0)

@@ -13,9 +13,8 @@ memory at a time.
 
 Other judges (judges/judge.py) write the same rows; give them --model too if train.py is to follow.
 Fewer than two responses, identical ones or equal rewards carry no preference: such rows are left
-out, and each reason is counted. `--prefer-ended` keeps answers that the length limit cut from
-competing with answers that ended. `--pairs` judges the two sides of gold pairs again and reports
-how often the judge agrees with them.
+out, and each reason is counted. `--pairs` judges the two sides of gold pairs again and reports how
+often the judge agrees with them.
 
     python label.py --model pi_0 --reference-model pi_init --responses responses.jsonl \\
         --out labelled.jsonl
@@ -51,9 +50,6 @@ def flags() -> argparse.Namespace:
                      help="α of S13, a token (papers: 0.001 to 0.01)")
     cli.add_argument("--beta", type=positive, default=0.1,
                      help="scale of the implicit reward; the same as in training")
-    cli.add_argument("--prefer-ended", action="store_true",
-                     help="where two answers to a prompt or more ended by themselves, only those "
-                     "compete (papers: off)")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of matrix products, as in training")
     args = cli.parse_args()
@@ -71,7 +67,7 @@ def flags() -> argparse.Namespace:
 if __name__ == "__main__":
     args = flags()  # here already: what is imported below takes seconds to load
 
-from core.chat import Answer, encode_rows, from_text, pair_of, vocabulary
+from core.chat import Answer, encode_rows, pair_of, vocabulary
 from core.models import check_same_tokens, load_config, load_tokenizer
 from core.parallel import in_bf16, start_processes, this_device
 from core.policy import ResponseLogps, score
@@ -83,7 +79,6 @@ from judges.judge import rewards
 LEFT_OUT = {
     "empty": "empty responses",
     "special_inside": "responses with special tokens inside",
-    "cut": "cut responses beside two that ended",
     "fewer_than_two": "rows with fewer than two responses",
     "unwritten": "rows that the chat template does not write in full",
     "identical": "rows of identical responses",
@@ -132,10 +127,6 @@ def read_candidates(args: argparse.Namespace,
                 left_out["empty"] += 1
             else:
                 usable.append(answer)
-        complete = [answer for answer in usable if answer.ended]
-        if args.prefer_ended and len(complete) >= 2:
-            left_out["cut"] += len(usable) - len(complete)
-            usable = complete
         if len(usable) < 2:
             left_out["fewer_than_two"] += 1
             continue
@@ -173,14 +164,12 @@ def main(args: argparse.Namespace) -> None:
     left_out = dict.fromkeys(LEFT_OUT, 0)
     rows, candidates = read_candidates(args, left_out)
     prompts = len(rows) + left_out["fewer_than_two"]
-    how_read = ""
     if args.model:
         encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
         written = [k for k, pair in enumerate(encoded) if pair is not None]
         left_out["unwritten"] = len(rows) - len(written)
         rows, candidates, encoded = [[part[k] for k in written]
                                      for part in (rows, candidates, encoded)]
-        how_read = f", {from_text(tokenizer, rows, candidates)}"
         # From here on an answer's ids are those that are scored: they are what is learnt.
         candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
                       for answers, (_, ys) in zip(candidates, encoded)]
@@ -250,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
         stats["gold_agreement"] = sum(agreement) / len(agreement)
         notes += f", agreement with gold {stats['gold_agreement']:.3f}"
     publish(args, stats, lambda tmp: write_rows(tmp, labelled))
-    print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}{how_read}, median "
+    print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}, median "
           f"margin {stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
 
 

@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     stats = save_policy(run, log, log[0]["loss"] if is_judge else math.log(2))
     if RANK == 0:
         print(f"seed_dpo: {len(run.rows)} {'letters' if is_judge else 'gold pairs'}, "
-              f"{run.read_as}, {len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
+              f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
 
 

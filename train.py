@@ -18,8 +18,6 @@ m_i = 0. Without atoms that is SPA; with --alpha 0 as well, DPO.
 """
 import argparse
 import math
-import statistics
-import sys
 import time
 
 from core import RANK
@@ -50,7 +48,7 @@ if __name__ == "__main__":
 
 import torch
 
-from core.rows import fail, margin_problem, read_rows
+from core.rows import AGAINST_INIT, check_margins, fail, read_rows
 from core.training import (
     batches,
     begin,
@@ -109,38 +107,24 @@ def atoms_of(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, shift
 
 
-def check_margins(rows: list[dict], args: argparse.Namespace, policy: str, precision: str) -> int:
-    """How many rows do not say what their margin is. Ends the program at a row whose log-probs are
-    not those of `policy` (a fingerprint) at this precision, or, where the margin is used, whose
-    margin is not against π_init (D10)."""
-    beta = args.beta if args.anchor == "init" else None
+def needed_of(args: argparse.Namespace, policy: str, precision: str) -> tuple[dict, str]:
+    """What the rows' `margin_of` must say (D10), and the remedy where it does not: log-probs of
+    `policy` (a fingerprint) at this precision and, where the margin is used, one against π_init."""
+    needed = {"policy": policy, "precision": precision}
     remedy = (f"label.py must score these rows with --model {args.model} and --precision "
               f"{precision} (PRECISION)")
-    if beta is not None:
-        remedy += (f", judge implicit, reference init and --beta {beta} (D6), or take --anchor "
-                   "previous")
-    unstated = 0
-    for row in rows:
-        if problem := margin_problem(row, beta, policy, precision):
-            fail(f"{args.pairs}: id {row['id']!r}: {problem}; {remedy}")
-        unstated += "margin_of" not in row
-    return unstated
-
-
-def warn_if_far(args: argparse.Namespace, round_margin: list[float]) -> None:
-    """Say so where the rows' log-probs are not the policy's: before the first update a round's
-    margin is 0, but for rounding."""
-    nats = statistics.median(map(abs, round_margin)) / args.beta
-    if nats > 2.5:
-        print(f"warning: {args.pairs}: log-probs in the rows are not those of {args.model} (half "
-              f"of the first batch is off by more than {nats:.1f} nats); label.py --model must "
-              "name the same policy", file=sys.stderr, flush=True)
+    if args.anchor == "init":
+        needed |= AGAINST_INIT | {"beta": args.beta}
+        remedy += (f", judge implicit, reference init and --beta {args.beta} (D6), or take "
+                   "--anchor previous")
+    return needed, remedy
 
 
 def main(args: argparse.Namespace) -> None:
     run = begin(args, read_rows(args.pairs, "labelled"))
     device = run.device
-    unstated = check_margins(run.rows, args, args.settings["model"], run.precision)
+    needed, remedy = needed_of(args, args.settings["model"], run.precision)
+    unstated = check_margins(run.rows, args.pairs, needed, remedy)
     weight, shift = atoms_of(run.rows)
     if args.anchor == "previous" and bool(((shift != 0) & (weight > 0)).any()):
         fail(f"{args.pairs} has a worst case of confidences against π_init: give --anchor init; "
@@ -178,8 +162,8 @@ def main(args: argparse.Namespace) -> None:
                 logp, logp_tilde = run.policy(tokens, reference, args.lam)                   # S12
             logp = logp.view(-1, 2)                                     # chosen, rejected
             logp_tilde = logp_tilde.view(-1, 2)
-            # z: does the extrapolated policy doubt the label? Before `first_seen` there is no π_ref
-            # to extrapolate from, and nobody looks.                                  S9, S11
+            # z: does the extrapolated policy doubt the label? Until `first_seen` p̃ is not used: no
+            # reference model runs, and π̃ is π.                                       S9, S11
             p_tilde = torch.sigmoid(dpo_margin(logp_tilde, logp_ref[indices], args.beta))
             z = (p_tilde < tau).float()
             # L: the refined label under the worst case      S10, T2-5, D4, D5, D6
@@ -191,8 +175,6 @@ def main(args: argparse.Namespace) -> None:
                        "p_tilde": p_tilde, "z": z}
             per_pass.append((indices, scale, columns))
         pairs = gather(run, per_pass, batch)                            # of all processes
-        if step == 0 and RANK == 0:
-            warn_if_far(args, pairs["round_margin"])
         lr = lr_at(step, run.total, args.lr)
         norm = update(run, lr)                                          # θ ← θ − η∇L
         flagged = [run.rows[i]["id"] for i, flag in zip(batch, pairs["z"]) if flag]
@@ -210,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
         taken = ""
         if unstated and args.anchor == "init":
             taken = f", {unstated} margins taken as against π_init"
-        print(f"train: {len(run.rows)} pairs, {run.read_as}, {len(log)} steps, anchor "
+        print(f"train: {len(run.rows)} pairs, {len(log)} steps, anchor "
               f"{args.anchor}; last epoch: accuracy {stats['accuracy']:.2f}, margin "
               f"{stats['margin']:.3f}; {flagged} labels flagged as noise{taken}"
               f"{stats['diverged']} → {args.out}")

@@ -1,4 +1,7 @@
-"""Floating-point operations: how many a pass needs, and how many a second this device makes."""
+"""Floating-point operations: how many a pass needs, and how many a second this device makes. And
+how much memory was needed."""
+import resource
+import sys
 import time
 
 import torch
@@ -44,3 +47,11 @@ def matmul_flops(device: torch.device, precision: str) -> float:
             y[0, 0].item()  # waits for the device
             seconds.append((time.perf_counter() - start) / times)
     return 2 * size ** 3 / min(seconds)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process so far, in 10⁹ bytes: the GPU's where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

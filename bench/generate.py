@@ -24,13 +24,12 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.flops import matmul_flops, training_flops  # noqa: E402
+from bench.flops import matmul_flops, memory_gb, training_flops  # noqa: E402
 from core.chat import encode_prompt  # noqa: E402
 from core.models import load_model, load_tokenizer  # noqa: E402
 from core.parallel import bf16_pays, start_processes  # noqa: E402
 from core.sampling import batches_of, sample, uniforms  # noqa: E402
 from core.stage import natural, parser, run_stage  # noqa: E402
-from core.training import memory_gb  # noqa: E402
 
 N, LENGTH, TEMPERATURE, CLAIM = 2, 128, 0.7, 1.5
 

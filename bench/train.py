@@ -31,13 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import seed_dpo  # noqa: E402
 import train  # noqa: E402
-from bench.flops import matmul_flops, training_flops  # noqa: E402
+from bench.flops import matmul_flops, memory_gb, training_flops  # noqa: E402
 from core.chat import encode_prompt, encode_rows, pair_of  # noqa: E402
 from core.models import load_model, load_tokenizer  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.rows import read_rows, write_rows  # noqa: E402
 from core.stage import run_stage  # noqa: E402
-from core.training import memory_gb  # noqa: E402
 
 STEPS, BATCH = 6, 4  # the first step warms up
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +113,7 @@ def ours(model_path: str, pairs: str, precision: str, out: str, *flags: str) -> 
                 "--lr", str(LR), *flags]
     train.main(train.flags())
     log = [json.loads(line) for line in open(f"{out}/policy/log.jsonl")]
-    peak = log[-1]["memory_gb"]
+    peak = memory_gb(DEVICE)
     model, tokenizer = load_model(model_path, DEVICE), load_tokenizer(model_path)
     encoded = encoded_pairs(model, tokenizer, read_rows(pairs, "preferences"))
     return measured(model, encoded, True, precision, [row["loss"] for row in log],

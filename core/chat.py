@@ -224,17 +224,16 @@ def encode_response(tokenizer, messages: list[dict], text: str, ended: bool = Tr
 
 def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
     """The text of sampled ids. A character that the length limit cut in half is no part of it."""
-    def text(ids: list[int]) -> str:
+    def text_of(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if ended:
-        return text(ids[:-1])
-    # A character has four bytes at most, a token one at least.
-    for cut in range(min(4, len(ids))):
-        shortened = text(ids[:len(ids) - cut])
-        if not shortened.endswith("\ufffd"):
-            return shortened
-    # Other bytes are no text.
-    return text(ids).rstrip("\ufffd")
+        return text_of(ids[:-1])
+    text = text_of(ids)
+    while text.endswith("\ufffd"):
+        # Token by token: some decoders give up characters before it that are bytes too.
+        ids = ids[:-1]
+        text = text_of(ids)
+    return text
 
 
 def is_foreign(tokenizer, ids: list[int], ended: bool) -> bool:
@@ -266,7 +265,7 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
     """
     limit = context_of(config)
     encoded = []
-    alone = 0
+    alone = others = 0
     for row, row_answers in zip(rows, answers, strict=True):
         if "prompt_cut" in row:  # scored after all of it, its answer would be another (D9)
             fail(f"{path}: id {row['id']!r} was answered after a prompt cut to the context "
@@ -276,6 +275,7 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
             responses = []
             for text, ended, ids in row_answers:
                 if ids is None or not same_vocabulary(tokenizer, row):
+                    others += ids is not None
                     if not is_written(tokenizer, row["prompt"], text):
                         break
                     ids = response_in_context(tokenizer, row["prompt"], text, ended)
@@ -298,6 +298,8 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
             fail(f"{path}: id {row['id']!r} has {longest} tokens; the model's context is {limit}. "
                  "Shorten or remove it")
         encoded.append((np.array(prompt, np.int32), responses))
+    if others:
+        note(f"{path}: the ids of {others} responses are of another vocabulary: their text is read")
     if alone:
         note(f"{path}: {alone} responses are tokenised alone: in the conversation, their first "
              "characters are one token with the prompt's last")
@@ -322,11 +324,3 @@ def pair_of(row: dict) -> list[Answer]:
     """The chosen, then the rejected response. Gold rows say no more than a text: theirs ended."""
     return [Answer(row[side], row.get(f"{side}_ended", True), row.get(f"{side}_ids"))
             for side in SIDES]
-
-
-def from_text(tokenizer, rows: list[dict], answers: list[list[Answer]]) -> str:
-    """For the summary line: how many rows are read from their text, for want of ids of this
-    vocabulary."""
-    count = sum(not same_vocabulary(tokenizer, row) or any(ids is None for *_, ids in row_answers)
-                for row, row_answers in zip(rows, answers, strict=True))
-    return f"{count} read from text" if count else "all read as sampled"

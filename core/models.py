@@ -52,10 +52,14 @@ def load_config(path: str):
     """A model's config.json, from a folder or the hub."""
     ask_the_hub_once(path)
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         # Also what a config's own checks raise.
         fail(f"{path}: cannot load the model: {reason(error)}")
+    # Attention is what transformers takes for the family, whatever config.json names: PyTorch's,
+    # but for families that need their own.
+    config._attn_implementation = None
+    return config
 
 
 def context_of(config) -> float:
@@ -70,20 +74,14 @@ def context_of(config) -> float:
 
 
 def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
-    """A frozen model of an Auto class of transformers, dropout off; every weight is in the folder.
-
-    Attention is PyTorch's, whatever config.json names: eager attention *adds* a boolean mask, so
-    that every token sees its siblings and its future. A model that is not PyTorch's in spite of
-    that is never given such a mask.
-    """
-    config = load_config(path)
+    """A frozen model of an Auto class of transformers, dropout off; every weight is in the
+    folder."""
     # Straight to a GPU, and not by way of main memory, which all processes of a machine share.
     place = device if device.type == "cuda" else None
     try:
         model, found = kind.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention(kind, config),
-            device_map=place, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True)
+            path, config=load_config(path), dtype=dtype, device_map=place, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True)
         model = model.to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError:
         raise
@@ -98,21 +96,11 @@ def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
     return model
 
 
-def attention(kind, config) -> str | None:
-    """What computes attention in a model of an Auto class."""
-    family = getattr(kind, "_model_mapping", {}).get(type(config), None)
-    if config.get_text_config() is not config:
-        return None  # each part of a composite model its own
-    return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
-
-
 def load_outline(path: str):
     """The modules of what `load_model` returns, without memory for weights (meta device)."""
-    kind = transformers.AutoModelForCausalLM
-    config = load_config(path)
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False,
-                                 attn_implementation=attention(kind, config))
+        model = transformers.AutoModelForCausalLM.from_config(
+            load_config(path), dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

@@ -247,7 +247,7 @@ SHARES_PROMPT = {
 def shares_prompt(model, encoded: list) -> bool:
     """Whether the responses of a row may share their prompt's forward pass: in a plain-attention
     family, where no row passes a sliding window. Where not, every response is a sequence of its
-    own."""
+    own. Eager attention would *add* the boolean mask, so that every token saw its siblings."""
     config = model.config.get_text_config()
     longest = max((len(prompt) + max(map(len, ys), default=0) for prompt, ys in encoded), default=0)
     plain = config.model_type in SHARES_PROMPT and config._attn_implementation == "sdpa"

@@ -48,6 +48,8 @@ SIDES = ["chosen", "rejected"]
 PER_RESPONSE = ["ended", "response_ids", "special_inside"]
 # What dro.py adds to a labelled row: all of it or nothing.
 WORST_CASE = ["xi", "pieces", "atoms"]
+# What a margin against π_init is (D1), in the keys of `margin_of`; at which β, train.py knows.
+AGAINST_INIT = {"judge": "implicit", "reference": "init", "length_penalty": 0}
 # The remedy that an error names where a file is not one of ours.
 PREPARE = "run python -m data.prepare on raw data first"
 # Of ξ against σ(margin), and of weights against 1: what other programs' rounding may leave.
@@ -57,44 +59,72 @@ TOLERANCE = 1e-6
 # --------------------------------------------------------------------------- what a key's value is
 
 
-def is_text(value: object) -> bool:
-    """Whether a JSON value is a text that is not blank."""
-    return isinstance(value, str) and bool(value.strip())
-
-
 def is_number(value: object) -> bool:
     """Whether a JSON value is a number that a float can hold: neither NaN nor infinite, nor an
     integer of 400 digits."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def is_from_zero(value: object) -> bool:
-    """Whether a JSON value is a number ≥ 0."""
-    return is_number(value) and value >= 0
-
-
-def is_list_of(kind: type, value: object) -> bool:
-    """Whether a JSON value is a list of values of one kind."""
-    return isinstance(value, list) and all(type(element) is kind for element in value)
-
-
 def is_ids(value: object) -> bool:
     """Whether a JSON value is a list of token ids, at least one."""
-    return is_list_of(int, value) and bool(value) and 0 <= min(value) and max(value) < 2 ** 31
+    return (isinstance(value, list) and all(type(one) is int for one in value)
+            and value != [] and 0 <= min(value) and max(value) < 2 ** 31)
 
 
-def is_atoms(value: object) -> bool:
-    """Whether a JSON value is [[weight, shift], …]: weights ≥ 0 that sum to 1, shifts ≥ 0."""
-    if not is_list_of(list, value):
-        return False
-    sound = all(len(atom) == 2 and all(map(is_from_zero, atom)) for atom in value)
-    return sound and abs(sum(weight for weight, _ in value) - 1) <= TOLERANCE
+# What a single value may be, in the words of SHAPES → whether a JSON value is that.
+KINDS = {
+    "text": lambda value: isinstance(value, str),
+    "text, not blank": lambda value: isinstance(value, str) and value.strip() != "",
+    "text or one message of the assistant's, not blank":
+        lambda value: has_shape(text_of(value), "text, not blank"),
+    "number": is_number,
+    "number ≥ 0": lambda value: is_number(value) and value >= 0,
+    "integer ≥ 1": lambda value: type(value) is int and value >= 1,
+    "token ids": is_ids,
+    "true or false": lambda value: isinstance(value, bool),
+    "object": lambda value: isinstance(value, dict),
+}
+MESSAGE = {"role": "text", "content": "text"}
+# key → what its value must be: one of KINDS, a list of at least one such value, or an object that
+# has such values.
+SHAPES = {
+    "id": "text, not blank",
+    "prompt": [MESSAGE],
+    "chosen": "text or one message of the assistant's, not blank",
+    "rejected": "text or one message of the assistant's, not blank",
+    "chosen_ended": "true or false",
+    "rejected_ended": "true or false",
+    "chosen_ids": "token ids",
+    "rejected_ids": "token ids",
+    "chosen_logp": "number",
+    "rejected_logp": "number",
+    "responses": ["text"],
+    "ended": ["true or false"],
+    "special_inside": ["true or false"],
+    "response_ids": ["token ids"],
+    "vocabulary": "text",
+    "temperature": "number ≥ 0",
+    "margin": "number ≥ 0",
+    "margin_of": "object",
+    "xi": "number",
+    "pieces": "integer ≥ 1",
+    "atoms": [["number ≥ 0"]],
+}
+# Keys that no kind of file must hold: checked where a row has them.
+OPTIONAL = [key for key in SHAPES if all(key not in keys for keys in ROWS.values())]
 
 
-def is_message(value: object) -> bool:
-    """Whether a JSON value is {"role": …, "content": …}, both texts."""
-    return (isinstance(value, dict) and isinstance(value.get("role"), str)
-            and isinstance(value.get("content"), str))
+def has_shape(value: object, shape: object) -> bool:
+    """Whether a JSON value is as `shape` says, in the notation of SHAPES."""
+    if isinstance(shape, list):
+        (part,) = shape
+        if not isinstance(value, list) or not value:
+            return False
+        return all(has_shape(one, part) for one in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            has_shape(value.get(key), part) for key, part in shape.items())
+    return KINDS[shape](value)
 
 
 def answer_turn(text: str) -> list[dict]:
@@ -104,47 +134,8 @@ def answer_turn(text: str) -> list[dict]:
 
 def text_of(answer: object) -> object:
     """The text of `chosen` or `rejected`: of one message of the assistant's; all else as it is."""
-    one = isinstance(answer, list) and len(answer) == 1 and is_message(answer[0])
+    one = has_shape(answer, [MESSAGE]) and len(answer) == 1
     return answer[0]["content"] if one and answer[0]["role"] == "assistant" else answer
-
-
-TEXT = (is_text, "a non-empty string")
-ANSWER = (lambda value: is_text(text_of(value)),
-          "a non-empty text or one message of the assistant's")
-FLAG = (lambda value: type(value) is bool, "true or false")
-FLAGS = (lambda value: is_list_of(bool, value), "a list of true and false")
-IDS = (is_ids, "a list of token ids (integers ≥ 0), not empty")
-NUMBER = (is_number, "a finite number")
-FROM_ZERO = (is_from_zero, "a finite number ≥ 0")
-
-# key → (whether a value is right, what it must be)
-CHECKS = {
-    "id": TEXT,
-    "prompt": (lambda value: is_list_of(dict, value) and value and all(map(is_message, value)),
-               'a non-empty list of {"role": …, "content": …}'),
-    "chosen": ANSWER,
-    "rejected": ANSWER,
-    "chosen_ended": FLAG,
-    "rejected_ended": FLAG,
-    "chosen_ids": IDS,
-    "rejected_ids": IDS,
-    "chosen_logp": NUMBER,
-    "rejected_logp": NUMBER,
-    "responses": (lambda value: is_list_of(str, value) and value, "a list of strings"),
-    "ended": FLAGS,
-    "special_inside": FLAGS,
-    "response_ids": (lambda value: is_list_of(list, value) and all(map(is_ids, value)),
-                     "a list of lists of token ids (integers ≥ 0), none of them empty"),
-    "vocabulary": (lambda value: isinstance(value, str), "a string"),
-    "temperature": FROM_ZERO,
-    "margin": FROM_ZERO,
-    "margin_of": (lambda value: isinstance(value, dict), "an object"),
-    "xi": NUMBER,
-    "pieces": (lambda value: type(value) is int and value >= 1, "an integer ≥ 1"),
-    "atoms": (is_atoms, "[[weight, shift], …], weights ≥ 0 that sum to 1, shifts ≥ 0"),
-}
-# Keys that no kind of file must hold: checked where a row has them.
-OPTIONAL = [key for key in CHECKS if all(key not in keys for keys in ROWS.values())]
 
 
 # ----------------------------------------------------------------------------------- reading files
@@ -218,15 +209,16 @@ def read_json_list(path: str, *keys: str) -> list[dict]:
     except (ValueError, RecursionError, *BROKEN_GZIP) as error:
         fail(f"{path}: not JSON in UTF-8 ({error})")
     for number, row in enumerate(rows if isinstance(rows, list) and rows else [None], 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+        if not has_shape(row, dict.fromkeys(keys, "text")):
             fail(f"{path}: entry {number}: expected a list of objects with text under "
                  f"{', '.join(keys)}")
     return rows
 
 
-def iterate_rows(path: str, kind: str) -> Iterator[dict]:
+def read_rows(path: str, kind: str) -> list[dict]:
     """Rows of a JSONL file, each checked for the keys of `ROWS[kind]`. The first bad line ends the
     program."""
+    rows = []
     line_of_id = {}
     keys = [*ROWS[kind], *OPTIONAL]
     # Raw data are prompts or preferences.
@@ -237,9 +229,9 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
                 fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need "
                      f"{', '.join(ROWS[kind])}{hint}")
         for key in filter(row.__contains__, keys):
-            is_right, expected = CHECKS[key]
-            if not is_right(row[key]):
-                fail(f"{path}:{number}: '{key}' must be {expected}, "
+            if not has_shape(row[key], SHAPES[key]):
+                shape = json.dumps(SHAPES[key], ensure_ascii=False)
+                fail(f"{path}:{number}: '{key}' must be {shape}, "
                      f"found {json.dumps(row[key])[:60]}{hint}")
         where = f"{path}:{number}: id {row['id']!r}"
         for key in PER_RESPONSE:
@@ -261,25 +253,24 @@ def iterate_rows(path: str, kind: str) -> Iterator[dict]:
                 row[key] = np.array(row[key], np.int32)
         if "response_ids" in row:
             row["response_ids"] = [np.array(ids, np.int32) for ids in row["response_ids"]]
-        yield row
-    if not line_of_id:
+        rows.append(row)
+    if not rows:
         fail(f"{path}: holds no rows")
-
-
-def read_rows(path: str, kind: str) -> list[dict]:
-    """All rows of a file, checked."""
-    return list(iterate_rows(path, kind))
+    return rows
 
 
 # --------------------------------------------------------------------- whether rows may be used
 
 
 def is_worst_case(row: dict) -> bool:
-    """Whether a labelled row's `xi`, `pieces` and `atoms` stand together and fit its margin (T2-2,
-    T2-5): ξ = σ(margin), no atom further from it than 0."""
+    """Whether a labelled row's `xi`, `pieces` and `atoms` stand together and are a worst case of
+    its margin (T2-2, T2-5): ξ = σ(margin), weights that sum to 1, no shift above ξ."""
+    if not all(key in row for key in WORST_CASE) or any(len(atom) != 2 for atom in row["atoms"]):
+        return False
     xi = 1 / (1 + math.exp(-row["margin"]))
-    return (all(key in row for key in WORST_CASE) and abs(row["xi"] - xi) <= TOLERANCE
-            and all(shift <= xi + TOLERANCE for _, shift in row["atoms"]))
+    weights, shifts = zip(*row["atoms"])
+    return (abs(row["xi"] - xi) <= TOLERANCE and abs(sum(weights) - 1) <= TOLERANCE
+            and max(shifts) <= xi + TOLERANCE)
 
 
 def scored_digest(row: dict) -> str:
@@ -289,26 +280,22 @@ def scored_digest(row: dict) -> str:
     return hashlib.sha256(scored.encode()).hexdigest()[:16]
 
 
-def margin_problem(row: dict, beta: float | None = None, policy: str | None = None,
-                   precision: str | None = None) -> str | None:
-    """Why a row's stored log-probs or its margin cannot be used, or None (D10).
-
-    With `beta` the margin must be the implicit reward's against π_init at this β; with `policy`, a
-    fingerprint, the log-probs must be that model's; with `precision`, bf16 or fp32, computed so.
-    What was scored must always be what the row holds. What a row does not say, another program's
-    perhaps, is taken as right.
-    """
-    margin_of = row.get("margin_of", {})
-    needed = {"policy": policy, "precision": precision}
-    if beta is not None:
-        needed |= {"judge": "implicit", "reference": "init", "length_penalty": 0, "beta": beta}
-    for key, value in needed.items():
-        labelled = margin_of.get(key)
-        if None not in (labelled, value) and labelled != value:
-            return f"its margin_of has {key} {labelled!r:.60}, where {value!r} is needed"
-    if "scored" in margin_of and margin_of["scored"] != scored_digest(row):
-        return "its prompt, its texts or their token ids were changed after they were scored"
-    return None
+def check_margins(rows: list[dict], path: str, needed: dict, remedy: str) -> int:
+    """How many rows do not say what their margin and their log-probs are: they are taken as right.
+    Ends the program at the first whose `margin_of` has another value for a key of `needed`, or that
+    does not hold any more what was scored (D10)."""
+    for row in rows:
+        margin_of = row.get("margin_of", {})
+        where = f"{path}: id {row['id']!r}:"
+        for key, value in needed.items():
+            labelled = margin_of.get(key)
+            if labelled not in (None, value):
+                fail(f"{where} its margin_of has {key} {labelled!r:.60}, where {value!r} is "
+                     f"needed; {remedy}")
+        if "scored" in margin_of and margin_of["scored"] != scored_digest(row):
+            fail(f"{where} its prompt, its texts or their token ids were changed after they were "
+                 f"scored; {remedy}")
+    return sum("margin_of" not in row for row in rows)
 
 
 # ------------------------------------------------------------------------------------ writing files

@@ -8,8 +8,6 @@ import argparse
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from core import RANK, WORLD
-from core.chat import encode_rows, from_text, pair_of, usable
+from core.chat import encode_rows, pair_of, usable
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.flags import CLIP
 from core.models import (
@@ -55,7 +53,6 @@ class Run(NamedTuple):
     args: argparse.Namespace
     work: str                         # folder of its log and checkpoint while it trains
     rows: list[dict]
-    read_as: str                      # how many rows are read from their text, for the last line
     encoded: list                     # (prompt ids, [chosen ids, rejected ids]) of each row
     shared: bool                      # one sequence a pair, or one a response
     shard: bool                       # weights in shards; one process has nobody to share with
@@ -78,7 +75,6 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
     encoded = encode_rows(load_config(args.model), tokenizer, rows, [pair_of(row) for row in rows],
                           args.pairs)
     rows, encoded = usable(rows, encoded, args.pairs)
-    read_as = from_text(tokenizer, rows, [pair_of(row) for row in rows])
     if shard and RANK > 0:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
@@ -93,7 +89,7 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
-        args, work_folder(args), rows, read_as, encoded, shared, shard, policy, optimizer,
+        args, work_folder(args), rows, encoded, shared, shard, policy, optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
         autocast=autocast(device, args.precision, cache=not shard),
         device=device,
@@ -246,7 +242,6 @@ def log_row(run: Run, step: int, indices: list[int], pairs: dict, lr: float, nor
         "lr": lr,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "memory_gb": memory_gb(run.device),
     }
 
 
@@ -261,14 +256,6 @@ def checkpoint_is_due(run: Run, seconds: float) -> bool:
     if WORLD > 1:
         dist.broadcast_object_list(due)
     return due[0]
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process so far, in 10⁹ bytes: the GPU's where there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> dict:

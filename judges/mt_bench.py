@@ -22,7 +22,7 @@ import math
 import os
 from pathlib import Path
 
-from core.rows import fail, is_list_of, read_json_lines, read_rows, write_rows
+from core.rows import fail, has_shape, read_json_lines, read_rows, write_rows
 from core.stage import exit_if_looking, parser, publish, run_stage, start
 from judges.flags import check_judge, endpoint_flags, judge_models
 from judges.report import markdown
@@ -72,7 +72,7 @@ def read_by_key(path: str, key: str) -> dict[str, dict]:
 
 def has_two_turns(row: dict) -> bool:
     """Whether a row holds a text for each turn."""
-    return is_list_of(str, row.get("turns")) and len(row["turns"]) == 2
+    return has_shape(row, {"turns": ["text"]}) and len(row["turns"]) == 2
 
 
 def read_questions(folder: str) -> dict[str, dict]:
@@ -92,10 +92,9 @@ def read_solutions(folder: str) -> dict[str, list[str]]:
         path = f"{folder}/reference_gpt-4.jsonl"
     solutions = {}
     for key, row in read_by_key(path, "question_id").items():
-        choices = row.get("choices")
-        if not is_list_of(dict, choices) or not choices or not has_two_turns(choices[0]):
+        if not has_shape(row, {"choices": ["object"]}) or not has_two_turns(row["choices"][0]):
             fail(f"{path}: question {key}: needs choices whose first has two turns")
-        solutions[key] = choices[0]["turns"]
+        solutions[key] = row["choices"][0]["turns"]
     return solutions
 
 

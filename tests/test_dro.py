@@ -227,7 +227,7 @@ def test_bad_margins(tmp_path, margin):
     first, second = map(json.dumps, labelled([0.5, 0.25]))
     path.write_text(f"{first}\n{second.replace('0.25', margin)}\n")
     said = refused(path, tmp_path / "worst.jsonl")
-    assert f"{path}:2: 'margin' must be a finite number" in said
+    assert f"{path}:2: 'margin' must be \"number ≥ 0\", found {margin[:4]}" in said
 
 
 @pytest.mark.parametrize("key, value", [("judge", "vader"), ("reference", "none"),

@@ -321,7 +321,6 @@ def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(training, "memory_gb", lambda device: 0.0)
     pairs = {"loss": [1.0], "margin": [0.0], "round_margin": [0.0]}
     for kind, seconds in (("cuda", 7.0), ("cpu", 2.0)):
         now[0] = 10.0

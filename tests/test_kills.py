@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, dump, jsonl
 
 # What logs and stats measure; `files`: sizes, also of logs. A commit may come in between.
-MEASURED = ("seconds", "tokens_per_s", "memory_gb", "files", "commit")
+MEASURED = ("seconds", "tokens_per_s", "files", "commit")
 # Large enough that stages spend their time on work and not on starting alone.
 SETTINGS = {"SEED_SIZE": 24, "ROUNDS": "24 24", "N": 4, "MAX_NEW_TOKENS": 32, "SAMPLE_TOKENS": 2048,
             "MICRO_TOKENS": 256, "BATCH_SIZE": 4, "LR": "1e-4", "EVAL_SIZE": 24, "EVAL_N": 2,

@@ -102,21 +102,6 @@ def test_other_rewards(folder, other_folder, tokenizer, responses, logps, tmp_pa
     assert row["chosen"] == TEXTS[reward.argmax()][0]
 
 
-def test_prefer_ended(tmp_path):
-    """Answers that were cut compete only where fewer than two ended."""
-    texts = ["Wonderful!", "Good.", "Well.", "Terrible!"]  # as vader ranks them
-    rows = [{"id": str(k), "prompt": ASK, "responses": texts, "ended": ended} for k, ended in
-            enumerate([[False, True, True, False], [False, True, False, False], [True] * 4])]
-    command = ["label.py", "--judge", "vader", "--responses", dump(tmp_path / "r.jsonl", rows)]
-    done = ok(run(*command, "--prefer-ended", "--out", tmp_path / "ended.jsonl"))
-    assert "2 cut responses beside two that ended left out" in done.stdout
-    ok(run(*command, "--out", tmp_path / "all.jsonl"))
-    for name, firsts in (("ended", ["Good.", texts[0], texts[0]]), ("all", [texts[0]] * 3)):
-        lasts = ["Well." if first == "Good." else "Terrible!" for first in firsts]
-        sides = [(row["chosen"], row["rejected"]) for row in pair_rows(tmp_path / f"{name}.jsonl")]
-        assert sides == list(zip(firsts, lasts))
-
-
 def test_ties_are_ties_alone(tmp_path):
     rows = [{"id": "tie", "prompt": ASK, "responses": ["Good.", "Good day."]},
             {"id": "pair", "prompt": ASK, "responses": ["Good.", "Terrible!"]}]

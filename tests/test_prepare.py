@@ -475,10 +475,10 @@ BAD_LINES = {
     "array": ("[1]", "expected an object"),
     "no prompt": ('{"id": "a", "chosen": "x", "rejected": "y"}', "key 'prompt' is missing"),
     "no id": (GOOD.replace('"id"', '"name"'), "key 'id' is missing"),
-    "empty response": (USER + '""}', "'chosen' must be a non-empty text"),
+    "empty response": (USER + '""}', "'chosen' must be \"text or one message of"),
     "number for text": (USER + "3}", "'chosen' must be"),
     "prompt a string": ('{"id": "a", "prompt": "x", "chosen": "x", "rejected": "y"}',
-                        "'prompt' must be a non-empty list"),
+                        "'prompt' must be [{\"role\": \"text\", \"content\": \"text\"}], found"),
     "whole conversation": (
         USER + '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
         "run python -m data.prepare on raw data first"),

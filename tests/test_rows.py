@@ -5,7 +5,7 @@ import math
 import pytest
 from conftest import dump, run
 
-from core.rows import margin_problem, read_json_list, read_rows, scored_digest
+from core.rows import check_margins, read_json_list, read_rows, scored_digest
 
 ROW = {"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": "yes", "rejected": "no",
        "margin": 0.4, "chosen_logp": -1.0, "rejected_logp": -2.0, "chosen_ids": [5, 6],
@@ -53,29 +53,28 @@ def labelled(**margin_of) -> dict:
 
 
 @pytest.mark.parametrize("key, value, needed", [
-    ("judge", "vader", {"beta": 0.1}), ("reference", "none", {"beta": 0.1}),
-    ("length_penalty", 0.1, {"beta": 0.1}), ("beta", 0.2, {"beta": 0.1}),
-    ("policy", "q", {"policy": "p"}), ("precision", "bf16", {"precision": "fp32"})])
-def test_a_margin_is_used_for_what_it_is(key, value, needed):
-    assert margin_problem(labelled(), **needed) is None
-    assert margin_problem(labelled(**{key: value})) is None   # what is not needed is not asked
-    problem = margin_problem(labelled(**{key: value}), **needed)
-    assert f"{key} {value!r}, where" in problem
-    unstated = labelled()
+    ("judge", "vader", "implicit"), ("reference", "none", "init"), ("length_penalty", 0.1, 0),
+    ("beta", 0.2, 0.1), ("policy", "q", "p"), ("precision", "bf16", "fp32")])
+def test_a_margin_is_used_for_what_it_is(capsys, key, value, needed):
+    other, unstated = labelled(**{key: value}), labelled()
     del unstated["margin_of"][key]
-    assert margin_problem(unstated, **needed) is None         # another program's row
-    assert margin_problem(ROW, **needed) is None
+    # What is not needed is not asked; what a row of another program does not say is right.
+    assert check_margins([other], "file", {}, "") == 0
+    assert check_margins([labelled(), unstated, ROW], "file", {key: needed}, "") == 1
+    line = refused(capsys, check_margins, [ROW, other], "file", {key: needed}, "the remedy")
+    assert line == (f"error: file: id 'a': its margin_of has {key} {value!r}, where {needed!r} is "
+                    "needed; the remedy")
 
 
 @pytest.mark.parametrize("edit", [
     {"chosen": "no"}, {"rejected": "yes"}, {"prompt": [{"role": "user", "content": "y"}]},
     {"chosen_ids": [5]}, {"rejected_ids": None}, {"chosen_ids": [5, 6, 7], "rejected_ids": []}])
-def test_a_row_that_was_edited_is_refused(tmp_path, edit):
+def test_a_row_that_was_edited_is_refused(tmp_path, capsys, edit):
     """Where its log-probs are used: as read from a file, with its texts as turns."""
     turns = {side: [{"role": "assistant", "content": ROW[side]}] for side in ("chosen", "rejected")}
     (row,) = read_rows(dump(tmp_path / "rows.jsonl", [labelled() | turns]), "labelled")
-    assert margin_problem(row) is None
-    assert "were changed after they were scored" in margin_problem(row | edit)
+    assert check_margins([row], "file", {}, "") == 0
+    assert "were changed after" in refused(capsys, check_margins, [row | edit], "file", {}, "")
     pairs = dump(tmp_path / "edited.jsonl", [labelled() | {"chosen": "no"}])
     done = run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl")
     assert done.returncode == 2 and "id 'a': its prompt, its texts" in done.stderr

@@ -189,7 +189,7 @@ def test_seed_stage_learns_and_one_process_equals_two(folder, command, tmp_path)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert log[-1]["loss"] < log[0]["loss"]
     for row in log:
-        assert row["confidence"] == sorted(row["confidence"]) and row["memory_gb"] > 0.1
+        assert row["confidence"] == sorted(row["confidence"])
 
 
 def test_a_vision_tower_is_left_alone(command, tokenizer, tmp_path):

@@ -444,9 +444,6 @@ def test_refusals(command, refused, rows_of_a_round, tmp_path):
     rows = jsonl(rows_of_a_round / "unstated.jsonl")
     mixed = dump(tmp_path / "mixed.jsonl", [rows[0] | {"pieces": 7}, *rows[1:]])
     assert "'pieces' (K) must be one number in all rows" in refused(f"{mixed} --anchor init")
-    far = [{**row, "chosen_logp": row["chosen_logp"] - 50} for row in rows]
-    far = dump(tmp_path / "far.jsonl", far)
-    assert "not those of" in ok(run(*command("far", f"{far} --anchor init"))).stderr
 
 
 def test_rows_say_what_their_margin_is(command, refused, rows_of_a_round, folder, other_folder,
