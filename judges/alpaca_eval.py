@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from core.rows import fail, is_number, read_json_list, read_rows
-from core.stage import exit_if_looking, parser, publish, run_stage, start
-from judges.flags import files_by_name
+from core.rows import fail, in_one_line, read_json_list, read_rows, write_rows
+from core.stage import parser, run_stage
+from judges.flags import files_by_name, refuse_existing
 from judges.measures import error_over_prompts, length_controlled
 from judges.report import markdown
 
 
 def flags() -> argparse.Namespace:
-    """The arguments. Ends the program where the output is complete."""
+    """The arguments. Ends the program where something stands at the output."""
     cli = parser(__doc__)
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--annotations", nargs="+", metavar="FILE",
@@ -36,17 +36,13 @@ def flags() -> argparse.Namespace:
     cli.add_argument("--out", help="prompt rows (JSONL); with --answers a folder for "
                                    "NAME.model_outputs.json")
     args = cli.parse_args()
-    if args.annotations:
-        return args
-    if not args.out:
+    if not args.annotations and not args.out:
         fail("--instructions and --answers need --out")
-    args.name = None
     if args.answers:
         [(args.name, args.answers)] = files_by_name([args.answers]).items()
         args.out = f"{args.out}/{args.name}.model_outputs.json"
-    args.out = os.path.normpath(args.out)
-    start(args, files=["instructions", "answers"])
-    exit_if_looking(args.out)
+    if not args.annotations:
+        refuse_existing(args.out)
     return args
 
 
@@ -69,66 +65,49 @@ def outputs(name: str, path: str) -> list[dict]:
     return rows
 
 
-def read_annotations(path: str) -> list[dict]:
-    """Annotations of one model against one baseline: preference from 1 (output_1, the baseline's,
-    is better) to 2 (output_2), 1.5 or 0 for a draw, null or NaN for no verdict."""
-    rows = read_json_list(path, "output_1", "output_2", "generator_1", "generator_2")
-    for number, row in enumerate(rows, 1):
-        value = row.get("preference")
-        no_verdict = value is None or value != value
-        if not no_verdict and not (is_number(value) and (1 <= value <= 2 or value == 0)):
-            fail(f"{path}: entry {number}: 'preference' must be from 1 to 2, 0 for a draw or null, "
-                 f"found {value!r:.60}")
-    if len({(row["generator_1"], row["generator_2"]) for row in rows}) > 1:
-        fail(f"{path}: holds several pairs of generators; one baseline and one model are compared")
-    return rows
-
-
 def scores(annotations: list[dict]) -> dict:
-    """What AlpacaEval's leaderboard shows of annotations, rates in percent. Samples of one prompt
-    share their instruction."""
+    """Win rates in percent from annotations of a model against a baseline: preferences from 1
+    (output_1, the baseline's, is better) to 2, 1.5 or 0 for a draw, null or NaN for no verdict.
+    Samples of one prompt share their instruction."""
     value = np.array([row.get("preference") for row in annotations], dtype=float)
     known = ~np.isnan(value)
     p = (np.where(value == 0, 1.5, value) - 1)[known]
-    if not len(p):
-        fail("no annotation has a preference")
+    if not len(p) or p.min() < 0 or p.max() > 1:
+        raise ValueError("no preference, or one that is not from 1 to 2")
     texts = [str(row.get("instruction", i)) for i, row in enumerate(annotations)]
     prompts = np.unique(texts, return_inverse=True)[1][known]
     lengths = np.array([[len(row["output_1"]), len(row["output_2"])] for row in annotations])
     delta = (lengths[:, 0] - lengths[:, 1])[known]
     controlled, controlled_error = length_controlled(delta, p, prompts)
-    return {"win_rate": 100 * float(p.mean()),
+    return {"model": ", ".join(sorted({row["generator_2"] for row in annotations})),
+            "win_rate": 100 * float(p.mean()),
             "standard_error": 100 * error_over_prompts(p, prompts),
             "length_controlled": 100 * controlled,
             "length_controlled_error": 100 * controlled_error,
-            "n_wins": int((p > 0.5).sum()),
-            "n_wins_base": int((p < 0.5).sum()),
-            "n_draws": int((p == 0.5).sum()),
-            "n_missing": len(annotations) - len(p),
-            "avg_length": int(lengths[:, 1].mean())}
+            "no_verdict": len(annotations) - len(p)}
 
 
 def leaderboard(paths: list[str]) -> str:
     """A table of the scores of every file of annotations."""
-    table = {}
+    table = []
     for path in paths:
-        annotations = read_annotations(path)
-        table[path] = {"model": annotations[0]["generator_2"], **scores(annotations)}
-    header = [key.replace("_", " ") for key in next(iter(table.values()))]
-    return markdown(header, [list(score.values()) for score in table.values()])
+        with in_one_line(f"{path}: not AlpacaEval's annotations"):
+            table.append(scores(read_json_list(path, "output_1", "output_2", "generator_2")))
+    header = [key.replace("_", " ") for key in table[0]]
+    return markdown(header, [list(score.values()) for score in table])
 
 
 def main(args: argparse.Namespace) -> None:
     if args.annotations:
         print(leaderboard(args.annotations))
         return
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if args.instructions:
         rows = prompt_rows(args.instructions)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_rows(args.out, rows)
     else:
         rows = outputs(args.name, args.answers)
-        text = json.dumps(rows, indent=1, ensure_ascii=False)
-    publish(args, {"rows": len(rows)}, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
+        Path(args.out).write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     print(f"alpaca_eval: {len(rows)} rows → {args.out}")
 
 

@@ -42,6 +42,12 @@ def files_by_name(pairs: list[str]) -> dict[str, str]:
     return table
 
 
+def refuse_existing(out: str) -> None:
+    """Ends the program where something stands at `out`, which a converter does not replace."""
+    if os.path.lexists(out):
+        fail(f"{out}: is there, and is not replaced: move it away, or name another --out")
+
+
 def judge_models(args: argparse.Namespace) -> list[str]:
     """The flags that name a judging model to load, for `start`; that of an endpoint is a name. The
     room for an answer counts where an endpoint is asked alone."""

@@ -142,13 +142,3 @@ def test_mutated_annotations(tmp_path):
     path = tmp_path / "annotations.json"
     fuzz(rows, "judges/alpaca_eval.py", path, None, ["--annotations", path], 60,
          lambda data: b"[" + b",".join(data.splitlines()) + b"]")
-
-
-def test_mutated_questions(tmp_path):
-    asked = [{"name": f"single-v1{kind}", "system_prompt": "Judge.", "prompt_template": "{%s}" % q}
-             for kind, q in (("", "question"), ("-multi-turn", "answer_2"))]
-    dump(tmp_path / "judge_prompts.jsonl", asked)
-    dump(tmp_path / "reference_gpt-4.jsonl", [])
-    rows = [{"question_id": i, "category": "writing", "turns": ["One?", "Two?"]} for i in range(2)]
-    fuzz(rows, "judges/mt_bench.py", tmp_path / "question.jsonl", tmp_path / "out",
-         ["--folder", tmp_path], 30)
