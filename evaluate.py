@@ -167,9 +167,8 @@ def main(args: argparse.Namespace) -> None:
     if RANK > 0:
         return
 
-    title = os.path.basename(os.path.dirname(os.path.abspath(args.out)))
     judge = args.judge_model or args.judge
-    text = page(title, judge, answers, policies, labels, trainings, args.inputs)
+    text = page(os.path.dirname(args.out), judge, answers, policies, labels, trainings, args.inputs)
 
     def write(tmp: str) -> None:
         Path(tmp).write_text(text, encoding="utf-8")

@@ -1,7 +1,8 @@
-"""How a run came about: the stages behind its answers, read from the OUT.stats.json that each of
-them left. Needs no torch."""
+"""How a run came about: its stages, read from the OUT.stats.json that each of them left. Needs no
+torch."""
 import os
 import sys
+from pathlib import Path
 
 from core.rows import read_json_lines
 from core.stage import record_of
@@ -31,23 +32,12 @@ def training_of(answers: str) -> tuple[list[dict], dict]:
     return steps, stage_of(policy) if steps else {}
 
 
-def history(outs: list[str]) -> list[dict]:
-    """The records of the stages behind `outs`, each after those whose outputs it read."""
-    stages = []
-    seen = set()
-
-    def visit(out: str) -> None:
-        stage = stage_of(out)
-        if not stage or stage["out"] in seen:
-            return
-        seen.add(stage["out"])
-        for source in sources_of(stage).values():
-            visit(source)
-        stages.append(stage)
-
-    for out in outs:
-        visit(out)
-    return stages
+def history(folder: str) -> list[dict]:
+    """The records of the stages whose outputs lie in a folder, in the order in which they ended."""
+    files = sorted(Path(folder).rglob("*.stats.json"), key=lambda file: file.stat().st_mtime)
+    stages = [stage_of(str(file).removesuffix(".stats.json")) for file in files
+              if file.name != "report.md.stats.json"]
+    return [stage for stage in stages if stage]
 
 
 def command_of(about: dict) -> str:

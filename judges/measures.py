@@ -80,8 +80,9 @@ def text_measures(rows: list[dict], second_lexicon: bool) -> dict:
     """
     texts = [text for row in rows for text in row["responses"]]
     measures = {"characters": float(np.mean([len(text) for text in texts])),
-                "openings": len({tuple(text.split()[:3]) for text in texts}) / len(texts),
-                "special_inside": sum(sum(row.get("special_inside", [])) for row in rows)}
+                "openings": len({tuple(text.split()[:3]) for text in texts}) / len(texts)}
+    if inside := sum(sum(row.get("special_inside", [])) for row in rows):
+        measures["special_inside"] = inside
     if all("ended" in row for row in rows):
         measures["ended"] = float(np.mean([end for row in rows for end in row["ended"]]))
     if second_lexicon and importlib.util.find_spec("textblob"):
@@ -100,7 +101,9 @@ def win_measures(preference: np.ndarray, before: np.ndarray | None, delta: np.nd
     before = np.full(preference.shape, 0.5) if before is None else settled(before)
     prompts = np.arange(preference.size) // preference.shape[1]
     controlled, error = length_controlled(delta.ravel(), preference.ravel(), prompts)
-    return {"win_rate": float(preference.mean()),
+    rate, rate_error = mean_and_error(preference)
+    return {"win_rate": rate,
+            "win_rate_error": rate_error,
             "interval": interval(preference),
             "ties": float((preference == 0.5).mean()),
             "p": paired_p(preference, before),

@@ -1,6 +1,7 @@
 """The report of a run: sentences, tables, a picture and answers side by side, on one page that can
 be read without the code. Needs no torch."""
 import math
+import os
 import re
 
 import numpy as np
@@ -10,6 +11,19 @@ from judges.history import command_of, history
 
 SIDE_BY_SIDE = 3  # prompts shown from the top, and as many of the last policy's worst
 
+# The columns of the tables: measure → heading.
+OF_POLICIES = {
+    "win_rate": "win rate [95 %]", "p": "p", "length_controlled": "at equal length", "ties": "ties",
+    "score": "gold score", "second_score": "second lexicon", "characters": "characters",
+    "ended": "ended", "openings": "openings",
+}
+OF_LABELS = {
+    "pairs": "pairs", "accuracy": "the judge agrees", "flagged": "flagged as noise",
+    "wrong_among_flagged": "of these wrong", "could_be_flagged": "could be flagged",
+    "wrong": "of these wrong",
+}
+OF_JUDGES = {"order_disagreement": "decided by order", "no_verdict": "without verdict",
+             "special_inside": "special tokens inside"}
 COLUMNS = """Win rate: how often the judge prefers the policy's answer to the first policy's, \
 ties ½, with a 95 % interval over prompts; p: the paired test of that win rate against the line \
 above (the first: against ½); at equal length: the win rate by a regression on lengths that is \
@@ -17,12 +31,10 @@ symmetric in the two policies; ± one standard error over prompts. \
 Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows (pip install \
 textblob); nothing was trained on it, so that where the gold score rises and it does not, a policy \
 pleases the gold judge alone. Ended: share of the answers that ended before the length limit, ✂ \
-marks one that did not; openings: distinct first three words, as a share of the answers."""
-NOTES = {
-    "order_disagreement": "of the comparisons have another winner when the two are exchanged",
-    "no_verdict": "answers of the judge held no verdict and count ½",
-    "special_inside": "answers have special tokens inside; their text without these is judged",
-}
+marks one that did not; openings: distinct first three words, as a share of the answers. \
+Decided by order: share of the comparisons that have another winner when the two are exchanged; \
+without verdict: the judge's answers that hold none and count ½; special tokens inside: answers \
+whose text is judged without these."""
 
 # ------------------------------------------------------------------------------------------ tables
 
@@ -31,7 +43,9 @@ def cell(value) -> str:
     """A value in a table; None and NaN are –."""
     if value is None or isinstance(value, float) and math.isnan(value):
         return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -41,36 +55,23 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def p_value(p: float | None) -> str:
-    """A p-value to three digits."""
-    return "< 0.001" if p is not None and p < 0.001 else cell(p)
+def measured(measures: dict, key: str) -> str:
+    """A measure in a table, with its interval or its error where it has one."""
+    if key == "p" and measures.get(key, 1) < 0.001:
+        return "< 0.001"
+    if key == "win_rate" and key in measures:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(measures[key], *measures["interval"])
+    error = f" ± {cell(measures[f'{key}_error'])}" if f"{key}_error" in measures else ""
+    return cell(measures.get(key)) + error
 
 
-def with_error(p: dict, key: str) -> str | None:
-    """value ± standard error."""
-    return f"{p[key]:.3f} ± {cell(p[f'{key}_error'])}" if key in p else None
-
-
-def policy_table(policies: dict[str, dict]) -> str:
-    """The measures of every policy, a line each."""
-    rows = []
-    for name, p in policies.items():
-        win = cell(p.get("win_rate"))
-        if "win_rate" in p:
-            win += " [{:.3f}, {:.3f}]".format(*p["interval"])
-        rows.append([name, win, p_value(p.get("p")), with_error(p, "length_controlled"),
-                     p.get("ties"), with_error(p, "score"), with_error(p, "second_score"),
-                     round(p["characters"]), p.get("ended"), p["openings"]])
-    return markdown(["policy", "win rate [95 %]", "p", "at equal length", "ties", "gold score",
-                     "second lexicon", "characters", "ended", "openings"], rows)
-
-
-def label_table(labels: dict[str, dict]) -> str:
-    """How right the self-labels of every round are."""
-    keys = ("pairs", "accuracy", "flagged", "wrong_among_flagged", "could_be_flagged", "wrong")
-    rows = [[name, *(quality[key] for key in keys)] for name, quality in labels.items()]
-    return markdown(["self-labels of", "pairs", "the judge agrees", "flagged as noise",
-                     "of these wrong", "could be flagged", "of these wrong"], rows)
+def table(of: str, lines: dict[str, dict], headings: dict[str, str]) -> str:
+    """Measures, a line for each name; a column that nobody has is left out."""
+    headings = {key: text for key, text in headings.items()
+                if any(key in measures for measures in lines.values())}
+    rows = [[name, *(measured(measures, key) for key in headings)]
+            for name, measures in lines.items()]
+    return markdown([of, *headings.values()], rows)
 
 
 # --------------------------------------------------------------------------------------- sentences
@@ -112,13 +113,6 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
     return " ".join(f"{text[0].upper()}{text[1:].removesuffix('.')}." for text in sentences)
 
 
-def notes(policies: dict, labels: dict) -> list[str]:
-    """What must be known of single policies and labels: a line for each of NOTES that holds."""
-    return [f"`{name}`: {cell(measures[key])} {text}."
-            for name, measures in [*policies.items(), *labels.items()]
-            for key, text in NOTES.items() if measures.get(key)]
-
-
 def came_about(stages: list[dict]) -> list[str]:
     """Every stage with its settings and wall time, and its command."""
     rows = []
@@ -148,23 +142,24 @@ def side_by_side(answers: dict[str, list[dict]], prompts: list[int]) -> str:
     return "\n\n".join(parts)
 
 
-def page(title: str, judge: str, answers: dict[str, list[dict]], policies: dict[str, dict],
+def page(out: str, judge: str, answers: dict[str, list[dict]], policies: dict[str, dict],
          labels: dict[str, dict], trainings: dict[str, tuple], inputs: dict[str, str]) -> str:
-    """report.md; `inputs` are the files that it is made of."""
+    """The report in the folder `out`; `inputs` are the files that it is made of."""
     rows = next(iter(answers.values()))
     last = list(policies)[-1]
-    parts = [f"# Run `{title}`", opening(policies, labels, trainings), policy_table(policies),
-             *([label_table(labels)] if labels else []),
-             "![win rates, scores, lengths, training](report.png)",
+    parts = [f"# Run `{os.path.basename(os.path.abspath(out))}`",
+             opening(policies, labels, trainings),
+             table("policy", policies, OF_POLICIES | OF_JUDGES),
+             *([table("self-labels of", labels, OF_LABELS | OF_JUDGES)] if labels else []),
+             "![win rates, scores, lengths, labels, training](report.png)",
              f"{len(rows)} held-out prompts × {len(rows[0]['responses'])} samples, judge: {judge}.",
-             COLUMNS, *notes(policies, labels), "## Responses side by side",
+             COLUMNS, "## Responses side by side",
              side_by_side(answers, list(range(len(rows)))[:SIDE_BY_SIDE])]
     if worst := policies[last].get("worst"):
         parts += [f"## The prompts where `{last}` does worst by the judge",
                   side_by_side(answers, worst[:SIDE_BY_SIDE])]
     this = {"out": "this report", "settings": {}, "about": about(inputs)}
-    stages = [*history(list(inputs.values())), this]
-    return "\n\n".join([*parts, "## How it came about", *came_about(stages)]) + "\n"
+    return "\n\n".join([*parts, "## How it came about", *came_about([*history(out), this])]) + "\n"
 
 
 # ----------------------------------------------------------------------------------------- picture
@@ -172,77 +167,57 @@ def page(title: str, judge: str, answers: dict[str, list[dict]], policies: dict[
 
 def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
          trainings: dict[str, tuple]) -> None:
-    """Win rates, scores, lengths, training, labels: a panel for each that there is something of."""
-    import matplotlib  # slow to import, and the report's alone
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    first = next(iter(policies))
-    panels = {f"preferred to {first}": {"win_rate": "win rate",
-                                        "length_controlled": "at equal length"},
-              "scores of the answers": {"score": "gold score", "second_score": "second lexicon"},
-              "length of the answers": {"characters": "characters"}}
-    shown = [title for title, kinds in panels.items()
-             if any(key in p for key in kinds for p in policies.values())]
-    trained = {name: training for name, training in trainings.items() if training[0]}
-    count = len(shown) + bool(trained) + bool(labels)
-    figure, axes = plt.subplots(1, count, figsize=(4.5 * count, 3.75), squeeze=False,
-                                constrained_layout=True)
-    for axis, title in zip(axes[0], shown):
-        plot_measures(axis, policies, panels[title])
-        axis.set(title=title)
-    if trained:
-        plot_training(axes[0, len(shown)], trained)
-    if labels:
-        plot_labels(axes[0, -1], labels)
-    for axis in axes[0]:
+    """What is measured of policies and of labels, a panel a scale, and how training went; a panel
+    for each that there is something of."""
+    from matplotlib.figure import Figure  # slow to import, and the report's alone
+    panels = [
+        (f"preferred to {next(iter(policies))}", policies,
+         {"win_rate": "win rate", "length_controlled": "at equal length"}),
+        ("scores of the answers", policies,
+         {"score": "gold score", "second_score": "second lexicon"}),
+        ("length of the answers", policies, {"characters": "characters"}),
+        ("a round's self-labels", labels,
+         {"accuracy": "the judge agrees", "wrong": "wrong, of all that could be flagged",
+          "wrong_among_flagged": "wrong, of those flagged as noise"}),
+    ]
+    panels = [(title, lines, kinds) for title, lines, kinds in panels
+              if any(key in measures for key in kinds for measures in lines.values())]
+    logs = {name: log for name, (log, _) in trainings.items() if log}
+    count = len(panels) + bool(logs)
+    figure = Figure(figsize=(4.5 * count, 3.75), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis, panel in zip(axes, panels):
+        plot_measures(axis, *panel)
+    if logs:
+        plot_training(axes[-1], logs)
+    for axis in axes:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=100, format="png")
-    plt.close(figure)
 
 
-def plot_measures(axis, policies: dict, kinds: dict[str, str]) -> None:
-    """Measures of the policies that have them, with 95 % bars where their errors are known."""
-    names = list(policies)
+def plot_measures(axis, title: str, lines: dict[str, dict], kinds: dict[str, str]) -> None:
+    """Measures of the names that have them, with 95 % bars where their errors are known."""
+    names = list(lines)
     for key, text in kinds.items():
-        known = [k for k, name in enumerate(names) if key in policies[name]]
+        known = [k for k, name in enumerate(names) if lines[name].get(key) is not None]
+        values = [lines[names[k]][key] for k in known]
+        errors = [lines[names[k]].get(f"{key}_error", 0.0) for k in known]
         if known:
-            bars = [bar_of(policies[names[k]], key) for k in known]
-            value, low, high = np.array(bars).T
-            axis.errorbar(known, value, [value - low, high - value], marker="o", capsize=3,
+            axis.errorbar(known, values, 1.96 * np.nan_to_num(errors), marker="o", capsize=3,
                           clip_on=False, label=text)
     if "win_rate" in kinds:
         axis.axhline(0.5, color="gray", lw=0.8, ls=":", label="as good")
-    axis.set(xticks=range(len(names)), xticklabels=names, ylabel="mean, bars: 95 %")
+    axis.set(title=title, xticks=range(len(names)), xticklabels=names, ylabel="mean, bars: 95 %")
     axis.margins(x=0.1, y=0.1)
 
 
-def bar_of(p: dict, key: str) -> tuple[float, float, float]:
-    """(a measure, the ends of its 95 % interval)."""
-    if key == "win_rate":
-        return p[key], *p["interval"]
-    error = np.nan_to_num(p.get(f"{key}_error", 0.0))
-    return p[key], p[key] - 1.96 * error, p[key] + 1.96 * error
-
-
-def plot_training(axis, trained: dict[str, tuple]) -> None:
-    """The loss; where it is anchored at π_init, and so rises by construction, the accuracy."""
-    settings = [record.get("settings", {}) for _, record in trained.values()]
-    key = "accuracy" if any(s.get("anchor") == "init" for s in settings) else "loss"
+def plot_training(axis, logs: dict[str, list[dict]]) -> None:
+    """The accuracy, step by step; where training is anchored at π_init, the loss rises by
+    construction."""
     start = 1
-    for name, (log, _) in trained.items():
-        axis.plot(range(start, start + len(log)), [step[key] for step in log], ".-",
+    for name, log in logs.items():
+        axis.plot(range(start, start + len(log)), [step["accuracy"] for step in log], ".-",
                   clip_on=False, label=name)
         start += len(log)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(title=f"training {key}", xlabel="step")
-
-
-def plot_labels(axis, labels: dict) -> None:
-    """How right a round's labels are, and whether those flagged as noise are the wrong ones."""
-    kinds = {"accuracy": "the judge agrees", "wrong": "wrong, of all that could be flagged",
-             "wrong_among_flagged": "wrong, of those flagged as noise"}
-    for k, (key, text) in enumerate(kinds.items()):
-        places = np.arange(len(labels)) + 0.27 * (k - 1)
-        axis.bar(places, [quality[key] or 0.0 for quality in labels.values()], 0.25, label=text)
-    axis.set(title="a round's self-labels", ylabel="share of the pairs", xticks=range(len(labels)),
-             xticklabels=list(labels), ylim=(0, 1.4))
+    axis.set(title="training accuracy", xlabel="step")

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -12,8 +13,9 @@ from conftest import CORPUS, ROOT, dump, jsonl, ok, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.rows import read_json_list
 from judges import judge, mt_bench, report
-from judges.alpaca_eval import read_annotations, scores
+from judges.alpaca_eval import scores
 from judges.history import command_of, history, training_of
 from judges.measures import (
     RIDGE,
@@ -229,8 +231,7 @@ def test_scores_by_hand():
     p = [0, 1, 0.5, 0.5, 0.75]
     assert score["win_rate"] == pytest.approx(100 * np.mean(p))
     assert score["standard_error"] == pytest.approx(100 * np.std(p, ddof=1) / math.sqrt(5))
-    counts = ("n_wins", "n_wins_base", "n_draws", "n_missing", "avg_length")
-    assert [score[key] for key in counts] == [2, 1, 2, 2, 3]
+    assert score["no_verdict"] == 2
     # four samples of each prompt are no more prompts
     one = [annotation(q, "a", "bcd", instruction=str(i)) for i, q in enumerate((1, 2, 1.5))]
     assert scores(one * 4)["standard_error"] == pytest.approx(scores(one)["standard_error"])
@@ -243,9 +244,9 @@ def test_win_rates_equal_the_official_leaderboard():
     paths = sorted(OFFICIAL.glob("*.annotations.json.gz"))
     assert len(paths) == 4
     for path in paths:
-        score = scores(read_annotations(str(path)))
+        score = scores(read_json_list(str(path), "output_1"))
         own = table[path.name.removesuffix(".annotations.json.gz")]
-        for key in ("win_rate", "standard_error", "avg_length", "n_wins", "n_wins_base", "n_draws"):
+        for key in ("win_rate", "standard_error"):
             assert score[key] == pytest.approx(float(own[key]), abs=1e-6)
 
 
@@ -253,10 +254,10 @@ def test_win_rates_equal_the_official_leaderboard():
 def test_win_rates_equal_the_official_package():
     metrics = pytest.importorskip("alpaca_eval.metrics")
     for path in OFFICIAL.glob("*.annotations.json.gz"):
-        rows = read_annotations(str(path))
+        rows = read_json_list(str(path), "output_1")
         theirs = metrics.get_winrate(rows)
         ours = scores(rows)
-        for key in ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws"):
+        for key in ("win_rate", "standard_error"):
             assert ours[key] == pytest.approx(theirs[key], abs=1e-9)
 
 
@@ -268,10 +269,9 @@ def test_win_rates_equal_the_official_package():
         ("[]", "list of objects"),
         ("[3]", "entry 1"),
         ('[{"output_1": "a"}]', "output_2"),
-        (json.dumps([annotation(1, "a", "b"), annotation(3, "a", "b")]), "entry 2: 'preference'"),
-        (json.dumps([annotation("1", "a", "b")]), "'preference'"),
-        (json.dumps([annotation(1, "a", "b"), annotation(1, "a", "b", "other")]), "several"),
-        (json.dumps([annotation(None, "a", "b")]), "no annotation"),
+        (json.dumps([annotation(1, "a", "b"), annotation(3, "a", "b")]), "not from 1 to 2"),
+        (json.dumps([annotation("x", "a", "b")]), "could not convert"),
+        (json.dumps([annotation(None, "a", "b")]), "no preference"),
     ],
 )
 def test_bad_annotations_are_one_line(content, words, tmp_path):
@@ -293,7 +293,7 @@ def test_annotations_command(tmp_path):
     score = scores(rows)
     assert f"| mine | {score['win_rate']:.3f} | {score['standard_error']:.3f} | " in printed
     assert f" | {score['length_controlled']:.3f} | " in printed
-    assert "| other | 0.000 | 0.000 | 0.000 | – | 0 | 50 | 0 | 0 | 1 |" in printed
+    assert "| other | 0.000 | 0.000 | 0.000 | – | 0 |" in printed
 
 
 def test_alpaca_eval_files_there_and_back(folder, tmp_path):
@@ -359,7 +359,7 @@ def test_mt_bench_in_two_turns(wide, tmp_path, monkeypatch):
     )
     asked = []
 
-    def chat(args, chats, *place):
+    def chat(args, chats):
         asked.extend(chats)
         assert args.judge_tokens == 2048
         return ["Rating: [[8]]", "[[2.5]]/[[10]]", "no idea", "[[10]]"]
@@ -380,16 +380,10 @@ def test_mt_bench_in_two_turns(wide, tmp_path, monkeypatch):
     judgements = tmp_path / "judgements/mine.jsonl"
     judge_by = ["--judge-model", "m", "--base-url", "http://host/v1"]
     printed = ok(mt_bench_step(bench, judgements, "--answers", *answers, *judge_by)).stdout
-    assert json.loads((tmp_path / "judgements/mine.jsonl.stats.json").read_text())["scores"] == {
-        "math": 5.25,
-        "turn 1": 8,
-        "average": pytest.approx(20.5 / 3),
-        "turn 2": 6.25,
-        "writing": 10,
-        "unrated": 1,
-        "prompts cut": 0,
-        "answers cut": 0,
-    }
+    scores_of = dict(re.findall(r"^. ([\w ]+) . ([\d.]+) .$", printed, re.M))
+    assert scores_of == {"math": "5.250", "turn 1": "8.000", "average": "6.833",
+                         "turn 2": "6.250", "writing": "10.000", "unrated": "1",
+                         "prompts cut": "0", "answers cut": "0"}
     assert asked[0][1]["content"] == f"Q 1+1? A {one} R two"
     assert asked[1][1]["content"] == f"Q 1+1? A {one} Q Twice that? A {two} R two four"
     last = asked[3][1]["content"]
@@ -398,9 +392,12 @@ def test_mt_bench_in_two_turns(wide, tmp_path, monkeypatch):
     assert [row["score"] for row in rows] == [8, 2.5, -1, 10]
     assert [row["judge"][1] for row in rows] == [
         "single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
-    assert "| unrated | 1 |" in printed and "| average | 6.833 |" in printed
-    done = mt_bench_step(bench, tmp_path / "x.jsonl", "--answers", *answers)
-    assert done.returncode == 2 and "with both it needs --judge-model" in done.stderr
+    again = mt_bench_step(bench, judgements, "--answers", *answers, *judge_by)
+    assert again.returncode == 2 and "mine.jsonl: is there" in again.stderr
+    ok(mt_bench_step(bench, tmp_path / "model_answer/mine.jsonl", "--answers", *answers))
+    row, _ = jsonl(tmp_path / "model_answer/mine.jsonl")
+    assert (row["question_id"], row["model_id"]) == (1, "mine")
+    assert row["choices"] == [{"index": 0, "turns": [one, two]}]
     done = mt_bench_step(bench, tmp_path / "x.jsonl", "--answers", answers[1])
     assert done.returncode == 2
     assert "needs one answer (generate.py -n 1) to '1 turn 1'" in done.stderr
@@ -409,7 +406,7 @@ def test_mt_bench_in_two_turns(wide, tmp_path, monkeypatch):
 def test_mt_bench_cuts_second_turns_alone(folder, tmp_path, monkeypatch):
     """A second turn whose prompt exceeds the context of 256 tokens is answered and counted; a first
     question that does not fit is an error."""
-    monkeypatch.setattr(mt_bench, "chat", lambda args, chats, *place: ["[[4]]"] * len(chats))
+    monkeypatch.setattr(mt_bench, "chat", lambda args, chats: ["[[4]]"] * len(chats))
     monkeypatch.setattr(mt_bench, "check_judge", lambda args: None)
     long = "abcdefgh " * 40
     turns = [["1+1?", "Twice that?"], ["Write.", long], ["Say.", long]]
@@ -423,8 +420,10 @@ def test_mt_bench_cuts_second_turns_alone(folder, tmp_path, monkeypatch):
             flags = ["--model", folder, "--prompts", prompts, "--out", answers, "-n", 1]
             flags += ["--max-new-tokens", new, "--precision", "fp32", *["--fit"] * t]
             ok(run("generate.py", *flags))
-        ok(mt_bench_step(bench, tmp_path / "j.jsonl", "--answers", *files, "--judge-model", "m"))
-        found = json.loads((tmp_path / "j.jsonl.stats.json").read_text())["scores"]
+        done = ok(mt_bench_step(bench, tmp_path / f"{new}.rated.jsonl", "--answers", *files,
+                                "--judge-model", "m"))
+        found = {name: int(count) for name, count in
+                 re.findall(r"^. (.+ cut) . (\d+) .$", done.stdout, re.M)}
         # of 150 new tokens the context has room for 128, and the first answer may be as long
         assert found["prompts cut"] >= 2 and found["answers cut"] >= cut
         assert new > 20 or (found["prompts cut"], found["answers cut"]) == (2, 0)
@@ -459,8 +458,8 @@ def test_the_stage_against_plain_loops(tmp_path):
         "init": write_answers(tmp_path / "init.jsonl", [["Fine."]] * 5),
         "round1": write_answers(tmp_path / "round1.jsonl", TEXTS, ended=[True, False]),
     }
-    policy = tmp_path / "policy"
-    policy.mkdir()
+    policy = tmp_path / "run/policy"
+    policy.mkdir(parents=True)
     log = [{"loss": 0.7, "accuracy": 0.5, "tau": None, "batch": ["0"], "flagged": []},
            {"loss": 9e9, "accuracy": 0.25, "tau": 0.4, "batch": ["1", "2"], "flagged": ["2"]}]
     dump(policy / "log.jsonl", log)
@@ -468,7 +467,7 @@ def test_the_stage_against_plain_loops(tmp_path):
             "machine": "m", "inputs": {}}
     record = {"settings": {"anchor": "init", "lr": 5.0}, "about": made}
     record |= {"loss": 648.1, "accuracy": 0.0, "diverged": "; DIVERGED: its loss is 648"}
-    (tmp_path / "policy.stats.json").write_text(json.dumps(record))
+    (tmp_path / "run/policy.stats.json").write_text(json.dumps(record))
     sampled = {**made, "command": "generate.py", "inputs": {"model": str(policy)}}
     sampled = {"settings": {}, "about": sampled}
     (tmp_path / "round1.jsonl.stats.json").write_text(json.dumps(sampled))
@@ -533,7 +532,7 @@ def test_outputs_of_other_models_and_no_verdicts(tmp_path, monkeypatch):
     assert p["preferences"] == [[1, None], [0.75, 1.0], [0.25, 0.0]]
     assert p["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 1 + 0.25 + 0) / 6)
     assert p["no_verdict"] == 4 and ", 4 without verdict" in done.stdout
-    assert "held no verdict and count ½" in (tmp_path / "run/report.md").read_text()
+    assert "| without verdict |" in (tmp_path / "run/report.md").read_text()
 
 
 def test_answers_that_do_not_fit_together_are_one_line(tmp_path):
@@ -561,12 +560,16 @@ def test_a_picture_of_somebody_else_is_not_replaced(tmp_path):
 # -------------------------------------------------------------------------------------- the report
 
 
-def test_small_p_values_have_a_floor():
-    values = {None: "–", math.nan: "–", 2e-4: "< 0.001", 1e-3: "0.001", 0.0671: "0.067"}
-    assert [report.p_value(p) for p in values] == list(values.values())
-    measured = {"characters": 3.0, "openings": 1.0}
-    policy = {**measured, "win_rate": 1.0, "interval": [0.93, 1.0], "p": 2e-4}
-    assert "| 1.000 [0.930, 1.000] | < 0.001 |" in report.policy_table({"mine": policy})
+def test_a_table_has_the_columns_that_somebody_has():
+    """Small p-values have a floor; what is not known is –; errors and intervals stand behind."""
+    first = {"characters": 190.4, "score": 0.5, "score_error": math.nan}
+    won = {**first, "win_rate": 1.0, "win_rate_error": 0.0, "interval": [0.93, 1.0], "p": 2e-4}
+    lines = report.table("policy", {"init": first, "mine": won}, report.OF_POLICIES).splitlines()
+    assert lines[0] == "| policy | win rate [95 %] | p | gold score | characters |"
+    assert lines[2] == "| init | – | – | 0.500 ± – | 190 |"
+    assert lines[3] == "| mine | 1.000 [0.930, 1.000] | < 0.001 | 0.500 ± – | 190 |"
+    assert report.measured({"p": 1e-3}, "p") == "0.001"
+    assert report.measured({"p": math.nan}, "p") == "–"
 
 
 def test_answers_as_a_reader_notices_them():
@@ -579,46 +582,44 @@ def test_answers_as_a_reader_notices_them():
 
 
 def test_how_a_run_came_about(tmp_path):
-    """Each stage after those whose outputs it read; files of other programs are passed over."""
-    made = {"data": {"data": "d.csv"}, "seed": {"pairs": "data/seed.jsonl"},
-            "drawn": {"model": "seed", "prompts": "data/p.jsonl"}, "pairs": {"responses": "drawn"},
-            "policy": {"model": "seed", "pairs": "pairs"}, "answers": {"model": "policy"}}
-    for k, (out, inputs) in enumerate(made.items()):
-        inputs = {key: f"{tmp_path}/{name}" for key, name in inputs.items()}
-        about = {"command": f"{out}.py", "seconds": 1.0, "processes": 1 + k % 2, "inputs": inputs}
-        (tmp_path / f"{out}.stats.json").write_text(json.dumps({"about": about, "settings": {}}))
+    """Its stages in the order in which they ended; files of other programs are passed over."""
+    for k, out in enumerate(("seed", "data", "round1/worst.jsonl", "report.md")):
+        about = {"command": f"{out}.py", "seconds": 1.0, "processes": 1 + k % 2, "inputs": {}}
+        stats = tmp_path / f"{out}.stats.json"
+        stats.parent.mkdir(exist_ok=True)
+        stats.write_text(json.dumps({"about": about, "settings": {}}))
+        os.utime(stats, (9 - k, 9 - k))
     (tmp_path / "other.stats.json").write_text("[1]")
-    stages = history([f"{tmp_path}/other", f"{tmp_path}/answers", f"{tmp_path}/seed"])
-    order = [stage["out"].rpartition("/")[2] for stage in stages]
-    assert sorted(order) == sorted(made) and order[-1] == "answers"
-    assert order.index("data") < order.index("seed") < order.index("drawn") < order.index("policy")
-    assert command_of(stages[0]["about"]).endswith("python data.py")
-    assert training_of(f"{tmp_path}/answers") == ([], {})
+    stages = history(str(tmp_path))
+    outs = [stage["out"] for stage in stages]
+    assert outs == [f"{tmp_path}/{out}" for out in ("round1/worst.jsonl", "data", "seed")]
+    assert command_of(stages[0]["about"]).endswith("python round1/worst.jsonl.py")
+    assert training_of(f"{tmp_path}/data") == ([], {})
 
 
-def test_panels_of_what_there_is(monkeypatch, tmp_path):
-    """No empty frames; scores and win rates have axes of their own; where the anchor makes losses
-    rise, accuracy stands in their place; nothing at the top is clipped."""
+def test_panels_of_what_there_is(monkeypatch):
+    """No empty frames; scores and win rates have axes of their own; accuracy stands in the place of
+    a loss that the anchor makes rise; nothing at the top is clipped."""
     from matplotlib.figure import Figure
 
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure.axes))
     init = {"characters": 5.0, "score": 0.2, "score_error": 0.1}
-    moved = {**init, "win_rate": 1.0, "interval": [0.9, 1.0], "length_controlled": 1.0,
+    moved = {**init, "win_rate": 1.0, "win_rate_error": 0.1, "length_controlled": 1.0,
              "length_controlled_error": math.nan, "characters": 500.0}
     log = [{"loss": 0.7, "accuracy": 0.5}, {"loss": 0.9, "accuracy": 0.6}]
-    for anchor, key in (("init", "accuracy"), ("previous", "loss")):
-        trainings = {"init": ([], {}), "moved": (log, {"settings": {"anchor": anchor}})}
-        quality = {"moved": {"accuracy": 0.7, "wrong": 0.3, "wrong_among_flagged": None}}
-        report.plot("r.png", {"init": init, "moved": moved}, quality, trainings)
-        wins_, scores_, lengths, training, labels = kept[-1]
-        assert all(axis.has_data() for axis in kept[-1])
-        assert training.lines[0].get_ydata().tolist() == [step[key] for step in log]
-        assert all(tick == round(tick) for tick in training.get_xticks())
+    quality = {"moved": {"accuracy": 0.7, "wrong": 0.3, "wrong_among_flagged": None}}
+    report.plot("r.png", {"init": init, "moved": moved}, quality,
+                {"init": ([], {}), "moved": (log, {})})
+    wins_, scores_, lengths, labels, training = kept[-1]
+    assert all(axis.has_data() for axis in kept[-1])
+    assert training.lines[0].get_ydata().tolist() == [0.5, 0.6]
+    assert all(tick == round(tick) for tick in training.get_xticks())
     measured = {c.get_label(): c.lines[0].get_xdata().tolist() for c in wins_.containers}
     assert measured == {"win rate": [1], "at equal length": [1]}
     assert [c.get_label() for c in scores_.containers] == ["gold score"]
     assert not wins_.containers[0].lines[0].get_clip_on() and lengths.get_ylim()[1] > 520
-    assert [bar.get_height() for bar in labels.patches] == [0.7, 0.3, 0.0]
+    assert {c.get_label(): c.lines[0].get_ydata().tolist() for c in labels.containers} == {
+        "the judge agrees": [0.7], "wrong, of all that could be flagged": [0.3]}
     report.plot("r.png", {"init": {"characters": 5.0}}, {}, {"init": ([], {})})
     assert [axis.get_title() for axis in kept[-1]] == ["length of the answers"]
