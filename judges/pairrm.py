@@ -18,9 +18,9 @@ import transformers
 
 from core import RANK, WORLD
 from core.chat import BREAK
-from core.models import load_config, reason
+from core.models import load_config
 from core.parallel import autocast, merge, progress, this_device
-from core.rows import fail
+from core.rows import fail, in_one_line
 from judges.flags import MARKERS
 
 LENGTH = 2048
@@ -53,12 +53,10 @@ def load_pairrm(path: str, device: torch.device) -> tuple:
     """(model, tokenizer). What the weights hold beside the model's own does not matter; what they
     lack ends the program."""
     load_config(path)  # says in one line where there is none
-    try:
+    with in_one_line(f"{path}: cannot load the ranker"):
         model, info = PairRM.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
                                              output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        fail(f"{path}: cannot load the ranker: {reason(error)}")
     if missing := sorted(info["missing_keys"]):
         fail(f"{path}: {len(missing)} weights are missing ({', '.join(missing[:3])}); --judge "
              "pairrm reads llm-blender/PairRM-hf and what is laid out like it")
