@@ -19,8 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from core import RANK, WORLD
-from core.models import reason
-from core.rows import fail, remove
+from core.rows import in_one_line, remove
 
 
 def save_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.Optimizer,
@@ -35,14 +34,12 @@ def save_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.O
         return
     state = {"log": json.dumps(log), "weights": weights, "moments": moments}
     tmp = f"{path}.tmp"
-    try:
-        torch.save(state, tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save says RuntimeError where the disk is full.
-        remove(tmp)
-        fail(f"{path}: cannot be written; is the disk full? An earlier one, if any, is kept. "
-             f"({reason(error)})")
+    with in_one_line(f"{path}: cannot be written; is the disk full? An earlier one is kept"):
+        try:
+            torch.save(state, tmp)
+            os.replace(tmp, path)
+        finally:
+            remove(tmp)
 
 
 def load_checkpoint(path: str, policy: torch.nn.Module,
@@ -51,13 +48,9 @@ def load_checkpoint(path: str, policy: torch.nn.Module,
     checkpoint. Every process reads what it needs of the file."""
     exists = os.path.lexists(path)
     if exists:
-        try:
+        with in_one_line(f"{path}: not a checkpoint of this program; remove it to start again"):
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             log = json.loads(state["log"])
-        except Exception as error:
-            # torch raises many kinds.
-            fail(f"{path}: not a checkpoint of this program ({reason(error)}); remove it to start "
-                 "again")
     if WORLD > 1:
         # Nobody replaces what another has yet to open.
         dist.barrier()

@@ -4,7 +4,6 @@ A few short sequences, and one beyond the attention window that the stage's own 
 through the very functions that the stage uses and through a plain `model(ids).logits`. What differs
 by more than rounding, and whatever raises, is one line.
 """
-import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
@@ -14,10 +13,10 @@ import torch
 
 from core import RANK
 from core.chat import encode_prompt, encode_response
-from core.models import load_model, reason
+from core.models import load_model
 from core.parallel import autocast, in_bf16
 from core.policy import ResponseLogps, score_share, shares_prompt
-from core.rows import fail
+from core.rows import fail, in_one_line
 from core.sampling import sample
 
 # Rounding, in nats a token. fp32: sums in another order were seen to differ by up to 1e-5 a token.
@@ -72,14 +71,11 @@ def check_template(path: str, tokenizer) -> None:
     template writes it: as text, and as tokens where the text's own do not run across the border."""
     user = {"role": "user", "content": "Hello"}
     assistant = {"role": "assistant", "content": "Gladly, at once"}
-    try:
+    with in_one_line(f"{path}: the chat template refuses a user's and an assistant's turn"):
         prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         conversation = tokenizer.apply_chat_template([user, assistant], tokenize=False)
         prompt_ids = encode_prompt(tokenizer, [user])
         learnt = prompt_ids + encode_response(tokenizer, [user], assistant["content"])
-    except Exception as error:
-        # Templates raise whatever they like.
-        fail(f"{path}: the chat template refuses a user's and an assistant's turn: {reason(error)}")
     n = len(prompt_ids)
     begins = conversation.startswith(prompt)
     if not begins or assistant["content"] not in conversation[len(prompt):]:
@@ -150,17 +146,6 @@ def check_samples(path: str, model, prompts: list[list[int]], longest: int) -> N
     if not worst <= TOLERANCE_SAMPLED[model.dtype]:
         fail(f"{name}: through the cache its log-probs are {worst:.2g} nats off those without, "
              "on average")
-
-
-@contextlib.contextmanager
-def in_one_line(name: str) -> Iterator[None]:
-    """What a model's code raises, which may be anything, ends the program in one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        fail(f"{name}: {reason(error)}")
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Each kind of file holds the keys of `ROWS`; extra keys pass through every stage 
 and `rejected` lie in files as TRL's conversations do, a list of one message of the assistant's, and
 may be given as a text; in memory they are the text.
 """
+import contextlib
 import gzip
 import hashlib
 import json
@@ -19,13 +20,34 @@ from typing import NoReturn
 
 import numpy as np
 
-from core import RANK
+from core import RANK, is_out_of_memory
 
 
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit status 2."""
     print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """What other people's code raises inside, which may be anything, ends the program in one line:
+    `what` went wrong, and the reason."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        fail(f"{what}: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """What an exception of other people's code says, on one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own folder, which is never run"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else "no reason given"
+    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
 
 
 def note(text: str) -> None:

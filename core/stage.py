@@ -439,8 +439,7 @@ def about(inputs: dict[str, str]) -> dict:
 
 
 def run_stage(main: Callable[..., None], *given: argparse.Namespace) -> None:
-    """Run a stage with the arguments that `start` has seen, if it has any, alone at its output; a
-    full disk or an unreadable file is one line, like every other error that a user can mend."""
+    """Run a stage with the arguments that `start` has seen, if it has any, alone at its output."""
     try:
         for args in given:
             if RANK == 0 and "record" in args:
@@ -449,18 +448,6 @@ def run_stage(main: Callable[..., None], *given: argparse.Namespace) -> None:
                     fail(f"{args.out}: another program has just written it; the same command again")
                 name_others(args)
         main(*given)
-    except OSError as error:
-        if error.filename:
-            fail(f"{error.filename}: {error.strerror}")
-        fail(f"{error.strerror or error}: cannot write; nothing finished is lost")
-    except MemoryError as error:
-        fail(f"out of memory: {error}")
-    except RuntimeError as error:
-        # torch.OutOfMemoryError, without importing torch.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        fail("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
-             f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
     finally:
         release()
     if WORLD > 1:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -44,7 +43,7 @@ from core.parallel import (
 )
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
-from core.rows import fail, write_rows
+from core.rows import fail, in_one_line, write_rows
 from core.stage import publish, work_folder
 
 
@@ -273,11 +272,9 @@ def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> di
     weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied: once
 
     def write(tmp: str) -> None:
-        try:
+        with in_one_line(f"{args.out}: cannot be written; is the disk full? A checkpoint, if there "
+                         "is one, is kept: make room, and the same command goes on"):
             model.save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
-        except SafetensorError as error:
-            fail(f"{args.out}: cannot be written; is the disk full? A checkpoint, if there is one, "
-                 f"is kept: make room, and the same command goes on ({error})")
         copy_tokenizer(args.model, tmp)
         write_rows(f"{tmp}/log.jsonl", log)
     last = log[-(len(log) // args.epochs):]

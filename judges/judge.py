@@ -21,11 +21,11 @@ import transformers
 
 from core import RANK, WORLD
 from core.chat import answered, encode_prompt, encode_rows
-from core.models import context_of, load_config, load_tokenizer, load_weights, reason
+from core.models import context_of, load_config, load_tokenizer, load_weights
 from core.parallel import autocast, merge, progress, this_device
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import fail, note
+from core.rows import fail, in_one_line, note
 from judges.comparisons import option_prompt
 from judges.endpoint import chat, parse_choice
 from judges.measures import settled, wins
@@ -69,10 +69,8 @@ def reward_model(args, rows: list[dict]) -> list[list[float]]:
     for row in rows:
         where = f"{path}: the prompt {row['prompt'][-1]['content']!r:.80}"
         for text in row["responses"]:
-            try:
+            with in_one_line(f"{where}: the judge's chat template refuses it"):
                 ids = encode_prompt(tokenizer, answered(row["prompt"], text), generation=False)
-            except Exception as error:  # templates raise whatever they like
-                fail(f"{where}: the judge's chat template refuses it: {reason(error)}")
             # Beyond it some models fail late, and others go on as if nothing were.
             if len(ids) > limit:
                 fail(f"{where} and its answer have {len(ids)} tokens; the judge's context is "

@@ -16,8 +16,8 @@ import transformers
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from core.chat import BREAK
-from core.models import load_weights, reason
-from core.rows import fail
+from core.models import load_weights
+from core.rows import in_one_line
 from judges.flags import MARKERS
 
 LENGTH = 2048
@@ -49,10 +49,8 @@ def load_pairrm(path: str, device: torch.device) -> tuple:
     """(model, tokenizer). What the weights hold beside the model's own does not matter; what they
     lack ends the program."""
     model = load_weights(PairRM, path, device, torch.float32)
-    try:
+    with in_one_line(f"{path}: cannot load the tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        fail(f"{path}: cannot load the tokenizer: {reason(error)}")
     return model, tokenizer
 
 
