@@ -156,10 +156,10 @@ def counted(left_out: dict[str, int]) -> str:
                    for reason, count in left_out.items() if count)
 
 
-def score_by(path: str, args: argparse.Namespace, tokenizer, encoded: list, rank: int, world: int,
+def score_by(path: str, args: argparse.Namespace, encoded: list, rank: int, world: int,
              device: torch.device) -> list[list[float]]:
     """log π of every answer to every prompt by the model in `path`, which is freed again."""
-    model = load_scorer(path, device, encoded, args.precision, tokenizer)
+    model = load_scorer(path, device, encoded, args.precision)
     return score(ResponseLogps(model), encoded, args.precision, device, rank, world,
                  f"score {path}")
 
@@ -199,14 +199,14 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     rank, world, device = start_processes()
     logps = []
     if args.model:
-        logps = score_by(args.model, args, tokenizer, encoded, rank, world, device)
+        logps = score_by(args.model, args, encoded, rank, world, device)
     if args.judge == "implicit":
         behaviour = {}
         reference = [[0.0] * len(ys) for _, ys in encoded]
         if args.reference != "none":
             # It reads the policy's tokens: a base model has no chat template.
             check_same_tokens(tokenizer, args.reference_model, encoded)
-            reference = score_by(args.reference_model, args, None, encoded, rank, world, device)
+            reference = score_by(args.reference_model, args, encoded, rank, world, device)
         reward = [implicit_reward(p, r, args.beta, list(map(len, ys)), args.length_penalty)
                   for p, r, (_, ys) in zip(logps, reference, encoded)]                  # S7, S13
     else:

@@ -113,7 +113,7 @@ def llm(args, comparisons: list[Comparison], *place) -> list[float]:
         a, b = pair[1] if pair else ([], [])
         if len(a) != len(b) or (a[:-1] != b[:-1]).any() or a[-1] == b[-1]:
             fail(f"{path}: its tokenizer does not write A and B as one token each")
-    model = load_scorer(path, device, encoded, args.precision, tokenizer)
+    model = load_scorer(path, device, encoded, args.precision)
     logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]
 
