@@ -102,7 +102,7 @@ import torch.distributed as dist
 from core.chat import decode_response, encode_rows, is_foreign, vocabulary
 from core.models import context_of, load_config, load_model, load_tokenizer
 from core.parallel import in_bf16, progress, start_processes
-from core.probe import check_samples, check_template, check_tokens
+from core.probe import check_samples, check_tokens
 from core.rows import read_appended, read_rows, write_rows
 from core.sampling import batches_of, sample, stop_tokens, uniforms
 
@@ -204,15 +204,13 @@ def main(args: argparse.Namespace) -> None:
     lengths = [len(prompt) for prompt in prompts]
     stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
     bf16 = in_bf16(device, args.precision)
-    if RANK == 0:
-        check_template(args.model, tokenizer)
     if args.backend == "vllm":
         model = start_vllm(args.model, bf16)
         batches = batches_of(lengths, rooms, args.n, VLLM_RESPONSES, math.inf)
     else:
         model = load_model(args.model, device, torch.bfloat16 if bf16 else torch.float32)
         if RANK == 0:
-            check_tokens(args.model, model, [(prompt, []) for prompt in prompts], tokenizer)
+            check_tokens(args.model, model, [(prompt, []) for prompt in prompts])
             check_samples(args.model, model, prompts, max(map(sum, zip(lengths, rooms))))
         batches = batches_of(lengths, rooms, args.n, args.batch_size, args.sample_tokens)
 

@@ -141,9 +141,9 @@ def counted(left_out: dict[str, int]) -> str:
                    for reason, count in left_out.items() if count)
 
 
-def score_by(path: str, args: argparse.Namespace, tokenizer, encoded: list) -> list[list[float]]:
+def score_by(path: str, args: argparse.Namespace, encoded: list) -> list[list[float]]:
     """log π of every answer to every prompt by the model in `path`, which is freed again."""
-    model = load_scorer(path, this_device(), encoded, args.precision, tokenizer)
+    model = load_scorer(path, this_device(), encoded, args.precision)
     return score(ResponseLogps(model), encoded, args.precision, f"score {path}")
 
 
@@ -182,14 +182,14 @@ def main(args: argparse.Namespace) -> None:
     device = start_processes()
     logps = []
     if args.model:
-        logps = score_by(args.model, args, tokenizer, encoded)
+        logps = score_by(args.model, args, encoded)
     if args.judge == "implicit":
         behaviour = {}
         reference = [[0.0] * len(ys) for _, ys in encoded]
         if args.reference != "none":
             # It reads the policy's tokens: a base model has no chat template.
             check_same_tokens(tokenizer, args.reference_model, encoded)
-            reference = score_by(args.reference_model, args, None, encoded)
+            reference = score_by(args.reference_model, args, encoded)
         reward = [implicit_reward(p, r, args.beta, list(map(len, ys)), args.length_penalty)
                   for p, r, (_, ys) in zip(logps, reference, encoded)]                  # S7, S13
     else:

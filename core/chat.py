@@ -177,15 +177,13 @@ def answered(messages: list[dict], text: str) -> list[dict]:
 
 
 def is_written(tokenizer, messages: list[dict], text: str) -> bool:
-    """Whether the chat template writes a response as it is, but for blanks at its ends.
-
-    Some templates leave out what stands before </think>, or cut an answer. Where the conversation
-    does not begin with the prompt, the response is tokenised alone, and nothing is left out.
-    """
+    """Whether the chat template writes the prompt and then the response as it is, but for blanks at
+    its ends. Some leave out what stands before </think>, write <think> into prompts alone, or cut
+    an answer."""
     prompt = render(tokenizer, messages, closed=False)
     conversation = render(tokenizer, answered(messages, text), closed=True)
-    response = conversation.removeprefix(prompt)
-    return response == conversation or as_text(tokenizer, text).strip() in response
+    begins = conversation.startswith(prompt)
+    return begins and as_text(tokenizer, text).strip() in conversation[len(prompt):]
 
 
 def response_in_context(tokenizer, messages: list[dict], text: str,

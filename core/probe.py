@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from core import RANK
-from core.chat import encode_prompt, encode_response
 from core.models import load_model
 from core.parallel import autocast, in_bf16
 from core.policy import ResponseLogps, score_share, shares_prompt
@@ -36,24 +35,19 @@ WINDOWS = {
 }
 
 
-def load_scorer(path: str, device: torch.device, encoded: list, precision: str, tokenizer=None):
-    """A frozen causal LM that was found to give `encoded` rows the log-probs that they have; with
-    its own tokenizer, if that encoded them, its template is checked too.
-
-    One process checks for all: the others wait for it where they next meet.
-    """
+def load_scorer(path: str, device: torch.device, encoded: list, precision: str):
+    """A frozen causal LM that was found to give `encoded` rows the log-probs that they have. One
+    process checks for all: the others wait for it where they next meet."""
     model = load_model(path, device)
     if RANK == 0:
-        check_tokens(path, model, encoded, tokenizer)
-        if tokenizer is not None:
-            check_template(path, tokenizer)
+        check_tokens(path, model, encoded)
         check_scores(path, model, encoded, precision)
         if not shares_prompt(model, encoded):
             print(f"note: {path}: one sequence a response, prompts are not shared", file=sys.stderr)
     return model
 
 
-def check_tokens(path: str, model, encoded: list, tokenizer=None) -> None:
+def check_tokens(path: str, model, encoded: list) -> None:
     """Every token has an embedding, and every response follows at least one token."""
     size = model.get_input_embeddings().num_embeddings
     for prompt, ys in encoded:
@@ -61,36 +55,8 @@ def check_tokens(path: str, model, encoded: list, tokenizer=None) -> None:
             fail(f"{path}: a prompt without any token; the chat template must write something")
         largest = int(max(np.max(part, initial=0) for part in (prompt, *ys)))
         if largest >= size:
-            name = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
-            fail(f"{path}: token {largest}{name} has no embedding; the model has {size}. Model and "
+            fail(f"{path}: token {largest} has no embedding; the model has {size}. Model and "
                  "tokenizer must share their vocabulary")
-
-
-def check_template(path: str, tokenizer) -> None:
-    """A prompt up to where the response begins, then the response, is the conversation as the
-    template writes it: as text, and as tokens where the text's own do not run across the border."""
-    user = {"role": "user", "content": "Hello"}
-    assistant = {"role": "assistant", "content": "Gladly, at once"}
-    with in_one_line(f"{path}: the chat template refuses a user's and an assistant's turn"):
-        prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-        conversation = tokenizer.apply_chat_template([user, assistant], tokenize=False)
-        prompt_ids = encode_prompt(tokenizer, [user])
-        learnt = prompt_ids + encode_response(tokenizer, [user], assistant["content"])
-    n = len(prompt_ids)
-    begins = conversation.startswith(prompt)
-    if not begins or assistant["content"] not in conversation[len(prompt):]:
-        fail(f"{path}: the chat template's prompt {prompt!r:.120} does not begin its conversation "
-             f"{conversation!r:.160}; what is learnt would not be what it writes")
-    written = tokenizer(conversation, add_special_tokens=False).input_ids
-    # The start token stands there once, whoever writes it.
-    if learnt[:1] == [tokenizer.bos_token_id] != written[:1]:
-        written = learnt[:1] + written
-    # Otherwise it ends by text, which may share a token with the answer.
-    ends = learnt[-1] in written[n:]
-    if ends and written[:n] == prompt_ids and written[:len(learnt)] != learnt:
-        fail(f"{path}: a prompt and its response are the tokens "
-             f"{tokenizer.convert_ids_to_tokens(learnt)}, its conversation by the chat template "
-             f"{tokenizer.convert_ids_to_tokens(written)}")
 
 
 def check_scores(path: str, model, encoded: list, precision: str) -> None:

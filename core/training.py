@@ -79,7 +79,7 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
     else:
         target = torch.device("cpu") if shard else device
         # It comes frozen, and is asked: is it read rightly?
-        model = load_scorer(args.model, target, encoded, args.precision, tokenizer)
+        model = load_scorer(args.model, target, encoded, args.precision)
     # π_θ is what the loss reaches: a vision tower beside the decoder stays as it is.
     model.get_decoder().requires_grad_(True)
     model.get_output_embeddings().requires_grad_(True)

@@ -101,7 +101,7 @@ def llm(args, comparisons: list[Comparison]) -> list[float]:
         a, b = pair[1] if pair else ([], [])
         if len(a) != len(b) or (a[:-1] != b[:-1]).any() or a[-1] == b[-1]:
             fail(f"{path}: its tokenizer does not write A and B as one token each")
-    model = load_scorer(path, this_device(), encoded, args.precision, tokenizer)
+    model = load_scorer(path, this_device(), encoded, args.precision)
     logps = score(ResponseLogps(model), encoded, args.precision, "judge")
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]
 
@@ -170,9 +170,7 @@ def compare(args, comparisons: list[Comparison]) -> tuple[np.ndarray, dict]:
 def rewards(args, rows: list[dict]) -> tuple[list[list[float]], dict]:
     """A reward for every response of every row, and how the judge behaved.
 
-    A ranker's is the mean log-odds against the siblings (0 against itself): the least-squares fit
-    of Bradley–Terry rewards to the comparisons, whose difference for two responses is
-    log p/(1 − p). Certainty counts as p = 1 − 10⁻⁶.
+    A ranker's is the mean preference for it over the siblings.
     """
     if args.judge in SCORERS:
         return SCORERS[args.judge](args, rows), {}
@@ -185,9 +183,8 @@ def rewards(args, rows: list[dict]) -> tuple[list[list[float]], dict]:
     if not comparisons:
         return result, {}
     preference, behaviour = compare(args, comparisons)
-    p = settled(preference).clip(1e-6, 1 - 1e-6)
-    odds = np.log(p) - np.log1p(-p)
-    for (i, j, k), difference in zip(where, odds.tolist()):
-        result[i][j] += difference / len(result[i])
-        result[i][k] -= difference / len(result[i])
+    for (i, j, k), p in zip(where, settled(preference).tolist()):
+        siblings = len(result[i]) - 1
+        result[i][j] += p / siblings
+        result[i][k] += (1 - p) / siblings
     return result, behaviour

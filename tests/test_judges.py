@@ -118,21 +118,14 @@ def test_parsers_never_raise(text):
     assert 1 <= parse_rating(text) <= 10 or math.isnan(parse_rating(text))
 
 
-def test_rewards_of_a_ranker_are_bradley_terry(monkeypatch):
-    """A ranker that follows Bradley–Terry gets its own rewards back, up to a constant; two
-    responses get log p/(1 − p)."""
-    truth = {"a": 0.3, "b": -1.0, "c": 2.0}
-    monkeypatch.setitem(
-        judges.RANKERS,
-        "llm",
-        lambda args, asked, *_: [1 / (1 + math.exp(truth[y] - truth[x])) for _, x, y in asked],
-    )
-    (own, pair), behaviour = rewards(
-        namespace(judge="llm"),
-        [{"prompt": ASK, "responses": ["a", "b", "c"]}, {"prompt": ASK, "responses": ["b", "c"]}],
-    )
-    assert np.diff(own) == pytest.approx(np.diff([0.3, -1.0, 2.0]))
-    assert pair[1] - pair[0] == pytest.approx(3.0)
+def test_a_rankers_reward_is_its_mean_preference(monkeypatch):
+    p = {"ab": 0.8, "ac": 0.1, "bc": 0.4}
+    p |= {y + x: 1 - value for (x, y), value in p.items()}
+    monkeypatch.setitem(judges.RANKERS, "llm",
+                        lambda args, asked, *_: [p[x + y] for _, x, y in asked])
+    rows = [{"prompt": ASK, "responses": list(texts)} for texts in ("abc", "bc", "a")]
+    result, behaviour = rewards(namespace(judge="llm"), rows)
+    assert result == [pytest.approx([0.45, 0.3, 0.75]), pytest.approx([0.4, 0.6]), [0.0]]
     assert behaviour["order_disagreement"] == 0
 
 

@@ -16,9 +16,8 @@ from core import parallel
 from core.models import context_of, load_model, load_outline
 from core.parallel import hand_out
 from core.policy import ResponseLogps, pack, score, shares_prompt
-from core.probe import check_samples, check_scores, check_template, check_tokens, load_scorer
+from core.probe import check_samples, check_scores, check_tokens, load_scorer
 from core.sampling import sample
-from data.tiny import make_tokenizer
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -212,44 +211,14 @@ def test_what_other_peoples_code_raises_is_one_line(copy, tmp_path):
 
 
 def test_tokens_that_a_model_does_not_have(capsys):
-    model, tokenizer = make_model(vocab_size=100), make_tokenizer()
+    model = make_model(vocab_size=100)
     with pytest.raises(SystemExit):
-        check_tokens("name", model, [([5], [[6, 100]])], tokenizer)
-    assert repr(tokenizer.convert_ids_to_tokens(100)) in capsys.readouterr().err
+        check_tokens("name", model, [([5], [[6, 100]])])
+    assert "token 100 has no embedding; the model has 100" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        check_tokens("name", model, [([], [[6]])], tokenizer)
+        check_tokens("name", model, [([], [[6]])])
     assert "without any token" in capsys.readouterr().err
-    check_tokens("name", model, [([5], [[6, 99]])], tokenizer)
-
-
-TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "template, refused",
-    [
-        (TURNS, False),  # knows no generation prompt
-        (TURNS + "{% if add_generation_prompt %}[assistant]<think>{% endif %}", True),
-        ("{% if messages[1] %}{{ raise_exception('no') }}{% endif %}" + TURNS, True),
-    ],
-)
-def test_prompt_and_response_add_up_to_the_conversation(capsys, template, refused):
-    for kind in ("bytes", "sentencepiece"):
-        tokenizer = make_tokenizer(kind)
-        check_template("name", tokenizer)
-        tokenizer = make_tokenizer(kind)  # what is known of a tokenizer is found once
-        tokenizer.chat_template = template
-        result = outcome(capsys, check_template, "name", tokenizer)
-        assert result == ("refused" if refused else "exact")
-
-
-def test_response_in_other_tokens_than_the_conversation_is_found(capsys, monkeypatch):
-    """As where a text is tokenised alone: SentencePiece would begin it with a blank."""
-    tokenizer = make_tokenizer("sentencepiece")
-    monkeypatch.setattr(
-        "core.probe.encode_response", lambda tokenizer, _, text: tokenizer(text).input_ids + [2]
-    )
-    assert outcome(capsys, check_template, "name", tokenizer) == "refused"
+    check_tokens("name", model, [([5], [[6, 99]])])
 
 
 def stretched(kind: str, plain: bool = False):
