@@ -50,8 +50,8 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     $([[ $PROMPTS_ALONE == no ]] || echo --prompts-alone)
 
   # Prompts without preferences: the model answers, the gold judge labels, once.
-  if holds_prompts_alone; then
-    sampling generate.py --model "$init" --prompts "$RUN/data/seed_prompts.jsonl" \
+  if [[ $PROMPTS_ALONE == yes && -z $SEED_POLICY ]]; then
+    sampling generate.py --model "$init" --prompts "$RUN/data/seed.jsonl" \
       --out "$RUN/gold/responses.jsonl" -n "$GOLD_N" --temperature "$TEMPERATURE" "${sample[@]}"
     launch label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
       "${gold_judge[@]}"

@@ -30,7 +30,7 @@ define_settings() {
   setting MODEL models/smollm2 "π_init: a folder or hub id; this one, the demo's, is fetched"
   setting SYSTEM_TURN none "empty: MODEL was tuned with an empty system turn where there is none"
   setting DATA "" "preferences, or prompts alone: a file, or what \`datasets\` loads"
-  setting PROMPTS_ALONE no "yes: take the prompts alone, though DATA seems to hold preferences"
+  setting PROMPTS_ALONE no "yes: DATA has no preferences, or none to use; GOLD labels the seed"
   setting RUN "" "folder of this run; empty: runs/ and a name made of config, data and method"
   setting SEED 42 "decides data split, order and sampling"
 
@@ -131,6 +131,8 @@ check_settings() {
   (( N > 1 && GOLD_N > 1 )) || stop "N=$N, GOLD_N=$GOLD_N: a pair takes two responses"
   [[ $SEED_FRACTION$SEED_POLICY || ! $SEED_SIZE =~ ^0+$ ]] ||
     stop "SEED_SIZE=$SEED_SIZE: without gold pairs SEED_POLICY must name an aligned model"
+  [[ $PROMPTS_ALONE == no || $SEED_POLICY || $GOLD != none ]] ||
+    stop "PROMPTS_ALONE=yes: GOLD must name who labels the seed"
   [[ $LAMS == *[![:space:]]* ]] || stop "LAMS names no number"
   if [[ $METHOD == spa ]]; then
     is_zero "$EPSILON" || stop "EPSILON=$EPSILON: a worst case is METHOD=worst-case (D6)"
@@ -165,7 +167,6 @@ pending=''   # not empty where a stage has work
 problems=''  # what the stages found wrong
 plan=''      # a line a stage
 promised=''  # PATH, TAB, BYTES of all that stages will write
-holds=''     # pairs or prompts: what data.prepare found in DATA
 count=0      # stages in all
 number=0     # stages that were started
 
@@ -181,13 +182,12 @@ stage() {  # [-m] PROGRAM FLAGS …, on one process
   echo "[$number/$count] $program → $out"
   "${starter[@]}" "$@"
 }
-look() {  # a stage that looks says STATE, OUT, BYTES and, of data, pairs or prompts
-  local status=0 answer state=WRONG bytes=0 kind=''
+look() {  # a stage that looks says STATE, OUT and BYTES
+  local status=0 answer state=WRONG bytes=0
   answer=$(LOOK=yes PROMISED=$promised "$python" "$@" 2>&1) || status=$?
   [[ $answer != *$'\t'* ]] ||
-    IFS=$'\t' read -r state out bytes kind < <(grep $'\t' <<<"$answer")
+    IFS=$'\t' read -r state out bytes < <(grep $'\t' <<<"$answer")
   count=$((count + 1))
-  holds=${holds:-$kind}
   plan+=$(printf '  %-9s %-18s → %s' "$state" "$program" "${out#"$RUN"/}")$'\n'
   (( status == 0 )) || promised+=$out$'\t'$bytes$'\n'
   if (( status == 3 )); then
@@ -214,11 +214,6 @@ launch() {  # a stage on all processes
       --standalone --nproc_per_node "$NPROC")
   fi
   stage "$@"
-}
-holds_prompts_alone() {  # whether DATA has no preferences, as data.prepare has found
-  [[ $pass == look || ! -f $RUN/data/seed_prompts.jsonl ]] || holds=prompts
-  [[ -z $SEED_POLICY && $holds == prompts ]] || return 1
-  [[ $GOLD != none ]] || stop "DATA=$DATA holds prompts alone: GOLD must name who labels the seed"
 }
 
 look_then_work() {
@@ -266,9 +261,10 @@ for path in "${given[MODEL]-}" "${given[DATA]-}"; do
   [[ -z $path ]] || title+=-${path%%.@(jsonl|json|csv|tsv|txt|parquet)*}
 done
 [[ -n $config || -v given[DATA] || -n $help ]] || config=configs/demo.env
-# A config's empty system turn is its own model's, and its gold judge is its own data's.
+# A config's empty system turn is its own model's; its gold judge is its own data's.
 [[ ! -v given[MODEL] ]] || given[SYSTEM_TURN]=${given[SYSTEM_TURN]-none}
 [[ ! -v given[DATA] ]] || given[GOLD]=${given[GOLD]-none}
+[[ ! -v given[DATA] ]] || given[PROMPTS_ALONE]=${given[PROMPTS_ALONE]-no}
 [[ -z $config ]] || read_config "$config"
 [[ -z $help ]] || sed -n '2,/^$/s/^# \?//p' run.sh
 define_settings
@@ -280,7 +276,7 @@ RUN=${RUN:-runs/${title#-}}
 RUN=${RUN%/}
 if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architecture
   RUN+=-tiny
-  MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl
+  MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl PROMPTS_ALONE=no
   SEED_SIZE=8 ROUNDS=${ROUNDS//+([0-9])/6} MAX_NEW_TOKENS=8 BATCH_SIZE=4
   [[ -z $SEED_POLICY ]] || SEED_POLICY=$MODEL MODEL=$RUN/tiny/base
 fi

@@ -13,9 +13,9 @@ command again has nothing to do, and a changed one says what changed. While a st
     OUT.unfinished/stats.json   there once new/ is whole: the next start too may put it in place
     OUT.unfinished/old/         what stood there, until the new stands
 
-LOOK=yes: a stage looks whether it has work, writes nothing, and prints its state, OUT, the bytes it
-will write and a note if it has one, parted by tabs. core/folder.py reads what earlier stages
-promise. States, exit status, and what run.sh does then:
+LOOK=yes: a stage looks whether it has work, writes nothing, and prints its state, OUT and the bytes
+it will write, parted by tabs. core/folder.py reads what earlier stages promise. States, exit
+status, and what run.sh does then:
 
     complete    0    leaves the stage out
     to do       3    runs it
@@ -118,12 +118,12 @@ natural = ranged(int, 1)
 
 def start(args: argparse.Namespace, models: Iterable[str] = (), files: Iterable[str] = (),
           datasets: Iterable[str] = (), constants: dict | None = None,
-          beside: Iterable[str] = (), note: str = "") -> None:
+          beside: Iterable[str] = ()) -> None:
     """The head of every stage. Ends the program where `args.out` is complete, or where a model that
     it reads cannot be loaded.
 
     `models`, `files` and `datasets` name the flags whose value is a path or hub id, or a table of
-    them by name; `constants` are settings that no flag has; `beside` and `note`: see
+    them by name; `constants` are settings that no flag has; `beside`: see
     `exit_if_complete`. For `publish` it writes into `args`
 
         settings    all that decides the output: of what is read a fingerprint
@@ -143,7 +143,7 @@ def start(args: argparse.Namespace, models: Iterable[str] = (), files: Iterable[
                 settings[flag] = fingerprint(path, kinds[key])
         elif key not in NOT_SETTINGS:
             settings[key] = value
-    args.record = exit_if_complete(args.out, settings, beside, note)
+    args.record = exit_if_complete(args.out, settings, beside)
     args.settings, args.inputs = settings, inputs
     for key in models:
         if path := getattr(args, key):
@@ -225,9 +225,9 @@ def refuse_foreign(out: str, beside: Iterable[str]) -> None:
                  "It is not replaced: move it away, or name another --out (RUN)")
 
 
-def print_look(state: str, out: str, count: int, note: str) -> None:
+def print_look(state: str, out: str, count: int) -> None:
     """The line of a stage that only looks."""
-    print(state, out, count, *filter(None, [note]), sep="\t")
+    print(state, out, count, sep="\t")
 
 
 def is_same(old: object, new: object) -> bool:
@@ -235,8 +235,7 @@ def is_same(old: object, new: object) -> bool:
     return new in (old, ABSENT)
 
 
-def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = (),
-                     note: str = "") -> dict | None:
+def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> dict | None:
     """Ends the program where `out` is complete from these very settings; else returns the record of
     what stands there, if that is ours.
 
@@ -257,7 +256,7 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = (),
     if not changed:
         follows = pending or ABSENT in settings.values()
         if is_looking():
-            print_look("follows" if follows else "complete", out, size_of(out), note)
+            print_look("follows" if follows else "complete", out, size_of(out))
             raise SystemExit(WORK if follows else 0)
         if RANK == 0:
             if os.path.exists(unfinished(out)):
@@ -267,7 +266,7 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = (),
         raise SystemExit(0)
     if os.environ.get("REDO") != "yes":
         if is_looking():
-            print_look("changed", out, size_of(out), note)
+            print_look("changed", out, size_of(out))
         fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
              "replaces it and all that follows from it; another --out (RUN) keeps both")
     if RANK == 0 and not is_looking():
@@ -275,10 +274,9 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = (),
     return record
 
 
-def exit_if_looking(out: str, writes: int = 0, note: str = "", passing: int = 0) -> None:
+def exit_if_looking(out: str, writes: int = 0, passing: int = 0) -> None:
     """Ends the program where LOOK=yes: it has work, and it only looks. In any case `out` can be
-    written, and there is room for it: `writes` bytes that stay, and `passing` that go again. `note`
-    is for run.sh to read."""
+    written, and there is room for it: `writes` bytes that stay, and `passing` that go again."""
     check_place(out)
     # What other stages write before it takes room too.
     ahead = [count for path, count in promises().items() if not os.path.exists(path)]
@@ -288,7 +286,7 @@ def exit_if_looking(out: str, writes: int = 0, note: str = "", passing: int = 0)
         fail(f"{out}: needs {needed / 1e9:.3g} GB, with what comes before it; {free / 1e9:.3g} GB "
              "are free there: make room, or name another --out (RUN)")
     if is_looking():
-        print_look("to do" if is_empty(out) else "changed", out, writes, note)
+        print_look("to do" if is_empty(out) else "changed", out, writes)
         raise SystemExit(WORK)
 
 

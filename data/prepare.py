@@ -8,14 +8,14 @@ folder, parquet). Layouts, found by the names of the columns, in any case:
     chosen + rejected                 lists of {role, content}, or Anthropic hh-rlhf transcripts
                                       ("\\n\\nHuman: … \\n\\nAssistant:")
     question, or instruction (+ input), in the place of prompt
-    a prompt alone                    the seed part becomes seed_prompts.jsonl, for a gold judge
-                                      to label (see run.sh)
+    a prompt alone                    with --prompts-alone: the seed part is then for a gold judge
+                                      to label (see run.sh); other columns are left aside
 
 A column `system` is a system turn. A conversation under chosen and rejected ends with the response,
 and the turns before it are the prompt; a column `prompt` must be among them, or come before them.
 A row that cannot be used is left out and counted under its reason, and columns that are not used
-are named. A row that contradicts itself or fits no layout ends the program, and so does a prompt
-alone beside columns that look like preferences, unless --prompts-alone is given.
+are named. A row that contradicts itself or fits no layout ends the program, and so does one without
+chosen and rejected, unless --prompts-alone is given.
 
 With `--model`, rows that do not fit its context or spell one of its control tokens are left out.
 `--select farthest` takes as the seed the prompts that differ most: each next one the farthest, by
@@ -69,9 +69,6 @@ PROMPTS = ["prompt", "instruction", "question"]
 ROLES = ["system", "developer", "user", "assistant", "tool"]
 # What the project's own pairs say of their responses beside the texts, all of a line or nothing.
 OF_PAIRS = [["chosen_ended", "rejected_ended"], ["chosen_ids", "rejected_ids", "vocabulary"]]
-# Names of columns that people's preferences are kept in.
-PREFERENCES = re.compile(
-    "chosen|rejected|rating|score|label|better|winner|response|completion|prefer|rank|vote")
 # Characters that nobody sees: soft hyphens, zero-width blanks and joiners, marks of direction.
 NO_WIDTH = re.compile("[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
                       "\ufe00-\ufe0f\ufeff]")
@@ -89,7 +86,7 @@ REASONS = {
     "same_opening": "whose opening user turn is another row's",
     "surplus": "beyond --eval-size",
 }
-# Rows by whose layout a look knows a data set.
+# Rows that a look reads.
 LOOK_ROWS = 1000
 # A seed of less than a batch of the papers' is worth a warning.
 FEW_PAIRS = 32
@@ -103,7 +100,7 @@ def flags() -> argparse.Namespace:
     cli.add_argument("--out", type=os.path.normpath, required=True,
                      help="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
     cli.add_argument("--prompts-alone", action="store_true",
-                     help="leave columns that look like preferences aside")
+                     help="there are no preferences, or none to use: read the prompts alone")
     size = cli.add_mutually_exclusive_group()
     size.add_argument("--seed-size", type=ranged(int, 0), default=2000,
                       help="gold-labelled pairs (papers: 2 000; 0 for SPA without a seed)")
@@ -125,12 +122,12 @@ def flags() -> argparse.Namespace:
     args = cli.parse_args()
     if args.select == "farthest" and not args.model:
         fail("--select farthest needs --model")
-    alone = os.path.exists(f"{args.out}/seed_prompts.jsonl")
-    start(args, ["model"], datasets=["data"], note="prompts" if alone else "pairs")
+    start(args, ["model"], datasets=["data"])
     # What an earlier stage has yet to write cannot be looked at.
-    kind = look(args) if is_looking() and not is_promised(args.data) else ""
+    if is_looking() and not is_promised(args.data):
+        look(args)
     # A prompt and two responses take about 4 KB.
-    exit_if_looking(args.out, writes=4096 * (args.seed_size + sum(args.rounds)), note=kind)
+    exit_if_looking(args.out, writes=4096 * (args.seed_size + sum(args.rounds)))
     return args
 
 
@@ -232,12 +229,12 @@ class LeftOut(Exception):
     """A row cannot be used; the argument says why, by a key of REASONS."""
 
 
-def words_of(turns: list[dict]) -> str:
+def words_of(turns: list[dict]) -> list[str]:
     """Messages for comparison: without regard to case, white space, characters without width, and
     Unicode's several ways to write one character."""
     texts = [unicodedata.normalize("NFKC", turn["content"]).casefold() for turn in turns]
     words = [" ".join(NO_WIDTH.sub("", text).split()) for text in texts]
-    return "\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns, words))
+    return [f"{turn['role']}: {text}" for turn, text in zip(turns, words)]
 
 
 def messages_of(where: str, key: str, value: object, role: str) -> list[dict]:
@@ -306,37 +303,33 @@ def join(where: str, prompt: list[dict], before: list[dict]) -> list[dict]:
     prompt (it opens with another turn than the user's, or the prompt has none of the user's), both
     count, one after the other. All else is a contradiction.
     """
-    if not prompt or not before:
-        return prompt or before
-    asked = f"\n{words_of(prompt)}\n"
-    told = f"\n{words_of(before)}\n"
-    if asked in told:
+    asked = words_of(prompt)
+    told = words_of(before)
+    places = range(len(told) - len(asked) + 1)
+    if any(told[k:k + len(asked)] == asked for k in places):
         return before
-    if asked.endswith(told):
+    if asked[len(asked) - len(told):] == told:
         return prompt
-    if before[0]["role"] in ("assistant", "tool") or "\nuser: " not in asked:
+    if before[0]["role"] in ("assistant", "tool") or all(m["role"] != "user" for m in prompt):
         return prompt + before
     fail(f"{where}: 'prompt' is not in the conversation under 'chosen' and 'rejected': "
-         f"{asked[-60:]!r} against {told[:60]!r}; remove what is wrong")
+         f"{asked[-1][-60:]!r} against {told[0][:60]!r}; remove what is wrong")
 
 
 def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
     """{prompt, chosen?, rejected?: messages} of a row in any known layout; the columns that it
     uses are taken out of `row`.
 
-    Raises LeftOut where it cannot be used. What fits no layout, or looks like a preference and
-    cannot be read as one, ends the program.
+    Raises LeftOut where it cannot be used. What fits no layout ends the program.
     """
-    are_pairs = all(side in row for side in SIDES) and not prompts_alone
-    if not are_pairs and not any(key in row for key in PROMPTS):
-        fail(f"{where}: columns {', '.join(row)} fit no known layout; needed: prompt, chosen and "
-             "rejected, or prompt alone (see --help)")
-    preferences = [key for key in row if PREFERENCES.search(key) and row[key] not in (None, "")]
-    if preferences and not are_pairs and not prompts_alone:
-        fail(f"{where}: {', '.join(preferences)}: preferences? They are read from the columns "
-             "chosen and rejected; --prompts-alone (PROMPTS_ALONE=yes) leaves others aside")
+    if prompts_alone and not any(key in row for key in PROMPTS):
+        fail(f"{where}: columns {', '.join(row)}: a prompt is read from {', '.join(PROMPTS)}")
+    if not prompts_alone and not all(side in row for side in SIDES):
+        fail(f"{where}: columns {', '.join(row)}: preferences are read from chosen and rejected "
+             "(see --help); PROMPTS_ALONE=yes (--prompts-alone) reads the prompts alone, and GOLD "
+             "labels the seed")
 
-    before, answers = take_sides(where, row) if are_pairs else ([], [])
+    before, answers = ([], []) if prompts_alone else take_sides(where, row)
     prompt = join(where, take_prompt(where, row), before)
     # A conversation's own system turn goes before the column, which is then one that is not used.
     if row.get("system") and prompt and prompt[0]["role"] != "system":
@@ -345,11 +338,11 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
         raise LeftOut("empty_prompt")
     if not all(answer.strip() for answer in answers):
         raise LeftOut("empty_response")
-    if are_pairs and answers[0] == answers[1]:
+    if answers and answers[0] == answers[1]:
         raise LeftOut("tie")
     pair = {"prompt": prompt, **dict(zip(SIDES, map(answer_turn, answers)))}
     for keys in OF_PAIRS:
-        if are_pairs and all(row.get(key) is not None for key in keys):
+        if answers and all(row.get(key) is not None for key in keys):
             pair |= {key: row.pop(key) for key in keys}
     return pair
 
@@ -370,11 +363,10 @@ def collect(source: Iterable[tuple[str, dict]],
             left[str(reason)] += 1
             continue
         unused |= {key: None for key, value in raw.items() if value not in (None, "")}
-        if ("chosen" in row) != ("chosen" in next(iter(rows.values()), row)):
-            fail(f"{where}: some rows have chosen and rejected and some do not; all or none must")
         prompt = row["prompt"]
-        identity = hashlib.sha256(words_of(prompt).encode()).hexdigest()[:16]
-        opening = words_of([turn for turn in prompt if turn["role"] == "user"][:1] or prompt[:1])
+        identity = hashlib.sha256("\n".join(words_of(prompt)).encode()).hexdigest()[:16]
+        users = [turn for turn in prompt if turn["role"] == "user"]
+        [opening] = words_of((users or prompt)[:1])
         if opening not in rows:
             rows[opening] = {"id": identity, **row}
         else:
@@ -403,29 +395,24 @@ def summary(left: Counter) -> str:
     return ", ".join(f"{left[key]} {REASONS[key]}" for key in REASONS if left[key]) or "nothing"
 
 
-def look(args: argparse.Namespace) -> str:
-    """Whether the first rows are "pairs" or "prompts" alone. Of a file that is read here the others
-    are counted: too few end the program."""
-    is_text = is_local_text(args.data)
+def look(args: argparse.Namespace) -> None:
+    """Ends the program where the first rows cannot be read. Of a file that is read here the others
+    are counted: too few end it too."""
     source = load_any(args.data, most=LOOK_ROWS)
     rows, left, _ = collect(itertools.islice(source, LOOK_ROWS), args.prompts_alone)
-    if is_text:
+    if is_local_text(args.data):
         count = len(rows) + sum(1 for _ in source)
         seed_size_of(args, count, left)
-    return "pairs" if rows and "chosen" in rows[0] else "prompts"
 
 
 if __name__ == "__main__":
     args = flags()  # here already: what is imported below takes seconds to load
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from core.chat import encode_prompt, encode_response, spells_control
 from core.models import context_of, load_config, load_model, load_tokenizer
-from core.parallel import autocast, start_processes
-from core.policy import deal, pack, response_hidden
+from core.parallel import autocast, progress, start_processes
 
 # ------------------------------------------------------------------------ what a model says of rows
 
@@ -449,13 +436,8 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
             continue
         with in_one_line(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): the "
                          f"chat template of {path} refuses this prompt"):
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        # No token is shorter than a byte; 64 for what is written around an answer.
-        longest = max((len(answer.encode()) for answer in answers), default=0)
-        needed = len(text.encode()) + room + 64 + longest
-        if needed > limit:
             lengths = [len(encode_response(tokenizer, prompt, answer)) for answer in answers]
-            needed = len(encode_prompt(tokenizer, prompt)) + max(room, *lengths, 0)
+            needed = len(encode_prompt(tokenizer, prompt)) + max([room, *lengths])
         if needed > limit:
             left["too_long"] += 1
         else:
@@ -471,13 +453,11 @@ def embed(rows: list[dict], path: str) -> torch.Tensor:
     tokenizer = load_tokenizer(path)
     width = model.config.get_text_config().hidden_size
     vectors = torch.empty(len(rows), width, dtype=torch.float16, device=device)
-    budget = 16384 if device.type == "cuda" else 2048
-    # The position that predicts a response of one token.
-    encoded = [(np.array(encode_prompt(tokenizer, row["prompt"]), np.int32), [[0]]) for row in rows]
-    for batch in tqdm(deal(encoded, range(len(rows)), False, budget, 1)[0], desc="embed"):
+    for i in progress(range(len(rows)), "embed", "prompt"):
+        ids = torch.tensor([encode_prompt(tokenizer, rows[i]["prompt"])], device=device)
         with torch.no_grad(), autocast(device, "auto"):
-            hidden = response_hidden(model, pack([encoded[i] for i in batch], False, device))
-        vectors[batch] = torch.nn.functional.normalize(hidden.float(), dim=-1).half()
+            hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0, -1]
+        vectors[i] = torch.nn.functional.normalize(hidden.float(), dim=-1).half()
     return vectors
 
 
@@ -486,7 +466,7 @@ def farthest(vectors: torch.Tensor, k: int) -> list[int]:
     cosine to its nearest chosen. O(N·k)."""
     nearest = torch.full((len(vectors),), -torch.inf, device=vectors.device)
     chosen = [0]
-    for _ in tqdm(range(1, k), desc="farthest", unit="prompt"):
+    for _ in progress(range(1, k), "farthest", "prompt"):
         nearest = torch.maximum(nearest, (vectors @ vectors[chosen[-1]]).float())
         nearest[chosen[-1]] = torch.inf
         chosen.append(int(nearest.argmin()))
@@ -515,8 +495,7 @@ def main(args: argparse.Namespace) -> None:
     if args.select == "farthest" and seed_size:
         first = dict.fromkeys(farthest(embed(rows, args.model), seed_size))
         rows = [rows[i] for i in first] + [row for i, row in enumerate(rows) if i not in first]
-    are_pairs = "chosen" in rows[0]
-    sizes = {"seed" if are_pairs else "seed_prompts": seed_size}
+    sizes = {"seed": seed_size}
     sizes |= {f"prompts_{t}": count for t, count in enumerate(args.rounds, 1)}
     sizes["eval"] = args.eval_size or len(rows)
     rest = iter(rows)
@@ -528,7 +507,7 @@ def main(args: argparse.Namespace) -> None:
             # A prompt set carries no gold label: nothing downstream can use one by accident.
             parts[name] = [{key: row[key] for key in ("id", "prompt")} for row in parts[name]]
 
-    pairs = parts.get("seed", [])
+    pairs = [] if args.prompts_alone else parts.get("seed", [])
     flipped = dice.sample(pairs, round(args.flip * len(pairs)))
     for row in flipped:
         flip(row)
@@ -541,7 +520,7 @@ def main(args: argparse.Namespace) -> None:
     stats = {**counts, "flipped": len(flipped), **{key: left[key] for key in REASONS},
              "unused_columns": unused}
     publish(args, stats, write)
-    line = f"read as {'pairs' if are_pairs else 'prompts alone'}: "
+    line = f"read as {'prompts alone' if args.prompts_alone else 'pairs'}: "
     line += ", ".join(f"{name} {count}" for name, count in counts.items())
     if flipped:
         line += f" ({len(flipped)} labels of the seed flipped)"

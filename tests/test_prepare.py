@@ -65,7 +65,7 @@ def test_of_an_opening_user_turn_the_first_row_alone_is_kept(groups):
                         {"role": "user", "content": [f"Ask {g}", f" ask  {g}"][i % 2]},
                         {"role": "user", "content": f"and {i}"}]}
             for i, g in enumerate(groups)]
-    kept, left, _ = collect((f"row {i}", row) for i, row in enumerate(rows))
+    kept, left, _ = collect(((f"row {i}", row) for i, row in enumerate(rows)), prompts_alone=True)
     first = [groups.index(g) for g in dict.fromkeys(groups)]
     assert [row["prompt"] for row in kept] == [rows[i]["prompt"] for i in first]
     assert left == {"same_opening": len(rows) - len(kept)} or len(kept) == len(rows)
@@ -76,7 +76,7 @@ def test_of_an_opening_user_turn_the_first_row_alone_is_kept(groups):
     "Äp\u200bfel\u2060 Soße\ufeff", "Äp\u00adfel Soße", "Äpfel\u00a0Soße", "Äpfel Ｓoße"])
 def test_twins_are_one_prompt(twin):
     rows = [("1", {"prompt": "Äpfel Soße"}), ("2", {"prompt": twin}), ("3", {"prompt": "Apfel"})]
-    kept, left, _ = collect(rows)
+    kept, left, _ = collect(rows, prompts_alone=True)
     assert [row["prompt"][0]["content"] for row in kept] == ["Äpfel Soße", "Apfel"]
     assert left == {"repeated": 1}
 
@@ -171,7 +171,7 @@ def test_prompts_alone():
                         ({"question": "Q", "answer": "A"}, "u: Q"),
                         ({"prompt": "\n\nHuman: Q\n\nAssistant:"}, "u: Q"),
                         ({"prompt": turns("u: Q | a: go on")}, "u: Q | a: go on")]:
-        assert normalise("here", row) == {"prompt": turns(prompt)}
+        assert normalise("here", row, prompts_alone=True) == {"prompt": turns(prompt)}
 
 
 PARTS = [{"type": "text", "text": "Q"}]
@@ -202,12 +202,13 @@ LEFT = {  # rows that are left out, by reason
 def test_rows_left_out_are_counted_under_their_own_reason(reason, tmp_path):
     for row in LEFT[reason]:
         with pytest.raises(LeftOut, match=reason):
-            normalise("here", dict(row))
+            normalise("here", dict(row), prompts_alone="chosen" not in row)
     pairs = [row for row in LEFT[reason] if "chosen" in row]
     alone = [row for row in LEFT[reason] if "chosen" not in row]
     for rows in [plain(9) + pairs, [{"prompt": row["prompt"]} for row in plain(9)] + alone]:
+        kind = [] if "chosen" in rows[0] else ["--prompts-alone"]
         done = ok(prepare(dump(tmp_path / "set.jsonl", rows), tmp_path / "out",
-                          "--seed-size", "3", "--rounds", "4"))
+                          "--seed-size", "3", "--rounds", "4", *kind))
         stats = stats_of(tmp_path / "out")
         assert sum(stats[key] for key in REASONS) == stats[reason] == len(rows) - 9
         assert len(rows) == 9 or f"; {len(rows) - 9} {REASONS[reason]} left out" in done.stdout
@@ -217,15 +218,14 @@ REFUSED = {
     "another question": ({"prompt": "What is 2 + 2?", **sides("u: Name a city. | ")},
                          "'prompt' is not in the conversation"),
     "number": ({"prompt": "Q", "chosen": 7, "rejected": "B"}, "'chosen' must be a text"),
-    "one side": ({"prompt": "Q", "chosen": "A"}, "chosen: preferences?"),
-    "other columns": ({"body": "Q", "answer": "A"}, "columns body, answer fit no known layout"),
+    "one side": ({"prompt": "Q", "chosen": "A"}, "columns prompt, chosen: preferences are read"),
+    "a prompt alone": ({"prompt": "Q"}, "PROMPTS_ALONE=yes (--prompts-alone)"),
     "other keys": ({"prompt": [{"from": "human", "value": "Q"}], **PAIR}, '"content": …'),
     "other roles": ({"prompt": [{"role": "human", "content": "Q"}], **PAIR},
                     "system, developer, user, assistant, tool; found {'role': 'human'"),
     "messages of Python": ({"prompt": str(turns("u: Q")), **PAIR}, "'prompt' looks like a list"),
     "two names": ({"prompt": "Q", " Prompt": "R", **PAIR}, "two columns have the same name"),
-    "ratings": ({"prompt": "Q", "Response_A": "A", "rating": 4}, "response_a, rating"),
-    "KTO": ({"prompt": "Q", "completion": "A", "label": False}, "completion, label"),
+    "ratings": ({"prompt": "Q", "Response_A": "A", "rating": 4}, "response_a, rating:"),
 }
 
 
@@ -240,9 +240,11 @@ def test_preferences_are_left_aside_where_that_is_asked_for(tmp_path):
     rows = [{**row, "rating": 3} for row in plain(9)]
     done = ok(prepare(dump(tmp_path / "p.jsonl", rows), tmp_path / "out",
                       "--seed-size", "3", "--rounds", "4", "--prompts-alone"))
-    assert done.stdout.startswith("prepare: read as prompts alone: seed_prompts 3, prompts_1 4")
+    assert done.stdout.startswith("prepare: read as prompts alone: seed 3, prompts_1 4")
     assert "columns not used: chosen, rejected, rating →" in done.stdout
-    assert {f.stem for f in (tmp_path / "out").iterdir()} == {"seed_prompts", "prompts_1", "eval"}
+    assert all(row.keys() == {"id", "prompt"} for row in jsonl(tmp_path / "out/seed.jsonl"))
+    body = dump(tmp_path / "b.jsonl", [{"body": "Q"}])
+    one_line(prepare(body, tmp_path / "x", "--prompts-alone"), "columns body: a prompt is read")
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -287,9 +289,10 @@ def test_texts_stay_texts(name, mark, tmp_path):
 
 def test_lines_of_a_text_are_prompts(tmp_path):
     (tmp_path / "p.txt").write_text("\ufeffOne, two\r\n\n 'Three' \n")
-    done = ok(prepare(tmp_path / "p.txt", tmp_path / "out", "--seed-fraction", "1", "--rounds"))
-    assert "seed_prompts 2; 1 without a prompt left out" in done.stdout
-    prompts = [row["prompt"][0]["content"] for row in jsonl(tmp_path / "out/seed_prompts.jsonl")]
+    done = ok(prepare(tmp_path / "p.txt", tmp_path / "out", "--seed-fraction", "1",
+                      "--prompts-alone", "--rounds"))
+    assert "seed 2; 1 without a prompt left out" in done.stdout
+    prompts = [row["prompt"][0]["content"] for row in jsonl(tmp_path / "out/seed.jsonl")]
     assert sorted(prompts) == ["'Three'", "One, two"]
 
 
@@ -299,8 +302,8 @@ BROKEN = {
     "c.csv": (b"prompt,chosen,rejected\n\xff,a,b\n", "not CSV in UTF-8"),
     "d.json": (b'[{"prompt": "q"}', "not JSON"),
     "e.json": (b'[{"prompt": "\\ud800"}]', "not JSON in UTF-8"),
-    "g.jsonl.gz": (gzip.compress(b'{"prompt": "q"}\n' * 9)[:-9], "gzip"),
-    "h.csv.gz": (gzip.compress(b"prompt\nq\n")[:-9], "not CSV"),
+    "g.jsonl.gz": (gzip.compress(json.dumps({"prompt": "q", **PAIR}).encode() * 9)[:-9], "gzip"),
+    "h.csv.gz": (gzip.compress(b"prompt,chosen,rejected\nq,a,b\n")[:-9], "not CSV"),
     "i.csv": (b"", "0 prompts can be used"),
     "j.csv": (b"prompt, Chosen,chosen ,rejected\nq,a,a,b\n", "j.csv:1: two columns"),
     "k.xlsx": (b"prompt", "must end in .jsonl, .json, .csv"),
@@ -350,22 +353,20 @@ def test_hub_layouts(folder, messages, tmp_path):
 # -------------------------------------------------------------------------------------- the look
 
 
-def test_a_look_says_pairs_or_prompts_alone(tmp_path, monkeypatch):
+def test_a_look_reads_the_first_rows(tmp_path, monkeypatch):
     hub_folders(tmp_path)
     pairs = dump(tmp_path / "pairs.jsonl", plain(9))
-    prompts = dump(tmp_path / "prompts.jsonl", [{"prompt": p} for p in CORPUS[:9]])
     out = tmp_path / "out"
     small = ["--seed-size", "3", "--rounds", "4"]
     monkeypatch.setenv("LOOK", "yes")
     monkeypatch.setenv("PROMISED", f"{tmp_path}/to-come.jsonl\t9")
-    for source, *note in [(pairs, "pairs"), (prompts, "prompts"), (tmp_path / "uf", "pairs"),
-                          (tmp_path / "hh", "pairs"), (tmp_path / "to-come.jsonl",)]:
+    for source in (pairs, tmp_path / "uf", tmp_path / "hh", tmp_path / "to-come.jsonl"):
         done = prepare(source, out, *small)
         assert done.returncode == 3, done.stderr
-        assert done.stdout.rstrip("\n").split("\t") == ["to do", str(out), str(4096 * 7), *note]
+        assert done.stdout == f"to do\t{out}\t{4096 * 7}\n"
     one_line(prepare(pairs, out, "--seed-size", "3", "--rounds", "6"), "9 prompts can be used")
     one_line(prepare(pairs, out, "--seed-fraction", "0.05", "--rounds", "4"), "SEED_FRACTION")
-    one_line(prepare(dump(tmp_path / "x.jsonl", [{"a": 1}]), out, *small), "x.jsonl:1", "layout")
+    one_line(prepare(dump(tmp_path / "x.jsonl", [{"a": 1}]), out, *small), "x.jsonl:1: columns a")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -384,7 +385,7 @@ def test_a_template_that_refuses_a_row_is_named(tokenizer, tmp_path):
     row = {"prompt": turns("s: Answer in Finnish. | u: Q"), **PAIR}
     identity = collect([("here", dict(row))])[0][0]["id"]
     one_line(prepare(dump(tmp_path / "b.jsonl", [*plain(9), row]), *flags), "b.jsonl",
-             f"id '{identity}'", "Answer in Finnish", "refuses", "No system")
+             f"id '{identity}'", "Answer in Finnish", "refuses", "TemplateError: No")
 
 
 def test_rows_that_a_model_cannot_read_are_counted(folder, tokenizer, tmp_path):

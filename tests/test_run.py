@@ -147,7 +147,8 @@ def test_what_a_run_needs_is_looked_for_before_the_first_stage(folder, tmp_path,
     pairs = dump(tmp_path / "pairs.jsonl", gold_rows(8))
     small = {"SEED_SIZE": 2, "ROUNDS": ""}
     table = [
-        ({"DATA": prompts, **small}, "GOLD must name"),
+        ({"DATA": prompts, **small}, "PROMPTS_ALONE=yes"),
+        ({"DATA": prompts, "PROMPTS_ALONE": "yes", **small}, "GOLD must name"),
         ({"DATA": pairs, "ROUNDS": 40, "SEED_SIZE": 2}, "need"),
         ({"DATA": "no.csv", **small}, "no.csv"),
         ({"DATA": pairs, "MODEL": tmp_path / "none", **small}, "none"),
@@ -177,7 +178,7 @@ def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     # The babble of a random model means nothing to VADER, so a random reward model stands in for
     # gold.
     settings = dict(MODEL=folder, DATA=data, RUN=run, GOLD="reward-model", GOLD_MODEL=ranker,
-                    FLIP=0.5, SEED_SIZE=6, ROUNDS="6 5", MAX_NEW_TOKENS=8)
+                    FLIP=0.5, SEED_SIZE=6, ROUNDS="6 5", MAX_NEW_TOKENS=8, PROMPTS_ALONE="yes")
     demo = ROOT / "configs/demo.env"
     before = start_sh(demo, "--check", **settings)
     assert before.returncode == 0 and before.stdout.count("to do") == 18 and not run.exists()
@@ -185,7 +186,7 @@ def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     assert "| round2 |" in first and "[18/18] evaluate.py" in first
     assert [stats_of(run / f"round{t}/policy")["anchor"] for t in (1, 2)] == ["init", "init"]
     assert [stats_of(run / f"round{t}/policy")["settings"]["lam"] for t in (1, 2)] == [0.5, 0.25]
-    sizes = {"seed_prompts": 6, "prompts_1": 6, "prompts_2": 5, "eval": 7}
+    sizes = {"seed": 6, "prompts_1": 6, "prompts_2": 5, "eval": 7}
     assert {name: len(jsonl(run / f"data/{name}.jsonl")) for name in sizes} == sizes
     assert stats_of(run / "gold/seed")["flipped"] > 1
 
