@@ -65,10 +65,10 @@ def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
     """A frozen model of an Auto class of transformers, dropout off; every weight is in the
     folder."""
     # Straight to a GPU, and not by way of main memory, which all processes of a machine share.
-    place = device if device.type == "cuda" else None
+    target = device if device.type == "cuda" else None
     with in_one_line(f"{path}: cannot load the model"):
         model, found = kind.from_pretrained(
-            path, config=load_config(path), dtype=dtype, device_map=place, use_safetensors=True,
+            path, config=load_config(path), dtype=dtype, device_map=target, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)
         model = model.to(device).eval().requires_grad_(False)
     if missing := sorted(found["missing_keys"]):

@@ -29,8 +29,8 @@ character are one prompt. Prompts with the same opening user turn are in one par
 would fall into a second one are left out. Papers: 2 000 gold pairs of 60 000 (3.3 %).
 
     python -m data.prepare --data argilla/ultrafeedback-binarized-preferences-cleaned --out data/uf
-    python -m data.prepare --data data/prompts.jsonl --out runs/demo/data --seed-size 40 \\
-        --rounds 96 96
+    python -m data.prepare --data data/prompts.jsonl --prompts-alone --out runs/demo/data \\
+        --seed-size 40 --rounds 96 96
 """
 import argparse
 import csv
