@@ -37,21 +37,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from core.folder import size_of
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    inputs_of,
-    natural,
-    parser,
-    publish,
-    ranged,
-    run_stage,
-    settings_of,
-)
+from core.stage import exit_if_looking, natural, parser, publish, ranged, run_stage, start
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
@@ -65,14 +55,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
                      help="pairs a group (thesis: 100, 200, 300); default: all pairs in one")
     cli.add_argument("--plot", help="picture of the worst case (PNG)")
     args = cli.parse_args()
-    settings = settings_of(args, "pairs")
-    exit_if_complete(args.out, settings)
+    start(args, files=["pairs"])
     exit_if_looking(args.out, writes=size_of(args.pairs))
-    return args, settings
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import numpy as np
 import scipy.sparse as sp
@@ -268,7 +257,7 @@ def worst_rows(path: str, xi: np.ndarray, solution: WorstCase, pieces: int) -> I
         yield row | {"xi": float(xi[i]), "pieces": pieces, "atoms": mine.tolist()}
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     margins, undeclared = read_margins(args.pairs, args.epsilon > 0)
     xi = expit(margins)                                                       # T2-2
     lines = tangents(args.pieces)
@@ -296,8 +285,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     if args.plot:
         plot(args.plot, xi, solution, args.pieces)
     rows = worst_rows(args.pairs, xi, solution, args.pieces)
-    publish(args.out, settings, stats, lambda tmp: write_rows(tmp, rows),
-            inputs_of(args, settings))
+    publish(args, stats, lambda tmp: write_rows(tmp, rows))
     taken = f", {undeclared} margins taken as against π_init" if undeclared else ""
     print(f"dro: {moved} of {len(xi)} pairs moved within ε = {args.epsilon}; mean loss "
           f"{stats['empirical_loss']:.4f} → worst case {solution.value:.4f} (of the leader's ℓ*: "
@@ -306,4 +294,4 @@ def main(args: argparse.Namespace, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

@@ -29,13 +29,14 @@ import math
 import os
 from pathlib import Path
 
+from core import RANK
 from core.rows import fail, read_json_list, read_rows
-from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage
-from judges.flags import check_judge, files_by_name, judge_flags, judge_settings
+from core.stage import exit_if_looking, parser, publish, run_stage, start
+from judges.flags import check_judge, files_by_name, judge_flags, judge_models
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the report. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the report is complete."""
     cli = parser(__doc__)
     cli.add_argument("--answers", nargs="+", required=True, metavar="NAME=FILE",
                      help="what each policy answered; the first is the baseline")
@@ -51,16 +52,15 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args.labels = files_by_name(args.labels)
     if unknown := set(args.labels) - set(args.answers):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --answers does not")
-    settings = judge_settings(args, "answers", "labels")
-    report = f"{args.out}/report.md"
-    exit_if_complete(report, settings, "report.png")
+    args.out = f"{args.out}/report.md"
+    start(args, judge_models(args), ["answers", "labels"], beside=["report.png"])
     check_judge(args)
-    exit_if_looking(report, writes=1_000_000)
-    return args, settings
+    exit_if_looking(args.out, writes=1_000_000)
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def read_answers(args: argparse.Namespace) -> dict[str, list[dict]]:
     return answers
 
 
-def judge_policies(args, answers: dict[str, list[dict]], *place) -> dict[str, dict]:
+def judge_policies(args, answers: dict[str, list[dict]]) -> dict[str, dict]:
     """name → measures of a policy: of its texts, of its scores, and against the first one."""
     policies = {}
     baseline, *_ = answers.values()
@@ -117,7 +117,7 @@ def judge_policies(args, answers: dict[str, list[dict]], *place) -> dict[str, di
     for name, rows in answers.items():
         p = policies[name] = text_measures(rows, second_lexicon=args.judge == "vader")
         if args.judge in SCORERS:
-            scores = np.array(SCORERS[args.judge](args, rows, *place))
+            scores = np.array(SCORERS[args.judge](args, rows))
             p["score"], p["score_error"] = mean_and_error(scores)
             if rows is baseline:
                 first_scores = scores
@@ -128,7 +128,7 @@ def judge_policies(args, answers: dict[str, list[dict]], *place) -> dict[str, di
         else:
             sides = [(row["prompt"], mine, theirs) for row, other in zip(rows, baseline)
                      for mine, theirs in zip(row["responses"], other["responses"])]
-            verdicts, behaviour = compare(args, sides, *place)
+            verdicts, behaviour = compare(args, sides)
             preference = verdicts.reshape(len(rows), -1)
             scores = settled(preference)
             p |= behaviour
@@ -141,7 +141,7 @@ def judge_policies(args, answers: dict[str, list[dict]], *place) -> dict[str, di
     return policies
 
 
-def judge_labels(args, path: str, log: list[dict], *place) -> dict:
+def judge_labels(args, path: str, log: list[dict]) -> dict:
     """Quality of a round's self-labels by the judge, on up to LABELS pairs; `log` is that of the
     training that read them."""
     rows = read_rows(path, "labelled")
@@ -149,41 +149,38 @@ def judge_labels(args, path: str, log: list[dict], *place) -> dict:
     flags = {i for step in log for i in step.get("flagged", [])}
     able = {i for step in log if step.get("tau") is not None for i in step["batch"]}
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-    preference, behaviour = compare(args, pairs, *place)
+    preference, behaviour = compare(args, pairs)
     flagged = np.array([row["id"] in flags for row in rows])
     could = np.array([row["id"] in able for row in rows])
     return label_quality(preference, flagged, could) | behaviour
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     answers = read_answers(args)
     trainings = {name: training_of(path) for name, path in args.answers.items()}
-    place = start_processes()
-    policies = judge_policies(args, answers, *place)
+    start_processes()
+    policies = judge_policies(args, answers)
     labels = {}
     if args.judge != "none":
-        labels = {name: judge_labels(args, path, trainings[name][0], *place)
+        labels = {name: judge_labels(args, path, trainings[name][0])
                   for name, path in args.labels.items()}
-    if place[0] > 0:
+    if RANK > 0:
         return
 
-    out = f"{args.out}/report.md"
-    inputs = {f"answers {name}": path for name, path in args.answers.items()}
-    inputs |= {f"labels {name}": path for name, path in args.labels.items()}
-    title = os.path.basename(os.path.abspath(args.out))
+    title = os.path.basename(os.path.dirname(os.path.abspath(args.out)))
     judge = args.judge_model or args.judge
-    text = page(title, judge, answers, policies, labels, trainings, inputs)
+    text = page(title, judge, answers, policies, labels, trainings, args.inputs)
 
     def write(tmp: str) -> None:
         Path(tmp).write_text(text, encoding="utf-8")
         plot(f"{os.path.dirname(tmp)}/report.png", policies, labels, trainings)
 
-    publish(out, settings, {"policies": policies, "labels": labels}, write, inputs)
+    publish(args, {"policies": policies, "labels": labels}, write)
     counts = [m["no_verdict"] for m in (*policies.values(), *labels.values()) if "no_verdict" in m]
     note = f", {sum(counts)} without verdict" if counts else ""
     summary = text.partition("\n\n![")[0].partition("\n\n")[2]
-    print(f"evaluate: {len(policies)} policies, judge {judge}{note} → {out}\n\n{summary}")
+    print(f"evaluate: {len(policies)} policies, judge {judge}{note} → {args.out}\n\n{summary}")
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

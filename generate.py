@@ -27,17 +27,9 @@ import argparse
 import importlib.util
 import os
 
-from core.folder import check_model, check_tokenizer
+from core import RANK, WORLD
 from core.rows import fail
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    natural,
-    parser,
-    ranged,
-    run_stage,
-    settings_of,
-)
+from core.stage import exit_if_looking, natural, parser, publish, ranged, run_stage, start
 
 # It needs the torch of requirements.txt; 0.33 would replace it.
 VLLM = "vllm>=0.30,<0.33"
@@ -45,8 +37,8 @@ VLLM = "vllm>=0.30,<0.33"
 VLLM_RESPONSES = 4096
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
@@ -76,21 +68,18 @@ def flags() -> tuple[argparse.Namespace, dict]:
     if args.n > 1 and args.temperature == 0:
         fail(f"--temperature 0 would draw the same answer {args.n} times (-n {args.n}): give a "
              "temperature above 0 (TEMPERATURE), or -n 1")
-    settings = settings_of(args, "model", "prompts")
-    exit_if_complete(args.out, settings)
+    start(args, ["model"], ["prompts"])
     if args.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         fail("--backend vllm needs the vllm package, of a version made for this torch: "
              f"pip install '{VLLM}'")
-    if args.backend == "vllm" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.backend == "vllm" and WORLD > 1:
         fail("--backend vllm spreads over this machine's GPUs by itself: start it without torchrun")
-    check_model(args.model)
-    check_tokenizer(args.model)
     exit_if_looking(args.out)
-    return args, settings
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import glob
 import hashlib
@@ -110,7 +99,6 @@ from core.parallel import in_bf16, start_processes
 from core.probe import check_samples, check_tokens
 from core.rows import read_rows, write_rows
 from core.sampling import batches_of, sample, stop_tokens, uniforms
-from core.stage import inputs_of, publish
 
 
 def encode_prompts(args: argparse.Namespace, config, tokenizer,
@@ -180,8 +168,8 @@ def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: 
     return [list(request.outputs[0].token_ids) for request in done]
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
-    rank, world, device = start_processes()
+def main(args: argparse.Namespace) -> None:
+    device = start_processes()
     rows = read_rows(args.prompts, "prompts")
     config = load_config(args.model)
     tokenizer = load_tokenizer(args.model)
@@ -194,32 +182,32 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         batches = batches_of(lengths, rooms, args.n, VLLM_RESPONSES, math.inf)
     else:
         model = load_model(args.model, device, torch.bfloat16 if bf16 else torch.float32)
-        if rank == 0:
+        if RANK == 0:
             check_tokens(args.model, model, [(prompt, []) for prompt in prompts])
             check_samples(args.model, model, prompts, max(map(sum, zip(lengths, rooms))))
         batches = batches_of(lengths, rooms, args.n, args.batch_size, args.sample_tokens)
 
     # The name of what is finished holds a digest of its settings: others neither use nor remove it.
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(args.settings).encode()).hexdigest()[:8]
     all_parts = f"{glob.escape(args.out)}.part*"
     parts = f"{all_parts}-{digest}"
     before = read_parts(glob.glob(parts))
     todo = [batch for batch in batches if any(rows[i]["id"] not in before for i in batch)]
-    if rank == 0:
+    if RANK == 0:
         if before:
             print(f"generate: {len(before)} of {len(rows)} prompts were done before; going on")
         if others := set(glob.glob(all_parts)) - set(glob.glob(parts)):
             print(f"note: kept, of other settings: {', '.join(sorted(others))}", file=sys.stderr)
     # Nobody writes until everybody has read.
-    if world > 1:
+    if WORLD > 1:
         dist.barrier()
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     started = time.perf_counter()
-    with open(f"{args.out}.part{rank}-{digest}", "a", encoding="utf-8") as part:
+    with open(f"{args.out}.part{RANK}-{digest}", "a", encoding="utf-8") as part:
         # A kill may have cut the last line.
         part.write("\n")
-        for batch in tqdm(todo[rank::world], desc="generate", unit="batch",
-                          disable=None if rank == 0 else True):
+        for batch in tqdm(todo[RANK::WORLD], desc="generate", unit="batch",
+                          disable=None if RANK == 0 else True):
             room = rooms[batch[0]]
             asked = [prompts[i] for i in batch]
             u = np.concatenate([uniforms(args.seed, rows[i]["id"], args.n, room) for i in batch])
@@ -244,10 +232,10 @@ def main(args: argparse.Namespace, settings: dict) -> None:
                 part.write(json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist) + "\n")
             part.flush()
 
-    if world > 1:
+    if WORLD > 1:
         dist.barrier()
     seconds = time.perf_counter() - started
-    if rank == 0:
+    if RANK == 0:
         done = read_parts(glob.glob(parts))
         answers = [text for row in done.values() for text in row["responses"]]
         # Of this start of the program, over all processes.
@@ -258,9 +246,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
                  "ended": sum(sum(row["ended"]) for row in done.values()) / len(answers),
                  "special_inside": sum(sum(row["special_inside"]) for row in done.values()),
                  "tokens_per_s": tokens / seconds}
-        publish(args.out, settings, stats,
-                lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)),
-                inputs_of(args, settings))
+        publish(args, stats, lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)))
         for path in glob.glob(parts):
             os.remove(path)
         print(f"generate: {len(rows)} prompts × {args.n} responses, "
@@ -270,4 +256,4 @@ def main(args: argparse.Namespace, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

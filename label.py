@@ -27,23 +27,15 @@ import argparse
 import math
 import os
 
-from core.folder import check_model, check_tokenizer, size_of
+from core import RANK
+from core.folder import size_of
 from core.rows import fail
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    inputs_of,
-    parser,
-    positive,
-    publish,
-    ranged,
-    run_stage,
-)
-from judges.flags import check_judge, judge_flags, judge_settings
+from core.stage import exit_if_looking, parser, positive, publish, ranged, run_stage, start
+from judges.flags import check_judge, judge_flags, judge_models
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
@@ -66,25 +58,18 @@ def flags() -> tuple[argparse.Namespace, dict]:
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
     if not implicit and (args.length_penalty or args.reference != "init"):
         fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
-    settings = judge_settings(args, "model", "reference_model", "responses", "pairs")
-    exit_if_complete(args.out, settings)
+    start(args, ["model", "reference_model", *judge_models(args)], ["responses", "pairs"])
     check_judge(args)
-    for model in filter(None, (args.model, args.reference_model)):
-        check_model(model)
-    if args.model:
-        check_tokenizer(args.model)
     exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))
-    return args, settings
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
-
-import torch
+    args = flags()  # here already: what is imported below takes seconds to load
 
 from core.chat import Answer, encode_rows, pair_of, vocabulary
 from core.models import check_same_tokens, load_config, load_tokenizer
-from core.parallel import in_bf16, start_processes
+from core.parallel import in_bf16, start_processes, this_device
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import WORST_CASE, answer_turn, read_rows, scored_digest, write_rows
@@ -156,12 +141,10 @@ def counted(left_out: dict[str, int]) -> str:
                    for reason, count in left_out.items() if count)
 
 
-def score_by(path: str, args: argparse.Namespace, encoded: list, rank: int, world: int,
-             device: torch.device) -> list[list[float]]:
+def score_by(path: str, args: argparse.Namespace, encoded: list) -> list[list[float]]:
     """log π of every answer to every prompt by the model in `path`, which is freed again."""
-    model = load_scorer(path, device, encoded, args.precision)
-    return score(ResponseLogps(model), encoded, args.precision, device, rank, world,
-                 f"score {path}")
+    model = load_scorer(path, this_device(), encoded, args.precision)
+    return score(ResponseLogps(model), encoded, args.precision, f"score {path}")
 
 
 def add_sides(row: dict, chosen: Answer, rejected: Answer) -> None:
@@ -175,7 +158,7 @@ def add_sides(row: dict, chosen: Answer, rejected: Answer) -> None:
             row[f"{side}_ids"] = answer.ids
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model) if args.model else None
     path = args.pairs or args.responses
     left_out = dict.fromkeys(LEFT_OUT, 0)
@@ -196,23 +179,23 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         fail(f"{path}: no row has two responses to compare{counted(left_out)}; has the policy "
              "collapsed?")
 
-    rank, world, device = start_processes()
+    device = start_processes()
     logps = []
     if args.model:
-        logps = score_by(args.model, args, encoded, rank, world, device)
+        logps = score_by(args.model, args, encoded)
     if args.judge == "implicit":
         behaviour = {}
         reference = [[0.0] * len(ys) for _, ys in encoded]
         if args.reference != "none":
             # It reads the policy's tokens: a base model has no chat template.
             check_same_tokens(tokenizer, args.reference_model, encoded)
-            reference = score_by(args.reference_model, args, encoded, rank, world, device)
+            reference = score_by(args.reference_model, args, encoded)
         reward = [implicit_reward(p, r, args.beta, list(map(len, ys)), args.length_penalty)
                   for p, r, (_, ys) in zip(logps, reference, encoded)]                  # S7, S13
     else:
         judged = [row | {"responses": [answer.text for answer in answers]}
                   for row, answers in zip(rows, candidates)]
-        reward, behaviour = rewards(args, judged, rank, world, device)
+        reward, behaviour = rewards(args, judged)
     if not all(math.isfinite(r) for each in reward for r in each):
         fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
@@ -221,7 +204,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     margin_of = {"judge": args.judge,
                  "reference": args.reference if args.judge == "implicit" else None,
                  "beta": args.beta, "length_penalty": args.length_penalty,
-                 "policy": settings["model"], "precision": precision if logps else None}
+                 "policy": args.settings["model"], "precision": precision if logps else None}
     labelled, agreement = [], []
     for k, (row, answers) in enumerate(zip(rows, candidates)):
         texts = [answer.text for answer in answers]
@@ -241,7 +224,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     if not labelled:
         verdicts = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
         fail(f"{path}: no row has two responses of different reward{verdicts}")
-    if rank > 0:
+    if RANK > 0:
         return
 
     margins = sorted(row["margin"] for row in labelled)
@@ -255,11 +238,10 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     if args.pairs:
         stats["gold_agreement"] = sum(agreement) / len(agreement)
         notes += f", agreement with gold {stats['gold_agreement']:.3f}"
-    publish(args.out, settings, stats, lambda tmp: write_rows(tmp, labelled),
-            inputs_of(args, settings))
+    publish(args, stats, lambda tmp: write_rows(tmp, labelled))
     print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}, median "
           f"margin {stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

@@ -19,26 +19,25 @@ import argparse
 import math
 import time
 
-from core.flags import check_training, training_flags
-from core.stage import exit_if_complete, run_stage, settings_of
+from core import RANK
+from core.flags import start_training, training_flags
+from core.stage import run_stage
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed, and for memory
     # --micro-tokens --gradient-checkpointing --shard --save-every
     cli = training_flags(__doc__, epochs=3)
     cli.add_argument("--objective", choices=["dpo", "supervised"], default="dpo",
                      help="or −log π of the chosen responses (papers, LLM judge: --lr 2e-5)")
     args = cli.parse_args()
-    settings = settings_of(args, "model", "pairs")
-    exit_if_complete(args.out, settings)
-    check_training(args)
-    return args, settings
+    start_training(args)
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +75,8 @@ def lr_at(step: int, total: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
-    run = begin(args, settings, "preferences")
+def main(args: argparse.Namespace) -> None:
+    run = begin(args, "preferences")
     supervised = args.objective == "supervised"                         # −log π(y_w) alone
     if supervised:
         # No reference: the margin is only logged, and its sign is the accuracy.
@@ -105,11 +104,11 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         record_step(run, log, batch, pairs, lr, norm, started)
 
     stats = save_policy(run, log, log[0]["loss"] if supervised else math.log(2))
-    if run.rank == 0:
+    if RANK == 0:
         print(f"seed_dpo: {len(run.rows)} {'responses' if supervised else 'gold pairs'}, "
               f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
               f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

@@ -20,12 +20,13 @@ import argparse
 import math
 import time
 
-from core.flags import check_training, training_flags
-from core.stage import exit_if_complete, ranged, run_stage, settings_of
+from core import RANK
+from core.flags import start_training, training_flags
+from core.stage import ranged, run_stage
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed, and for memory
     # --micro-tokens --gradient-checkpointing --shard --save-every
     cli = training_flags(__doc__, epochs=1)
@@ -38,14 +39,12 @@ def flags() -> tuple[argparse.Namespace, dict]:
     cli.add_argument("--anchor", choices=["init", "previous"], default="previous",
                      help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
     args = cli.parse_args()
-    settings = settings_of(args, "model", "pairs")
-    exit_if_complete(args.out, settings)
-    check_training(args)
-    return args, settings
+    start_training(args)
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import torch
 
@@ -121,10 +120,10 @@ def needed_of(args: argparse.Namespace, policy: str, precision: str) -> tuple[di
     return needed, remedy
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
-    run = begin(args, settings, "labelled")
+def main(args: argparse.Namespace) -> None:
+    run = begin(args, "labelled")
     device = run.device
-    needed, remedy = needed_of(args, settings["model"], run.precision)
+    needed, remedy = needed_of(args, args.settings["model"], run.precision)
     unstated = check_margins(run.rows, args.pairs, needed, remedy)
     weight, shift = atoms_of(run.rows)
     if args.anchor == "previous" and bool(((shift != 0) & (weight > 0)).any()):
@@ -189,7 +188,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     untrained = leader_loss(margin_init, torch.zeros_like(margin_init), weight, shift, 0.0, pieces)
     stats = save_policy(run, log, untrained.mean().item(), anchor=args.anchor, flagged=flagged,
                         margins_taken_as_against_init=unstated)
-    if run.rank == 0:
+    if RANK == 0:
         taken = ""
         if unstated and args.anchor == "init":
             taken = f", {unstated} margins taken as against π_init"
@@ -200,4 +199,4 @@ def main(args: argparse.Namespace, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

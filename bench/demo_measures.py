@@ -47,7 +47,7 @@ def logps_of(path: str, rows: list[dict], device: torch.device) -> np.ndarray:
     answers = [list(zip(row["responses"], row["ended"], row["response_ids"])) for row in rows]
     encoded = encode_rows(load_config(path), tokenizer, rows, answers, path)
     model = load_scorer(path, device, encoded, "fp32", tokenizer)
-    return np.array(score(ResponseLogps(model), encoded, "fp32", device, title=f"score {path}"))
+    return np.array(score(ResponseLogps(model), encoded, "fp32", f"score {path}"))
 
 
 def far_and_fluent(policy: np.ndarray, init: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
@@ -99,7 +99,7 @@ def main() -> None:
         last = max(name for name in other if name.startswith("round"))
         print(scale_at(other[last]["kl"], scales | {1.0: rays["seed"]["kl"]}))
         return
-    _, _, device = start_processes()
+    device = start_processes()
     for run in args.runs:
         if not (run / "eval/init.jsonl").exists():
             continue

@@ -21,8 +21,7 @@ def main() -> None:
     cli.add_argument("--scale", type=float, required=True, help="c; 1 is π itself")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the new policy")
     args = cli.parse_args()
-    settings = stage.settings_of(args, "init_model", "policy_model")
-    stage.exit_if_complete(args.out, settings)
+    stage.start(args, ["init_model", "policy_model"])
     init, policy = (load_model(path, torch.device("cpu"))
                     for path in (args.init_model, args.policy_model))
     for start, weight in zip(init.parameters(), policy.parameters(), strict=True):
@@ -31,7 +30,7 @@ def main() -> None:
     def write(tmp: str) -> None:
         policy.save_pretrained(tmp, max_shard_size="1TB")
         copy_tokenizer(args.policy_model, tmp)
-    stage.publish(args.out, settings, {}, write, stage.inputs_of(args, settings))
+    stage.publish(args, {}, write)
     print(f"extrapolate: {args.policy_model} at c = {args.scale} → {args.out}")
 
 

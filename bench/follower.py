@@ -61,7 +61,7 @@ def stage_seconds(n: int) -> tuple[float, float, float]:
         pairs = f"{folder}/labelled.jsonl"
         write_rows(pairs, rows)
         sys.argv = ["dro.py", "--pairs", pairs, "--out", f"{folder}/worst.jsonl"]
-        seconds, _ = best_of(1, lambda: run_stage(dro.main, *dro.flags()))
+        seconds, _ = best_of(1, lambda: run_stage(dro.main, dro.flags()))
         size = Path(pairs).stat().st_size / 2 ** 20
     return seconds, size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 

@@ -80,7 +80,7 @@ def plain(model, tokenizer, prompts: list, batch_size: int) -> list[list[int]]:
 
 def measure(name: str, count: int, batch_size: int) -> dict:
     """A line of the table, in this process."""
-    *_, device = start_processes()
+    device = start_processes()
     folder = str(ROOT / "models/smollm2")
     model = load_model(folder, device, torch.bfloat16 if bf16_pays(device) else torch.float32)
     tokenizer = load_tokenizer(folder)

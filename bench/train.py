@@ -87,8 +87,7 @@ def make_pairs(model_path: str, folder: str) -> None:
         rows = [{"id": str(i), "prompt": [{"role": "user", "content": text(length)}],
                  "chosen": text(length), "rejected": text(length)} for i in range(count)]
         for precision in ("fp32", "bf16"):
-            logps = score(ResponseLogps(model), encoded_pairs(model, tokenizer, rows), precision,
-                          DEVICE)
+            logps = score(ResponseLogps(model), encoded_pairs(model, tokenizer, rows), precision)
             write_rows(f"{folder}/{name}_{precision}.jsonl", [
                 {**row, "margin": 0.0, "chosen_logp": chosen, "rejected_logp": rejected}
                 for row, (chosen, rejected) in zip(rows, logps)])
@@ -112,7 +111,7 @@ def ours(model_path: str, pairs: str, precision: str, out: str, *flags: str) -> 
     sys.argv = ["train.py", "--model", model_path, "--pairs", pairs, "--out", f"{out}/policy",
                 "--precision", precision, "--batch-size", str(BATCH), "--save-every", "0",
                 "--lr", str(LR), *flags]
-    train.main(*train.flags())
+    train.main(train.flags())
     log = [json.loads(line) for line in open(f"{out}/policy/log.jsonl")]
     peak = memory_gb(DEVICE)
     model, tokenizer = load_model(model_path, DEVICE), load_tokenizer(model_path)

@@ -3,9 +3,15 @@
 Being stopped, a missing package and a file that cannot be read are one line each, also before a
 stage has loaded its libraries.
 """
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
+
+# This process among those that work on one output, under torchrun, and how many they are. The first
+# one, 0, writes and speaks.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def end_in_one_line(kind: type[BaseException], error: BaseException,

@@ -19,19 +19,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from core import RANK, WORLD
 from core.models import reason
 from core.rows import fail, remove
 
 
 def save_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                    settings: dict, log: list[dict], rank: int) -> None:
+                    settings: dict, log: list[dict]) -> None:
     """Write everything that training goes on from, by one rename: a kill leaves the earlier
-    checkpoint or this one. All processes take part; `rank` 0 writes."""
+    checkpoint or this one. All processes take part; process 0 writes."""
     # Checksums of every byte would take seven times as long as writing.
     torch.serialization.set_crc32_options(False)
     whole_on_rank_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(policy, optimizer, options=whole_on_rank_0)
-    if rank > 0:
+    if RANK > 0:
         return
     state = {"settings": json.dumps(settings), "log": json.dumps(log), "weights": weights,
              "moments": moments}
@@ -47,7 +48,7 @@ def save_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.O
 
 
 def load_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                    settings: dict, rank: int, world: int) -> list[dict]:
+                    settings: dict) -> list[dict]:
     """The log up to where training goes on; weights and moments are set. Empty where there is no
     checkpoint of these settings; one of others is kept under a name of its own. Every process reads
     what it needs of the file."""
@@ -61,7 +62,7 @@ def load_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.O
             # torch raises many kinds.
             fail(f"{path}: not a checkpoint of this program ({reason(error)}); remove it to start "
                  "again")
-    if world > 1:
+    if WORLD > 1:
         # Nobody moves or replaces what another has yet to open.
         dist.barrier()
     if not exists:
@@ -69,7 +70,7 @@ def load_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.O
     changed = [key for key in settings if saved.get(key) != settings[key]]
     if changed:
         aside = f"{path}-{hashlib.sha256(state['settings'].encode()).hexdigest()[:8]}"
-        if rank == 0:
+        if RANK == 0:
             os.replace(path, aside)
             print(f"{path}: of other settings ({', '.join(changed)}); starting again. It is kept "
                   f"as {aside}", flush=True)
@@ -77,6 +78,6 @@ def load_checkpoint(path: str, policy: torch.nn.Module, optimizer: torch.optim.O
     set_state_dict(policy, optimizer, model_state_dict=state["weights"],
                    optim_state_dict=state["moments"],
                    options=StateDictOptions(full_state_dict=True))
-    if rank == 0:
+    if RANK == 0:
         print(f"{path}: going on after step {len(log)}", flush=True)
     return log

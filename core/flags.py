@@ -3,8 +3,12 @@ stage reads its flags before it loads it."""
 import argparse
 import os
 
-from core.folder import check_model, check_tokenizer, checkpoint_bytes, policy_bytes
-from core.stage import exit_if_looking, natural, parser, positive, ranged
+from core.folder import checkpoint_bytes, policy_bytes
+from core.stage import exit_if_looking, natural, parser, positive, ranged, start
+
+# Gradients of a larger norm are scaled down to this. No flag: the papers give no number, and 1.0 is
+# TRL's default.
+CLIP = 1.0
 
 
 def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
@@ -23,9 +27,6 @@ def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
                      help=f"how often each pair is seen (papers: {epochs})")
     cli.add_argument("--batch-size", type=natural, default=32,
                      help="pairs an update, over all processes (papers: 32)")
-    # Gradients of a larger norm are scaled down to this. No flag: the papers give no number, and
-    # 1.0 is TRL's default. It stands among the settings, for it decides the result.
-    cli.set_defaults(clip=1.0)
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of matrix products; weights stay fp32")
     cli.add_argument("--seed", type=ranged(int, 0), default=42,
@@ -41,10 +42,9 @@ def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
     return cli
 
 
-def check_training(args: argparse.Namespace) -> None:
-    """Ends the program where training could not begin, as far as files show, or where LOOK=yes. The
-    policy stays on the disk, checkpoints go again."""
-    check_model(args.model)
-    check_tokenizer(args.model)
+def start_training(args: argparse.Namespace) -> None:
+    """Ends the program where the policy is complete or training could not begin, as far as files
+    show, or where LOOK=yes. The policy stays on the disk, checkpoints go again."""
+    start(args, ["model"], ["pairs"], constants={"clip": CLIP})
     checkpoints = checkpoint_bytes(args.model, args.out) if args.save_every else 0
     exit_if_looking(args.out, writes=policy_bytes(args.model), passing=checkpoints)

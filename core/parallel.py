@@ -1,5 +1,4 @@
 """Processes: how a stage runs on one or many, and in which precision."""
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -15,13 +14,24 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from core import RANK, WORLD
 from core.rows import fail
 
 
-def start_processes() -> tuple[int, int, torch.device]:
-    """(rank, world size, device). Under torchrun joins the process group; alone there is none and
+def start_processes() -> torch.device:
+    """This process's device. Under torchrun it joins the process group; alone there is none and
     nothing changes."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = this_device()
+    if WORLD > 1 and not dist.is_initialized():
+        # Ranks meet only when work is done, and 60 000 calls of an endpoint by rank 0 alone may
+        # take days; where a process dies, torchrun takes the others down.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    return device
+
+
+def this_device() -> torch.device:
+    """The GPU of this process, or else the CPU, set up for what is computed here."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda_works():
         if local >= (gpus := torch.cuda.device_count()):
@@ -36,12 +46,7 @@ def start_processes() -> tuple[int, int, torch.device]:
         device = torch.device("cpu")
         if sys.platform == "linux":
             keep_freed_memory()
-    if world > 1 and not dist.is_initialized():
-        # Ranks meet only when work is done, and 60 000 calls of an endpoint by rank 0 alone may
-        # take days; where a process dies, torchrun takes the others down.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))
-    return int(os.environ.get("RANK", 0)), world, device
+    return device
 
 
 def cuda_works() -> bool:
@@ -72,24 +77,25 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 2 ** 30)
 
 
-def distribute(net: torch.nn.Module, device: torch.device, world: int,
-               args: argparse.Namespace) -> torch.nn.Module:
-    """`net` (ResponseLogps) over all processes: a copy on each, gradients averaged (DDP); or under
-    --shard layers in shards (FSDP2), where process 0 alone needs weights in its `net`."""
+def distribute(net: torch.nn.Module, shard: bool, recompute: bool) -> torch.nn.Module:
+    """`net` (ResponseLogps) over all processes: a copy on each, gradients averaged (DDP); or with
+    `shard` layers in shards (FSDP2), where process 0 alone needs weights in its `net`. `recompute`:
+    backward computes each layer again (--gradient-checkpointing)."""
+    device = this_device()
     # The longest list of modules in the decoder is its layers.
     modules = net.model.get_decoder().modules()
     layers = max((m for m in modules if isinstance(m, torch.nn.ModuleList)), key=len)
-    if args.gradient_checkpointing:
+    if recompute:
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    if args.shard:
+    if shard:
         for part in (*layers, net):
             hand_out(part, device)
             fully_shard(part)
         register_fsdp_forward_method(net, "states")
         return net
     net.to(device)
-    if world == 1 or not any(p.requires_grad for p in net.parameters()):
+    if WORLD == 1 or not any(p.requires_grad for p in net.parameters()):
         return net
     ids = [device.index] if device.type == "cuda" else None
     net = torch.nn.parallel.DistributedDataParallel(net, ids, gradient_as_bucket_view=True)
@@ -109,7 +115,7 @@ def hand_out(part: torch.nn.Module, device: torch.device) -> None:
                 if own is None or isinstance(own, DTensor):
                     continue
                 if own not in given:
-                    if dist.get_rank() == 0:
+                    if RANK == 0:
                         value = own.detach().to(device).contiguous()
                     else:
                         value = torch.empty(own.shape, dtype=own.dtype, device=device)
@@ -125,11 +131,11 @@ def model_of(net: torch.nn.Module):
     return getattr(net, "module", net).model
 
 
-def merge(mine: dict[int, object], world: int) -> dict[int, object]:
+def merge(mine: dict[int, object]) -> dict[int, object]:
     """All processes' {row: value}, on every process."""
     parts = [mine]
-    if world > 1:
-        dist.all_gather_object(parts := [None] * world, mine)
+    if WORLD > 1:
+        dist.all_gather_object(parts := [None] * WORLD, mine)
     return {row: value for part in parts for row, value in part.items()}
 
 

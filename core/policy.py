@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from core import RANK, WORLD
 from core.parallel import autocast, merge, model_of
 
 # ---------------------------------------------------------------------------------------- log-probs
@@ -87,19 +88,28 @@ class ResponseLogps(torch.nn.Module):
         return sum_by_response(logp, tokens), sum_by_response(logp_tilde, tokens)
 
 
+def score(net: torch.nn.Module, encoded: list, precision: str,
+          title: str = "score") -> list[list[float]]:
+    """log-probs of every response of every row, on all processes; the rows are dealt out to
+    them."""
+    logps = merge(score_share(net, encoded, precision, RANK, WORLD, title))
+    return [logps[i] for i in range(len(encoded))]
+
+
 @torch.no_grad()
-def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.device, rank: int = 0,
-          world: int = 1, title: str = "score") -> list[list[float]]:
-    """log-probs of every response of every row, on all processes; the rows are dealt out to them.
+def score_share(net: torch.nn.Module, encoded: list, precision: str, rank: int, world: int,
+                title: str) -> dict[int, list[float]]:
+    """Row → log-probs of its responses, for the rows that are dealt to one of `world` processes.
 
     A weight is used once a pass, so its bf16 copy is not kept: those of 14 B weights are 28 GB.
     """
     shared = shares_prompt(model_of(net), encoded)
+    device = next(net.parameters()).device
     # Tokens that keep the device busy.
     budget = 16384 if device.type == "cuda" else 2048
     passes = deal(encoded, range(len(encoded)), shared, budget, world)[rank]
     mine = {}
-    for indices in tqdm(passes, desc=title, unit="batch", disable=None if rank == 0 else True):
+    for indices in tqdm(passes, desc=title, unit="batch", disable=None if RANK == 0 else True):
         with autocast(device, precision, cache=False):
             # Row 0 where a pass is empty: with sharded weights all processes take part in each.
             logp, _ = net(pack([encoded[i] for i in indices or [0]], shared, device))
@@ -108,8 +118,7 @@ def score(net: torch.nn.Module, encoded: list, precision: str, device: torch.dev
     if isinstance(net, FSDPModule):
         # What the last forward pass gathered.
         net.reshard()
-    merged = merge(mine, world)
-    return [merged[i] for i in range(len(encoded))]
+    return mine
 
 
 # ---------------------------------------------------------------------------------- reading a model

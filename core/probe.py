@@ -6,16 +6,16 @@ by more than rounding, and whatever raises, is one line.
 """
 import contextlib
 import itertools
-import os
 import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from core import RANK
 from core.models import load_model, reason
 from core.parallel import autocast, in_bf16
-from core.policy import ResponseLogps, score, shares_prompt
+from core.policy import ResponseLogps, score_share, shares_prompt
 from core.rows import fail
 from core.sampling import sample
 
@@ -40,7 +40,7 @@ def load_scorer(path: str, device: torch.device, encoded: list, precision: str):
     """A frozen causal LM that was found to give `encoded` rows the log-probs that they have. One
     process checks for all: the others wait for it where they next meet."""
     model = load_model(path, device)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if RANK == 0:
         check_tokens(path, model, encoded)
         check_scores(path, model, encoded, precision)
         if not shares_prompt(model, encoded):
@@ -67,9 +67,10 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
     name = f"{path}: {model.config.model_type} cannot be scored or trained"
     differences = []
     with in_one_line(name):
-        ours = score(ResponseLogps(model), rows, precision, device, title="probe")
-        for (prompt, ys), logps in zip(rows, ours):
-            for y, logp in zip(ys, logps):
+        # By this process alone.
+        ours = score_share(ResponseLogps(model), rows, precision, 0, 1, "probe")
+        for i, (prompt, ys) in enumerate(rows):
+            for y, logp in zip(ys, ours[i]):
                 with autocast(device, precision):
                     plain = plain_logits(model, prompt + y[:-1])[-len(y):].log_softmax(-1)
                 plain_logp = sum(row[token].item() for row, token in zip(plain, y))

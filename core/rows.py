@@ -21,6 +21,8 @@ from typing import NoReturn
 
 import numpy as np
 
+from core import RANK
+
 
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit status 2."""
@@ -28,14 +30,9 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def is_first() -> bool:
-    """Whether this process, of those that work on one output, is the one that writes and speaks."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def note(text: str) -> None:
     """A line on stderr, once for all processes."""
-    if is_first():
+    if RANK == 0:
         print(f"note: {text}", file=sys.stderr)
 
 

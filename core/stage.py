@@ -1,6 +1,9 @@
 """A stage: its flags, its settings, whether it has work, how it publishes and how it fails. Needs
 no torch.
 
+Every stage begins with `start`, which ends it where OUT is complete, then looks at what it alone
+knows of, then comes `exit_if_looking`; its work ends with `publish`.
+
 OUT.stats.json says from which settings OUT was written, and how large its files are: so the same
 command again has nothing to do, and a changed one says what changed. While a stage works, there is
 
@@ -10,9 +13,14 @@ command again has nothing to do, and a changed one says what changed. While a st
     OUT.unfinished/old/         what stood there, until the new stands
 
 LOOK=yes: a stage looks whether it has work, writes nothing, and prints its state, OUT, the bytes it
-will write and a note if it has one, parted by tabs. States are complete (exit status 0); to do,
-changed, or follows (3), which is complete but made from what will be written anew; anything wrong
-is an error (2). core/folder.py reads what earlier stages promise.
+will write and a note if it has one, parted by tabs. core/folder.py reads what earlier stages
+promise. States, exit status, and what run.sh does then:
+
+    complete    0    leaves the stage out
+    to do       3    runs it
+    changed     3    runs it: REDO=yes; without that an error
+    follows     3    runs it: complete, but made from what will be written anew
+    an error    2    says it, and runs nothing
 """
 import argparse
 import contextlib
@@ -26,11 +34,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from core.folder import ABSENT, files_of, fingerprint, is_looking, promises, size_of
-from core.rows import fail, is_first, remove
+from core import RANK, WORLD
+from core.folder import (
+    ABSENT,
+    check_model,
+    check_tokenizer,
+    files_of,
+    fingerprint,
+    is_looking,
+    promises,
+    size_of,
+)
+from core.rows import fail, remove
 
 STARTED = time.time()
 
@@ -49,15 +67,13 @@ WORK = 3
 
 # What decides no output: where things lie, and what only memory notices, for what is written is the
 # same to rounding whatever it is (D11).
-NOT_SETTINGS = ("out", "plot", "micro_tokens", "sample_tokens", "gradient_checkpointing", "shard",
-                "save_every")
+NOT_SETTINGS = ("out", "plot", "base_url", "micro_tokens", "sample_tokens",
+                "gradient_checkpointing", "shard", "save_every")
 
 # What lies in OUT.unfinished.
 UNFINISHED = {"lock", "new", "stats.tmp", "stats.json", "old"}
-# The locks that this program holds: output → open file.
-locks = {}
-# The output that this program found with work to do → its record then.
-looked_at = {}
+# The lock that this program holds.
+lock = None
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -95,25 +111,41 @@ share = ranged(float, 0, 1)
 natural = ranged(int, 1)
 
 
-def settings_of(args: argparse.Namespace, *inputs: str) -> dict:
-    """Everything that decides a stage's output: the arguments but for NOT_SETTINGS, with the paths
-    and hub ids named in `inputs` by their fingerprint."""
-    settings = {}
+def start(args: argparse.Namespace, models: Iterable[str] = (), files: Iterable[str] = (),
+          datasets: Iterable[str] = (), constants: dict | None = None,
+          beside: Iterable[str] = (), note: str = "") -> None:
+    """The head of every stage. Ends the program where `args.out` is complete, or where a model that
+    it reads cannot be loaded.
+
+    `models`, `files` and `datasets` name the flags whose value is a path or hub id, or a table of
+    them by name; `constants` are settings that no flag has; `beside` and `note`: see
+    `exit_if_complete`. For `publish` it writes into `args`
+
+        settings    all that decides the output: of what is read a fingerprint
+        inputs      what is read, as the command line names it
+        record      what stood at OUT
+    """
+    kinds = {**dict.fromkeys(models, "model"), **dict.fromkeys(files, "file"),
+             **dict.fromkeys(datasets, "dataset")}
+    settings = dict(constants or {})
+    inputs = {}
     for key, value in vars(args).items():
-        if key in NOT_SETTINGS:
-            continue
-        if key in inputs and value:
-            kind = "model" if key.endswith("model") else "dataset" if key == "data" else "file"
-            value = fingerprint(value, kind)
-        settings[key] = value
-    return settings
-
-
-def inputs_of(args: argparse.Namespace, settings: dict) -> dict[str, str]:
-    """What `settings` has by its fingerprint, as the command line named it: flag → path or hub
-    id."""
-    return {key: value for key, value in vars(args).items()
-            if key in settings and settings[key] != value}
+        if key in kinds and value is not None:
+            table = value if isinstance(value, dict) else {"": value}
+            for name, path in table.items():
+                flag = f"{key} {name}".strip()
+                inputs[flag] = path
+                settings[flag] = fingerprint(path, kinds[key])
+        elif key not in NOT_SETTINGS:
+            settings[key] = value
+    args.record = exit_if_complete(args.out, settings, beside, note)
+    args.settings, args.inputs = settings, inputs
+    for key in models:
+        if path := getattr(args, key):
+            check_model(path)
+    # A reference reads another's tokens, and a base model has no chat template.
+    if "model" in models and args.model:
+        check_tokenizer(args.model)
 
 
 # --------------------------------------------------------------------------- whether there is work
@@ -150,7 +182,7 @@ def damage(out: str, record: dict) -> list[str]:
     return differences
 
 
-def refuse_foreign(out: str, beside: tuple[str, ...]) -> None:
+def refuse_foreign(out: str, beside: Iterable[str]) -> None:
     """Ends the program where it would replace what it did not write."""
     record = record_of(out)
     foreign = []
@@ -173,8 +205,15 @@ def print_look(state: str, out: str, count: int, note: str) -> None:
     print(state, out, count, *filter(None, [note]), sep="\t")
 
 
-def exit_if_complete(out: str, settings: dict, *beside: str, note: str = "") -> None:
-    """Ends the program where `out` is complete from these very settings.
+def is_same(old: object, new: object) -> bool:
+    """Whether a setting is what it was. What is not there yet counts as unchanged."""
+    return new in (old, ABSENT)
+
+
+def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = (),
+                     note: str = "") -> dict | None:
+    """Ends the program where `out` is complete from these very settings; else returns the record of
+    what stands there, if that is ours.
 
     A complete output of other settings, or whose files have other sizes now, is never replaced
     unasked: what differs is named, and the program ends, unless REDO=yes is set. Nor is what this
@@ -182,14 +221,12 @@ def exit_if_complete(out: str, settings: dict, *beside: str, note: str = "") -> 
     """
     refuse_foreign(out, beside)
     record = record_of(out)
-    looked_at.clear()
-    looked_at[out] = record
     pending = os.path.exists(f"{unfinished(out)}/stats.json")
     if record is None or is_empty(out) and not pending:
-        return
+        return record
     old = record["settings"]
     changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
-               if settings.get(key) not in (old.get(key), ABSENT)]
+               if not is_same(old.get(key), settings.get(key))]
     if not pending:
         changed += damage(out, record)
     if not changed:
@@ -197,7 +234,7 @@ def exit_if_complete(out: str, settings: dict, *beside: str, note: str = "") -> 
         if is_looking():
             print_look("follows" if follows else "complete", out, size_of(out), note)
             raise SystemExit(WORK if follows else 0)
-        if is_first():
+        if RANK == 0:
             if os.path.exists(unfinished(out)):
                 hold(out)
                 release()
@@ -208,8 +245,9 @@ def exit_if_complete(out: str, settings: dict, *beside: str, note: str = "") -> 
             print_look("changed", out, size_of(out), note)
         fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
              "replaces it and all that follows from it; another --out (RUN) keeps both")
-    if is_first() and not is_looking():
+    if RANK == 0 and not is_looking():
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
+    return record
 
 
 def exit_if_looking(out: str, writes: int = 0, note: str = "", passing: int = 0) -> None:
@@ -261,23 +299,24 @@ def check_place(out: str) -> None:
 def hold(out: str) -> None:
     """Take the lock of `out`: this program alone works on it. What a kill left is put right: what
     was whole is put in place, the rest goes."""
-    if out in locks:
+    global lock
+    if lock:
         return
     work = unfinished(out)
     busy = f"{out}: another program is writing it; wait until that has ended"
     os.makedirs(work, exist_ok=True)
-    lock = open(f"{work}/lock", "a")
+    file = open(f"{work}/lock", "a")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(busy)
     except OSError:
         # Some file systems have no locks.
         pass
     # Whoever held it may have taken it away in between.
-    if os.fstat(lock.fileno()).st_nlink == 0:
+    if os.fstat(file.fileno()).st_nlink == 0:
         fail(busy)
-    locks[out] = lock
+    lock = file
     if os.path.exists(f"{work}/stats.json"):
         put_in_place(out)
     for name in UNFINISHED - {"lock"}:
@@ -285,25 +324,26 @@ def hold(out: str) -> None:
 
 
 def release() -> None:
-    """Give the locks back that this program holds."""
-    while locks:
-        _, lock = locks.popitem()
+    """Give the lock back, if this program holds one."""
+    global lock
+    if lock:
         # Not while something unfinished lies beside it.
         with contextlib.suppress(OSError):
             os.remove(lock.name)
             os.rmdir(os.path.dirname(lock.name))
         lock.close()
+        lock = None
 
 
-def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None],
-            inputs: dict[str, str] | None = None) -> None:
-    """Put at `out` what `write(tmp)` writes, and beside it what that writes beside tmp; then
-    `out`.stats.json.
+def publish(args: argparse.Namespace, stats: dict, write: Callable[[str], None]) -> None:
+    """Put at `args.out` what `write(tmp)` writes, and beside it what that writes beside tmp; then
+    OUT.stats.json: `stats`, and what `start` found out.
 
     A reader may find the old output, the new one or, for an instant, none: after a kill between the
-    renames, the next stage that works on `out` goes on with them. What was there before is removed
+    renames, the next stage that works on OUT goes on with them. What was there before is removed
     when the new output stands. Where that cannot be put in place, it stays in OUT.unfinished.
     """
+    out = args.out
     hold(out)
     work = unfinished(out)
     new, stats_file = f"{work}/new", f"{work}/stats.tmp"
@@ -312,7 +352,7 @@ def publish(out: str, settings: dict, stats: dict, write: Callable[[str], None],
     try:
         write(tmp)
         files = {os.path.relpath(file, tmp): file.stat().st_size for file in files_of(new)}
-        record = {**stats, "files": files, "about": about(inputs or {}), "settings": settings}
+        record = {**stats, "files": files, "about": about(args.inputs), "settings": args.settings}
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         # An argument that is not UTF-8 becomes the escape that JSON has for it.
         Path(stats_file).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -367,7 +407,7 @@ def about(inputs: dict[str, str]) -> dict:
     return {"command": f"{name} {shlex.join(sys.argv[1:])}",
             "commit": commit,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{card}",
-            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "processes": WORLD,
             "seconds": round(time.time() - STARTED, 1),
             "inputs": inputs}
 
@@ -375,16 +415,15 @@ def about(inputs: dict[str, str]) -> dict:
 # ----------------------------------------------------------------------------------------- running
 
 
-def run_stage(main: Callable[..., None], *given) -> None:
-    """Run a stage, alone at its output; a full disk or an unreadable file is one line, like every
-    other error that a user can mend."""
+def run_stage(main: Callable[..., None], *given: argparse.Namespace) -> None:
+    """Run a stage with the arguments that `start` has seen, if it has any, alone at its output; a
+    full disk or an unreadable file is one line, like every other error that a user can mend."""
     try:
-        while looked_at:
-            out, record = looked_at.popitem()
-            if is_first():
-                hold(out)
-                if record_of(out) != record:
-                    fail(f"{out}: another program has just written it; the same command again")
+        for args in given:
+            if RANK == 0 and "record" in args:
+                hold(args.out)
+                if record_of(args.out) != args.record:
+                    fail(f"{args.out}: another program has just written it; the same command again")
         main(*given)
     except OSError as error:
         if error.filename:
@@ -400,8 +439,7 @@ def run_stage(main: Callable[..., None], *given) -> None:
              f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
     finally:
         release()
-        looked_at.clear()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD > 1:
         import torch.distributed as dist  # a stage on several processes has loaded it
         if dist.is_initialized():
             # all leave together: where one machine's processes leave while rank 0 still writes, the

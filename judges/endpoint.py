@@ -2,11 +2,10 @@
 
 Any server of that kind will do (`vllm serve`, `transformers serve`, a hosted one). The client tries
 again with growing pauses when the endpoint is busy, fails or is silent. Every answer is kept in
-judge_cache.jsonl in or beside OUT, and no question in it is asked, or paid, again.
+OUT.judge_cache.jsonl, and no question in it is asked, or paid, again.
 """
 import json
 import math
-import os
 import re
 import string
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from core import RANK
 from core.parallel import merge
 from core.rows import fail
 from judges.flags import key_of_endpoint
@@ -64,10 +64,10 @@ def parse_rating(text: str) -> float:
 # ------------------------------------------------------------------------------------------ asking
 
 
-def chat(args, chats: list[list[dict]], rank: int, world: int) -> list[str]:
+def chat(args, chats: list[list[dict]]) -> list[str]:
     """The answer of --judge-model to every chat, at temperature 0; process 0 asks for all. An empty
     one stands for what the endpoint will never answer."""
-    return merge({0: ask_endpoint(args, chats)} if rank == 0 else {}, world)[0]
+    return merge({0: ask_endpoint(args, chats)} if RANK == 0 else {})[0]
 
 
 def read_cache(path: Path) -> dict[str, str]:
@@ -123,7 +123,7 @@ def ask_endpoint(args, chats: list[list[dict]]) -> list[str]:
     client = OpenAI(base_url=args.base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
     requests = [json.dumps({"model": args.judge_model, "messages": messages, "temperature": 0,
                             "max_tokens": args.judge_tokens}) for messages in chats]
-    cache = Path(f"{args.out}{'/' if os.path.isdir(args.out) else '.'}judge_cache.jsonl")
+    cache = Path(f"{args.out}.judge_cache.jsonl")
     cache.parent.mkdir(parents=True, exist_ok=True)
     answers = read_cache(cache)
     errors = []

@@ -7,9 +7,9 @@ import os
 import urllib.error
 import urllib.request
 
-from core.folder import check_model, fingerprint, folder_of, is_promised, read_json
+from core.folder import folder_of, is_promised, read_json
 from core.rows import fail
-from core.stage import natural, settings_of
+from core.stage import natural
 
 JUDGES = ("vader", "reward-model", "pairrm", "llm", "openai")  # who they are: judges/judge.py
 PACKAGES = {"vader": "vaderSentiment", "openai": "openai"}
@@ -42,23 +42,13 @@ def files_by_name(pairs: list[str]) -> dict[str, str]:
     return table
 
 
-def judge_settings(args: argparse.Namespace, *inputs: str) -> dict:
-    """`settings_of` for a stage with a judge; an input may be a table {name: path}.
-
-    An endpoint's address decides nothing, its model is a name, and the room for its answers counts
-    where it is asked alone.
-    """
-    tables = [key for key in inputs if isinstance(getattr(args, key), dict)]
-    models = [] if args.judge == "openai" else ["judge_model"]
-    settings = settings_of(args, *models, *[key for key in inputs if key not in tables])
-    for key in tables:
-        paths = settings.pop(key)
-        settings |= {f"{key} {name}": fingerprint(path, "file")
-                     for name, path in paths.items()}
-    del settings["base_url"]
-    if args.judge != "openai":
-        del settings["judge_tokens"]
-    return settings
+def judge_models(args: argparse.Namespace) -> list[str]:
+    """The flags that name a judging model to load, for `start`; that of an endpoint is a name. The
+    room for an answer counts where an endpoint is asked alone."""
+    if args.judge == "openai":
+        return []
+    args.judge_tokens = None
+    return ["judge_model"]
 
 
 def check_judge(args: argparse.Namespace) -> None:
@@ -101,9 +91,8 @@ def check_endpoint(url: str | None) -> None:
 
 
 def check_model_of(judge: str, model: str) -> None:
-    """The judge's folder is there, and its config.json that of such a judge; what only the hub has
-    is looked at when it is loaded."""
-    check_model(model)
+    """The judge's config.json is that of such a judge; what only the hub has is looked at when it
+    is loaded."""
     folder = None if is_promised(model) else folder_of(model)
     if folder is None or judge == "llm":
         return

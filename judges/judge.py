@@ -1,10 +1,9 @@
 """Judges: who says which of two responses to a prompt is better.
 
-A *ranker* is a function (args, comparisons, *place) → P(first response is better), one number in
+A *ranker* is a function (args, comparisons) → P(first response is better), one number in
 [0, 1] for every comparison (conversation, first, second), NaN where it gives no verdict. `compare`
 asks it in both orders and averages, because a judge's taste for the first option is often stronger
-than its taste. A *scorer* gives each response a number of its own, and is asked once. `place` is
-(rank, world size, device), what core.parallel.start_processes returns.
+than its taste. A *scorer* gives each response a number of its own, and is asked once.
 
     vader           scorer: sentiment by a lexicon rated by people, the gold standard of the demo
     reward-model    scorer: the logit of any one-logit sequence classifier with a chat template
@@ -21,9 +20,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from core import RANK, WORLD
 from core.chat import answered, encode_prompt, encode_rows
 from core.models import context_of, load_config, load_tokenizer, load_weights, reason
-from core.parallel import autocast, merge
+from core.parallel import autocast, merge, this_device
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
 from core.rows import fail
@@ -59,7 +59,7 @@ def encode_chats(path: str, tokenizer, prompts: list[list[dict]], chats: list[li
 # ------------------------------------------------------------------------------------------ scorers
 
 
-def vader(args, rows: list[dict], *place) -> list[list[float]]:
+def vader(args, rows: list[dict]) -> list[list[float]]:
     """Sentiment in [−1, 1] of every response by VADER, a lexicon rated by people (Hutto & Gilbert
     2014)."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # the demo's alone
@@ -68,10 +68,10 @@ def vader(args, rows: list[dict], *place) -> list[list[float]]:
 
 
 @torch.no_grad()
-def reward_model(args, rows: list[dict], *place) -> list[list[float]]:
+def reward_model(args, rows: list[dict]) -> list[list[float]]:
     """Logit of every response by a one-logit sequence classifier with a chat template; responses
     split over ranks."""
-    rank, world, device = place
+    device = this_device()
     path = args.judge_model
     prompts = [row["prompt"] for row in rows for _ in row["responses"]]
     chats = [answered(row["prompt"], text) for row in rows for text in row["responses"]]
@@ -81,11 +81,11 @@ def reward_model(args, rows: list[dict], *place) -> list[list[float]]:
     if model.config.num_labels != 1:
         fail(f"{path}: a reward model needs one logit; found {model.config.num_labels}")
     mine = {}
-    share = range(rank, len(chats), world)
-    for i in tqdm(share, desc="reward model", unit="answer", disable=None if rank == 0 else True):
+    share = range(RANK, len(chats), WORLD)
+    for i in tqdm(share, desc="reward model", unit="answer", disable=None if RANK == 0 else True):
         with autocast(device, args.precision):
             mine[i] = model(torch.tensor([encoded[i]], device=device)).logits.float().item()
-    logits = merge(mine, world)
+    logits = merge(mine)
     if not all(map(math.isfinite, logits.values())):
         fail(f"{path}: a reward is not finite; are its weights sound?")
     in_order = iter(sorted(logits))
@@ -95,10 +95,9 @@ def reward_model(args, rows: list[dict], *place) -> list[list[float]]:
 # ------------------------------------------------------------------------------------------ rankers
 
 
-def llm(args, comparisons: list[Comparison], *place) -> list[float]:
+def llm(args, comparisons: list[Comparison]) -> list[float]:
     """π(A) / (π(A) + π(B)) after Listing 1, from the log-probs of the two option tokens (SPA,
     B.2)."""
-    rank, world, device = place
     path = args.judge_model
     tokenizer = load_tokenizer(path)
     chats = [option_prompt(*comparison) for comparison in comparisons]
@@ -113,18 +112,18 @@ def llm(args, comparisons: list[Comparison], *place) -> list[float]:
         a, b = pair[1] if pair else ([], [])
         if len(a) != len(b) or (a[:-1] != b[:-1]).any() or a[-1] == b[-1]:
             fail(f"{path}: its tokenizer does not write A and B as one token each")
-    model = load_scorer(path, device, encoded, args.precision)
-    logps = score(ResponseLogps(model), encoded, args.precision, device, rank, world, "judge")
+    model = load_scorer(path, this_device(), encoded, args.precision)
+    logps = score(ResponseLogps(model), encoded, args.precision, "judge")
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]
 
 
-def openai(args, comparisons: list[Comparison], *place) -> list[float]:
+def openai(args, comparisons: list[Comparison]) -> list[float]:
     """1 or 0 by the letter that an OpenAI-compatible endpoint answers to Listing 1."""
     order = ("You compare two responses. Answer with [[A]] or [[B]], whichever is better, and "
              "nothing else.")
     system = {"role": "system", "content": order}
     chats = [[system, *option_prompt(*comparison)] for comparison in comparisons]
-    return [parse_choice(text) for text in chat(args, chats, *place[:2])]
+    return [parse_choice(text) for text in chat(args, chats)]
 
 
 # -------------------------------------------------------------------------- one way to use them all
@@ -149,16 +148,16 @@ def both_orders(first: np.ndarray, exchanged: np.ndarray) -> tuple[np.ndarray, d
                         "no_verdict": int(without.sum())}
 
 
-def compare(args, comparisons: list[Comparison], *place) -> tuple[np.ndarray, dict]:
+def compare(args, comparisons: list[Comparison]) -> tuple[np.ndarray, dict]:
     """P(first is better) [N] of every comparison by the judge of `args`, whatever its kind, NaN
     where it gave no verdict, and how it behaved."""
     if args.judge in SCORERS:
         rows = [{"prompt": prompt, "responses": sides} for prompt, *sides in comparisons]
-        first, second = np.array(SCORERS[args.judge](args, rows, *place)).T
+        first, second = np.array(SCORERS[args.judge](args, rows)).T
         return wins(first, second), {}
     count = len(comparisons)
     exchanged = [(conversation, second, first) for conversation, first, second in comparisons]
-    answers = RANKERS[args.judge](args, [*comparisons, *exchanged], *place)
+    answers = RANKERS[args.judge](args, [*comparisons, *exchanged])
     preference, behaviour = both_orders(np.array(answers[:count]), np.array(answers[count:]))
     if behaviour["no_verdict"] == 2 * count:
         fail(f"{args.judge_model}: none of its {2 * count} answers held a verdict; a judge that "
@@ -166,13 +165,13 @@ def compare(args, comparisons: list[Comparison], *place) -> tuple[np.ndarray, di
     return preference, behaviour
 
 
-def rewards(args, rows: list[dict], *place) -> tuple[list[list[float]], dict]:
+def rewards(args, rows: list[dict]) -> tuple[list[list[float]], dict]:
     """A reward for every response of every row, and how the judge behaved.
 
     A ranker's is the mean preference for it over the siblings.
     """
     if args.judge in SCORERS:
-        return SCORERS[args.judge](args, rows, *place), {}
+        return SCORERS[args.judge](args, rows), {}
     result = [[0.0] * len(row["responses"]) for row in rows]
     where, comparisons = [], []
     for i, row in enumerate(rows):
@@ -181,7 +180,7 @@ def rewards(args, rows: list[dict], *place) -> tuple[list[list[float]], dict]:
             comparisons.append((row["prompt"], first, second))
     if not comparisons:
         return result, {}
-    preference, behaviour = compare(args, comparisons, *place)
+    preference, behaviour = compare(args, comparisons)
     for (i, j, k), p in zip(where, settled(preference).tolist()):
         siblings = len(result[i]) - 1
         result[i][j] += p / siblings

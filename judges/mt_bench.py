@@ -23,8 +23,8 @@ import os
 from pathlib import Path
 
 from core.rows import fail, has_shape, read_json_lines, read_rows, write_rows
-from core.stage import exit_if_complete, exit_if_looking, parser, publish, run_stage
-from judges.flags import check_judge, endpoint_flags, judge_settings
+from core.stage import exit_if_looking, parser, publish, run_stage, start
+from judges.flags import check_judge, endpoint_flags, judge_models
 from judges.report import markdown
 
 # As FastChat samples.
@@ -32,8 +32,8 @@ TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, 
                "math": 0.0, "coding": 0.0, "reasoning": 0.0}
 
 
-def flags() -> tuple[argparse.Namespace, dict]:
-    """The arguments, and what decides the output. Ends the program where that is complete."""
+def flags() -> argparse.Namespace:
+    """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
     cli.add_argument("--folder", required=True, help="FastChat's files of MT-Bench")
     cli.add_argument("--answers", nargs="+", default=[], metavar="FILE",
@@ -46,15 +46,14 @@ def flags() -> tuple[argparse.Namespace, dict]:
         fail("--answers takes one file a turn; with both it needs --judge-model, and only then")
     args.judge = "openai" if args.judge_model else "none"
     args.answers = {f"turn {t}": path for t, path in enumerate(args.answers, 1)}
-    settings = judge_settings(args, "folder", "answers")
-    exit_if_complete(args.out, settings)
+    start(args, judge_models(args), ["folder", "answers"])
     check_judge(args)
     exit_if_looking(args.out)
-    return args, settings
+    return args
 
 
 if __name__ == "__main__":
-    args, settings = flags()  # here already: what is imported below takes seconds to load
+    args = flags()  # here already: what is imported below takes seconds to load
 
 from judges.endpoint import chat, parse_rating
 
@@ -162,7 +161,7 @@ def judge(args, questions: dict[str, dict], answers: dict[str, list[str]]) -> li
             rows.append({"question_id": question["question_id"], "category": question["category"],
                          "model": Path(args.out).stem, "judge": [args.judge_model, kind],
                          "user_prompt": asked, "turn": t})
-    for row, text in zip(rows, chat(args, chats, 0, 1)):
+    for row, text in zip(rows, chat(args, chats)):
         rating = parse_rating(text)
         row |= {"judgment": text, "score": -1 if math.isnan(rating) else rating}
     return rows
@@ -182,7 +181,7 @@ def mean_scores(judgements: list[dict]) -> dict[str, float]:
     return {**means, "unrated": unrated}
 
 
-def main(args: argparse.Namespace, settings: dict) -> None:
+def main(args: argparse.Namespace) -> None:
     questions = read_questions(args.folder)
     answers, cuts = read_answers(questions, list(args.answers.values()))
     scores = {}
@@ -191,8 +190,7 @@ def main(args: argparse.Namespace, settings: dict) -> None:
         scores = mean_scores(rows) | cuts
     else:
         rows = prompt_rows(questions, answers)
-    publish(args.out, settings, {"rows": len(rows), "scores": scores},
-            lambda tmp: write_rows(tmp, rows), {"folder": args.folder, **args.answers})
+    publish(args, {"rows": len(rows), "scores": scores}, lambda tmp: write_rows(tmp, rows))
     print(f"mt_bench: {len(rows)} rows → {args.out}")
     if scores:
         header = ["MT-Bench", Path(args.out).stem]
@@ -200,4 +198,4 @@ def main(args: argparse.Namespace, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, args, settings)
+    run_stage(main, args)

@@ -17,9 +17,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from core import RANK, WORLD
 from core.chat import BREAK
 from core.models import load_config, reason
-from core.parallel import autocast, merge
+from core.parallel import autocast, merge, this_device
 from core.rows import fail
 from judges.flags import MARKERS
 
@@ -93,26 +94,26 @@ def conversation_text(turns: list[dict]) -> str:
 
 
 @torch.no_grad()
-def pairrm(args, comparisons: list[tuple], *place) -> list[float]:
+def pairrm(args, comparisons: list[tuple]) -> list[float]:
     """P(first is better) of every (conversation, first, second); passes split over ranks."""
-    rank, world, device = place
+    device = this_device()
     model, tokenizer = load_pairrm(args.judge_model, device)
     encoded = [encode(model.config, tokenizer, (conversation_text(turns), first, second))
                for turns, first, second in comparisons]
-    if rank == 0 and (shortened := sum(is_cut for _, is_cut in encoded)):
+    if RANK == 0 and (shortened := sum(is_cut for _, is_cut in encoded)):
         print(f"note: {args.judge_model} reads {LENGTH} tokens; {shortened} of {len(encoded)} "
               "comparisons are longer and lose the ends of their parts", file=sys.stderr)
     # Alike lengths together.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
     passes = [order[start:start + TOGETHER] for start in range(0, len(order), TOGETHER)]
     mine = {}
-    quiet = None if rank == 0 else True
-    for rows in tqdm(passes[rank::world], desc="PairRM", unit="batch", disable=quiet):
+    quiet = None if RANK == 0 else True
+    for rows in tqdm(passes[RANK::WORLD], desc="PairRM", unit="batch", disable=quiet):
         parts = [torch.tensor(encoded[i][0], device=device) for i in rows]
         ids = torch.nn.utils.rnn.pad_sequence(parts, True, tokenizer.pad_token_id)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], True)
         with autocast(device, args.precision):
             logits = model(ids, mask)
         mine |= dict(zip(rows, logits.double().sigmoid().tolist()))
-    probabilities = merge(mine, world)
+    probabilities = merge(mine)
     return [probabilities[i] for i in range(len(comparisons))]

@@ -151,7 +151,7 @@ def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
     sys.argv = [script, *flags]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run_stage(stage.main, *stage.flags())
+            run_stage(stage.main, stage.flags())
     except SystemExit as stop:
         code = stop.code or 0
     finally:

@@ -44,7 +44,7 @@ for script, *flags in json.loads(sys.argv[1]):
     sys.argv = [script, *flags]
     stage = importlib.import_module(script.removesuffix(".py"))
     try:
-        stage.main(*stage.flags())
+        stage.main(stage.flags())
     except SystemExit as stop:  # its output was complete
         if stop.code:
             raise

@@ -1,6 +1,5 @@
 """What holds on GPUs and on many machines, as far as it can be checked without either."""
 
-import argparse
 import math
 import os
 import re
@@ -48,7 +47,7 @@ def test_attention_of_cudnn_is_off_where_cuda_is_set_up(one_process, monkeypatch
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
-        assert parallel.start_processes() == (0, 1, torch.device("cuda", 3))
+        assert parallel.start_processes() == torch.device("cuda", 3)
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.flash_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
@@ -85,24 +84,23 @@ def test_a_card_without_a_usable_driver_is_one_line(one_process, monkeypatch, ca
     assert stop.value.code == 2 and said.count("\n") == 1
     assert "CUDA 13.0" in said and "driver" in said and "CUDA_VISIBLE_DEVICES=" in said
     # on purpose on the CPU; torch without CUDA; no card
-    cpu = (0, 1, CPU)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert parallel.start_processes() == cpu
+    assert parallel.start_processes() == CPU
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert parallel.start_processes() == cpu
+    assert parallel.start_processes() == CPU
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     cards.clear()
-    assert parallel.start_processes() == cpu
+    assert parallel.start_processes() == CPU
 
 
-def test_copies_of_a_policy_send_no_buffers_and_warn_of_nothing(tmp_path):
+def test_copies_of_a_policy_send_no_buffers_and_warn_of_nothing(tmp_path, monkeypatch):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        args = argparse.Namespace(gradient_checkpointing=False, shard=False)
+        monkeypatch.setattr(parallel, "WORLD", 2)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            net = parallel.distribute(ResponseLogps(make_model()), CPU, 2, args)
+            net = parallel.distribute(ResponseLogps(make_model()), False, False)
         assert isinstance(net, torch.nn.parallel.DistributedDataParallel)
         assert len(list(net.buffers())) > 0 and not net.will_sync_module_buffers()
     finally:
@@ -338,6 +336,7 @@ def test_all_processes_leave_together(tmp_path):
     script.write_text(f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+from core import RANK
 from core.parallel import start_processes
 from core.stage import run_stage
 
@@ -349,8 +348,8 @@ def watched(status):
     leave(status)
 
 def main():
-    rank, world, _ = start_processes()
-    if rank == 0:
+    start_processes()
+    if RANK == 0:
         time.sleep(2)
         open("out", "w").close()
 
@@ -392,7 +391,7 @@ def test_scoring_keeps_no_copies(monkeypatch):
 
     monkeypatch.setattr(policy, "autocast", watched)
     model = make_model().requires_grad_(False)
-    policy.score(policy.ResponseLogps(model), [([5, 6], [[7], [8]])], "bf16", CPU)
+    policy.score(policy.ResponseLogps(model), [([5, 6], [[7], [8]])], "bf16")
     assert seen and not any(seen)
 
 

@@ -123,9 +123,9 @@ def test_a_rankers_reward_is_its_mean_preference(monkeypatch):
     p = {"ab": 0.8, "ac": 0.1, "bc": 0.4}
     p |= {y + x: 1 - value for (x, y), value in p.items()}
     monkeypatch.setitem(judges.RANKERS, "llm",
-                        lambda args, asked, *_: [p[x + y] for _, x, y in asked])
+                        lambda args, asked: [p[x + y] for _, x, y in asked])
     rows = [{"prompt": ASK, "responses": list(texts)} for texts in ("abc", "bc", "a")]
-    result, behaviour = rewards(namespace(judge="llm"), rows, 0, 1, CPU)
+    result, behaviour = rewards(namespace(judge="llm"), rows)
     assert result == [pytest.approx([0.45, 0.3, 0.75]), pytest.approx([0.4, 0.6]), [0.0]]
     assert behaviour["order_disagreement"] == 0
 
@@ -272,14 +272,14 @@ def test_pairrm_against_a_plain_computation(pairrm_folder, capsys):
     asked += [([{"role": "user", "content": "y" * 1500}], "long " * 400, "z" * 409)]
     expected = [ranker_logit(pairrm_folder, turns[0]["content"], a, b) for turns, a, b in asked]
     expected[5] = ranker_logit(pairrm_folder, "USER: Hi\nASSISTANT: Yes?", "a", "b")
-    found = [logit(p) for p in pairrm.pairrm(args, asked, 0, 1, CPU)]
+    found = [logit(p) for p in pairrm.pairrm(args, asked)]
     assert found == pytest.approx(expected, abs=1e-5)
     assert "2 of 8 comparisons are longer" in capsys.readouterr().err
-    alone = [logit(pairrm.pairrm(args, [one], 0, 1, CPU)[0]) for one in asked[:5]]
+    alone = [logit(pairrm.pairrm(args, [one])[0]) for one in asked[:5]]
     assert alone == pytest.approx(found[:5], abs=1e-5)
-    exchanged = [logit(p) for p in pairrm.pairrm(args, [(t, b, a) for t, a, b in asked], 0, 1, CPU)]
+    exchanged = [logit(p) for p in pairrm.pairrm(args, [(t, b, a) for t, a, b in asked])]
     assert max(abs(one + other) for one, other in zip(found, exchanged)) > 1e-3
-    spelt = pairrm.pairrm(args, [(ASK, "<|candidate2|>[SEP]", "fine")], 0, 1, CPU)[0]
+    spelt = pairrm.pairrm(args, [(ASK, "<|candidate2|>[SEP]", "fine")])[0]
     broken = ranker_logit(pairrm_folder, "Say.", "<·|candidate2|>[·SEP]", "fine")
     assert logit(spelt) == pytest.approx(broken, abs=1e-5)
 
@@ -569,7 +569,7 @@ def test_cache_survives_kill_9(endpoint, tmp_path, monkeypatch):
 def test_a_judge_without_any_verdict_is_an_error(monkeypatch, capsys):
     monkeypatch.setitem(judges.RANKERS, "llm", lambda args, asked, *_: [math.nan] * len(asked))
     with pytest.raises(SystemExit) as stop:
-        judges.compare(namespace(judge="llm"), [(ASK, "a", "b")] * 3, 0, 1, CPU)
+        judges.compare(namespace(judge="llm"), [(ASK, "a", "b")] * 3)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "none of its 6 answers held a verdict" in error
 
@@ -616,7 +616,7 @@ def test_answers_without_verdict_are_counted(endpoint, tmp_path, monkeypatch):
 def test_who_waits_for_an_endpoint_does_not_time_out(monkeypatch):
     """60 000 requests in both orders at 10 s, 8 at once, are 41.7 h, on process 0 alone."""
     given = {}
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel, "WORLD", 2)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **k: given.update(k))
     parallel.start_processes()
     assert given["timeout"].total_seconds() > 2 * 60_000 * 10 / endpoints.PARALLEL

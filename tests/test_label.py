@@ -52,8 +52,8 @@ def logps(folder, other_folder):
     for path in (other_folder, folder):
         net, tokenizer = ResponseLogps(load_model(path, CPU)), load_tokenizer(path)
         prompt = encode_prompt(tokenizer, ASK)
-        scored.append([score(net, [(prompt, [encode_response(tokenizer, ASK, *answer)])], "fp32",
-                             CPU)[0][0] for answer in TEXTS])
+        scored.append([score(net, [(prompt, [encode_response(tokenizer, ASK, *answer)])],
+                             "fp32")[0][0] for answer in TEXTS])
     return np.array(scored)
 
 
@@ -165,7 +165,7 @@ def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path)
 
 def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
     good, bad = "What a wonderful, lovely day.", "A terrible, awful mess."
-    ((high, low),) = vader(None, [{"responses": [good, bad]}], 0, 1, CPU)
+    ((high, low),) = vader(None, [{"responses": [good, bad]}])
     assert high > 0.5 > -0.5 > low
     responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": [bad, good]}])
     ok(run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "v.jsonl"))

@@ -12,6 +12,7 @@ from conftest import ROOT, dump, gold_rows, make_model, run, sampled_without_cac
 from families import tiny_model
 from safetensors.torch import load_file, save_file
 
+from core import parallel
 from core.models import context_of, load_model, load_outline
 from core.parallel import hand_out
 from core.policy import ResponseLogps, pack, score, shares_prompt
@@ -73,7 +74,7 @@ def try_family(capsys, family: str) -> list[str]:
     scored = outcome(capsys, check_scores, "name", model, ROWS, "fp32")
     sampled = outcome(capsys, check_samples, "name", model, [prompt for prompt, _ in ROWS], 21)
     if scored == "exact":
-        for (prompt, ys), logps in zip(ROWS, score(ResponseLogps(model), ROWS, "fp32", CPU)):
+        for (prompt, ys), logps in zip(ROWS, score(ResponseLogps(model), ROWS, "fp32")):
             assert logps == pytest.approx([logp_of(model, prompt, y) for y in ys], abs=1e-3)
     if sampled == "exact":
         assert_sampled_without_cache(model, [prompt for prompt, _ in ROWS], 8)
@@ -243,7 +244,7 @@ def test_up_to_its_context_a_rotation_is_plain(kind, tokenizer, tmp_path):
     assert context_of(model.config) == 16 == context_of(plain.config)
     rows = [(list(range(5, 14)), [list(range(20, 27)), list(range(40, 46))]),
             ([50, 51, 52], [[53, 54], list(range(55, 68))])]
-    for row, logps in zip(rows, score(ResponseLogps(model), rows, "fp32", CPU)):
+    for row, logps in zip(rows, score(ResponseLogps(model), rows, "fp32")):
         assert logps == pytest.approx([logp_of(plain, row[0], y) for y in row[1]], abs=1e-3)
     check_scores("name", model, rows, "fp32")
     prompts = [prompt for prompt, _ in rows]
@@ -299,11 +300,11 @@ def test_one_process_reads_for_all(family, tied, tmp_path, monkeypatch):
     ids = torch.arange(20)[None]
     right = ours(ids).logits
     sent = []
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(parallel, "RANK", 0)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda value, source: sent.append(value))
     for part in (*ours.model.layers, ours):
         hand_out(part, CPU)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(parallel, "RANK", 1)
     monkeypatch.setattr(
         torch.distributed, "broadcast", lambda value, source: value.copy_(sent.pop(0))
     )

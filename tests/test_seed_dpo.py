@@ -1,5 +1,4 @@
 """Response log-probabilities and their layout, the DPO loss, the learning rate and the loop."""
-import argparse
 import json
 import math
 import re
@@ -49,7 +48,7 @@ def plain_logp(model, prompt, response):
 
 
 def logps_are_the_plain_ones(make, encoded):
-    ours = score(ResponseLogps(make()), encoded, "fp32", CPU)
+    ours = score(ResponseLogps(make()), encoded, "fp32")
     model = make().double()
     for (prompt, responses), values in zip(encoded, ours):
         plain = [plain_logp(model, prompt, y).item() for y in responses]
@@ -212,10 +211,9 @@ def test_a_vision_tower_is_left_alone(command, tokenizer, tmp_path):
 def test_gradient_checkpointing_recomputes_each_layer_and_changes_nothing():
     gradients, calls = [], []
     for recompute in (False, True):
-        args = argparse.Namespace(gradient_checkpointing=recompute, shard=False)
         model = make_model()
         model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
-        net = distribute(ResponseLogps(model), CPU, 1, args)
+        net = distribute(ResponseLogps(model), False, recompute)
         net(pack(ENCODED, True, CPU))[0].sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert len(calls) == 1 + 2

@@ -33,19 +33,20 @@ def flags():
     cli.add_argument("--writes", type=int, default=0)
     cli.add_argument("--busy", type=float, default=0)
     args = cli.parse_args()
-    settings = settings_of(args, "pairs")
-    del settings["writes"], settings["busy"]
-    exit_if_complete(args.out, settings)
-    exit_if_looking(args.out, writes=args.writes)
-    return args, settings
+    writes, busy = args.writes, args.busy
+    del args.writes, args.busy
+    start(args, files=["pairs"])
+    exit_if_looking(args.out, writes=writes)
+    args.busy = busy
+    return args
 
-def main(args, settings):
+def main(args):
     print("working", flush=True)
     time.sleep(args.busy)
-    publish(args.out, settings, {{}}, lambda tmp: Path(tmp).write_text(str(args.lr)) and None)
+    publish(args, {{}}, lambda tmp: Path(tmp).write_text(str(args.lr)) and None)
 
 if __name__ == "__main__":
-    run_stage(main, *flags())
+    run_stage(main, flags())
 """
 
 
@@ -69,6 +70,11 @@ def start(*command, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     )
 
 
+def begun(out, settings=None) -> argparse.Namespace:
+    """What `start` makes of the arguments of a stage that reads nothing."""
+    return argparse.Namespace(out=str(out), settings=settings or {}, inputs={})
+
+
 def publish(out, settings=None, text="new", beside=None, folder=False) -> None:
     def write(tmp):
         if folder:
@@ -79,13 +85,13 @@ def publish(out, settings=None, text="new", beside=None, folder=False) -> None:
         for name in beside or ():
             Path(tmp).with_name(name).write_text(text)
 
-    stage.publish(str(out), settings or {}, {}, write)
+    stage.publish(begun(out, settings), {}, write)
 
 
 def ends(capsys, out, settings=None, *beside) -> tuple[int | None, str]:
     """Status and text of exit_if_complete; the status is None where there is work."""
     try:
-        stage.exit_if_complete(str(out), settings or {}, *beside)
+        stage.exit_if_complete(str(out), settings or {}, beside)
         status = None
     except SystemExit as end:
         status = end.code
@@ -101,26 +107,30 @@ def listing(folder) -> list[str]:
 # ------------------------------------------------------------------------------------ settings
 
 
-def test_what_decides_no_output_is_no_setting():
+def test_what_decides_no_output_is_no_setting(tmp_path):
     """Places and memory."""
-    places = {"out": "o", "plot": "p", "gradient_checkpointing": False}
-    memory = {"micro_tokens": 1, "sample_tokens": 1, "shard": False, "save_every": 1.0}
-    assert stage.settings_of(argparse.Namespace(lr=1.0, **places, **memory)) == {"lr": 1.0}
+    places = {"out": str(tmp_path / "out"), "plot": "p", "base_url": "b"}
+    memory = {"micro_tokens": 1, "sample_tokens": 1, "shard": False, "save_every": 1.0,
+              "gradient_checkpointing": False}
+    args = argparse.Namespace(lr=1.0, **places, **memory)
+    stage.start(args, constants={"clip": 1.0})
+    assert args.settings == {"lr": 1.0, "clip": 1.0} and args.inputs == {}
 
 
 def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):
-    """In `about`, with the card where there is one; settings, which decide, have the digest
-    alone."""
+    """In `about`, with the card where there is one; settings, which decide, have the digest alone;
+    a table's, value by value."""
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("{}")
-    out = tmp_path / "out"
-    args = argparse.Namespace(lr=1.0, pairs=str(pairs), model=None, out=str(out))
-    settings = stage.settings_of(args, "pairs", "model")
-    assert settings == {"lr": 1.0, "pairs": stage.fingerprint(str(pairs)), "model": None}
+    args = argparse.Namespace(lr=1.0, pairs=str(pairs), answers={"mine": str(pairs)}, model=None,
+                              out=str(tmp_path / "out"))
+    stage.start(args, ["model"], ["pairs", "answers"])
+    digest = stage.fingerprint(str(pairs))
+    settings = {"lr": 1.0, "pairs": digest, "answers mine": digest, "model": None}
+    assert args.settings == settings
     cuda = argparse.Namespace(is_initialized=lambda: True, get_device_name=lambda: "a card")
     monkeypatch.setitem(sys.modules, "torch", argparse.Namespace(cuda=cuda))
-    inputs = stage.inputs_of(args, settings)
-    stage.publish(str(out), settings, {}, lambda tmp: os.mkdir(tmp), inputs)
+    stage.publish(args, {}, os.mkdir)
     for argv, command in (
         ([f"{ROOT}/train.py", "--out", "a b"], "train.py --out 'a b'"),
         ([f"{ROOT}/data/prepare.py", "--rounds"], "-m data.prepare --rounds"),
@@ -128,7 +138,8 @@ def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", argv)
         assert stage.about({})["command"] == command
     stats = json.loads((tmp_path / "out.stats.json").read_text())
-    assert stats["about"]["inputs"] == {"pairs": str(pairs)} and stats["settings"] == settings
+    assert stats["about"]["inputs"] == {"pairs": str(pairs), "answers mine": str(pairs)}
+    assert stats["settings"] == settings
     assert stats["about"]["machine"].endswith(" cores, a card")
 
 
@@ -356,12 +367,15 @@ def test_two_programs_never_write_one_output(tmp_path, program):
 
 def test_who_finds_the_output_written_since_the_look_does_no_work(tmp_path, capsys):
     out = tmp_path / "out"
-    assert ends(capsys, out)[0] is None
-    other = ("import sys, core.stage; "
-             "core.stage.publish(sys.argv[1], {}, {}, lambda t: open(t, 'w'))")
+    args = argparse.Namespace(out=str(out))
+    stage.start(args)
+    other = ("import argparse, sys, core.stage as stage\n"
+             "args = argparse.Namespace(out=sys.argv[1])\n"
+             "stage.start(args)\n"
+             "stage.publish(args, {}, lambda tmp: open(tmp, 'w'))")
     assert start("-c", other, out).returncode == 0
     with pytest.raises(SystemExit) as end:
-        stage.run_stage(lambda *given: publish(out), None, None)
+        stage.run_stage(lambda args: publish(out), args)
     assert end.value.code == 2 and "has just written it" in capsys.readouterr().err
     assert out.read_text() == ""
 
@@ -376,10 +390,12 @@ def test_no_process_leaves_before_process_0_has_published(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import time\n"
         "from pathlib import Path\n"
+        "from core import RANK\n"
         "from core.parallel import start_processes\n"
         "from core.stage import run_stage\n"
         "def main():\n"
-        "    if start_processes()[0] == 0:\n"
+        "    start_processes()\n"
+        "    if RANK == 0:\n"
         "        time.sleep(1)\n"
         "        Path(sys.argv[1]).touch()\n"
         "run_stage(main)\n"
