@@ -304,7 +304,7 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
     return encoded
 
 
-def usable(rows: list[dict], encoded: list, path: str) -> tuple[list[dict], list]:
+def learnable_pairs(rows: list[dict], encoded: list, path: str) -> tuple[list[dict], list]:
     """The pairs that something can be learnt from, and their tokens: both sides are written in full
     and are not the same tokens. Others are counted on stderr; if all are, the program ends."""
     kept = [k for k, pair in enumerate(encoded)
