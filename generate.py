@@ -5,9 +5,9 @@
 
 A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed,
 prompt id, sample, position) alone, and batches are the same for any number of processes. So the
-text is the same on one process or eight, and after a kill: finished batches lie in OUT.part*, and
-the same command goes on from there; those of other settings are kept, and named. Another limit of
-a batch or its tokens moves the text by rounding at most. How a batch is drawn is in
+text is the same on one process or eight, and after a kill: finished batches lie in OUT.unfinished,
+and the same command goes on from there; those of other settings are kept, and named. Another limit
+of a batch or its tokens moves the text by rounding at most. How a batch is drawn is in
 core/sampling.py.
 
 Writes the prompt rows with
@@ -29,7 +29,16 @@ import os
 
 from core import RANK, WORLD
 from core.rows import fail
-from core.stage import exit_if_looking, natural, parser, publish, ranged, run_stage, start
+from core.stage import (
+    exit_if_looking,
+    natural,
+    parser,
+    publish,
+    ranged,
+    run_stage,
+    start,
+    work_folder,
+)
 
 # It needs the torch of requirements.txt; 0.33 would replace it.
 VLLM = "vllm>=0.30,<0.33"
@@ -82,22 +91,19 @@ if __name__ == "__main__":
     args = flags()  # here already: what is imported below takes seconds to load
 
 import glob
-import hashlib
 import json
 import math
-import sys
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from core.chat import decode_response, encode_rows, is_foreign, vocabulary
 from core.models import context_of, load_config, load_model, load_tokenizer
-from core.parallel import in_bf16, start_processes
+from core.parallel import in_bf16, progress, start_processes
 from core.probe import check_samples, check_tokens
-from core.rows import read_rows, write_rows
+from core.rows import read_appended, read_rows, write_rows
 from core.sampling import batches_of, sample, stop_tokens, uniforms
 
 
@@ -120,19 +126,10 @@ def encode_prompts(args: argparse.Namespace, config, tokenizer,
     return prompts, [min(args.max_new_tokens, limit - len(prompt)) for prompt in prompts]
 
 
-def read_parts(paths: list[str]) -> dict[str, dict]:
-    """id → row of every row that is finished. A line that a kill has cut is skipped."""
-    rows = {}
-    for path in paths:
-        # A kill may cut a character too.
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                    rows[row["id"]] = row
-                except ValueError:
-                    pass
-    return rows
+def finished_rows(work: str) -> dict[str, dict]:
+    """id → row of every row that is finished."""
+    parts = glob.glob(f"{glob.escape(work)}/part*")
+    return {row["id"]: row for part in parts for row in read_appended(part)}
 
 
 def answered_row(row: dict, answers: list[list[int]], stop: torch.Tensor, tokenizer) -> dict:
@@ -168,6 +165,36 @@ def sample_vllm(engine, prompts: list[list[int]], u: torch.Tensor, temperature: 
     return [list(request.outputs[0].token_ids) for request in done]
 
 
+def sample_batch(args: argparse.Namespace, model, rows: list[dict], prompts: list[list[int]],
+                 new_tokens: int, stop: torch.Tensor) -> list[list[int]]:
+    """The answers to some rows' prompts, n to each in turn."""
+    u = np.concatenate([uniforms(args.seed, row["id"], args.n, new_tokens) for row in rows])
+    u = torch.tensor(u, device=stop.device)
+    heats = [row.get("temperature", args.temperature) for row in rows for _ in range(args.n)]
+    heats = torch.tensor(heats, device=stop.device)
+    by = sample_vllm if args.backend == "vllm" else sample
+    try:
+        return by(model, prompts, u, heats, stop)
+    except FloatingPointError as error:
+        fail(f"{args.model}: {error} while it answers {args.prompts}, id {rows[0]['id']!r} or one "
+             "sampled with it; are its weights sound? --precision fp32 has more range")
+
+
+def publish_rows(args: argparse.Namespace, rows: list[dict], tokens_per_s: float) -> None:
+    """Put the answered rows at OUT, and sum them up."""
+    answers = [text for row in rows for text in row["responses"]]
+    stats = {"prompts": len(rows), "n": args.n,
+             "mean_characters": sum(map(len, answers)) / len(answers),
+             "ended": sum(sum(row["ended"]) for row in rows) / len(answers),
+             "special_inside": sum(sum(row["special_inside"]) for row in rows),
+             "tokens_per_s": tokens_per_s}
+    publish(args, stats, lambda tmp: write_rows(tmp, rows))
+    print(f"generate: {len(rows)} prompts × {args.n} responses, "
+          f"{stats['mean_characters']:.0f} characters on average, "
+          f"{stats['ended']:.0%} ended by themselves, {stats['special_inside']} with special "
+          f"tokens inside, {tokens_per_s:.0f} tokens/s → {args.out}")
+
+
 def main(args: argparse.Namespace) -> None:
     device = start_processes()
     rows = read_rows(args.prompts, "prompts")
@@ -187,72 +214,41 @@ def main(args: argparse.Namespace) -> None:
             check_samples(args.model, model, prompts, max(map(sum, zip(lengths, rooms))))
         batches = batches_of(lengths, rooms, args.n, args.batch_size, args.sample_tokens)
 
-    # The name of what is finished holds a digest of its settings: others neither use nor remove it.
-    digest = hashlib.sha256(json.dumps(args.settings).encode()).hexdigest()[:8]
-    all_parts = f"{glob.escape(args.out)}.part*"
-    parts = f"{all_parts}-{digest}"
-    before = read_parts(glob.glob(parts))
+    # Each process adds its rows to a part of its own, and all go on from all parts.
+    work = work_folder(args)
+    before = finished_rows(work)
     todo = [batch for batch in batches if any(rows[i]["id"] not in before for i in batch)]
-    if RANK == 0:
-        if before:
-            print(f"generate: {len(before)} of {len(rows)} prompts were done before; going on")
-        if others := set(glob.glob(all_parts)) - set(glob.glob(parts)):
-            print(f"note: kept, of other settings: {', '.join(sorted(others))}", file=sys.stderr)
+    if RANK == 0 and before:
+        print(f"generate: {len(before)} of {len(rows)} prompts were done before; going on")
     # Nobody writes until everybody has read.
     if WORLD > 1:
         dist.barrier()
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    os.makedirs(work, exist_ok=True)
     started = time.perf_counter()
-    with open(f"{args.out}.part{RANK}-{digest}", "a", encoding="utf-8") as part:
+    with open(f"{work}/part{RANK}", "a", encoding="utf-8") as part:
         # A kill may have cut the last line.
         part.write("\n")
-        for batch in tqdm(todo[RANK::WORLD], desc="generate", unit="batch",
-                          disable=None if RANK == 0 else True):
-            room = rooms[batch[0]]
-            asked = [prompts[i] for i in batch]
-            u = np.concatenate([uniforms(args.seed, rows[i]["id"], args.n, room) for i in batch])
-            u = torch.tensor(u, device=device)
-            heats = [rows[i].get("temperature", args.temperature)
-                     for i in batch for _ in range(args.n)]
-            heats = torch.tensor(heats, device=device)
-            try:
-                if args.backend == "vllm":
-                    drawn = sample_vllm(model, asked, u, heats, stop)
-                else:
-                    drawn = sample(model, asked, u, heats, stop)
-            except FloatingPointError as error:
-                fail(f"{args.model}: {error} while it answers {args.prompts}, id "
-                     f"{rows[batch[0]]['id']!r} or one sampled with it; are its weights sound? "
-                     "--precision fp32 has more range")
+        for batch in progress(todo[RANK::WORLD], "generate", "batch"):
+            new_tokens = rooms[batch[0]]
+            drawn = sample_batch(args, model, [rows[i] for i in batch],
+                                 [prompts[i] for i in batch], new_tokens, stop)
             for k, i in enumerate(batch):
                 answers = drawn[k * args.n:(k + 1) * args.n]
                 row = answered_row(rows[i], answers, stop, tokenizer)
-                if room < args.max_new_tokens:
+                if new_tokens < args.max_new_tokens:
                     row["answer_cut"] = True
                 part.write(json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist) + "\n")
             part.flush()
-
     if WORLD > 1:
         dist.barrier()
     seconds = time.perf_counter() - started
+
     if RANK == 0:
-        done = read_parts(glob.glob(parts))
-        answers = [text for row in done.values() for text in row["responses"]]
+        done = finished_rows(work)
         # Of this start of the program, over all processes.
         tokens = sum(len(ids) for row in done.values() if row["id"] not in before
                      for ids in row["response_ids"])
-        stats = {"prompts": len(rows), "n": args.n,
-                 "mean_characters": sum(map(len, answers)) / len(answers),
-                 "ended": sum(sum(row["ended"]) for row in done.values()) / len(answers),
-                 "special_inside": sum(sum(row["special_inside"]) for row in done.values()),
-                 "tokens_per_s": tokens / seconds}
-        publish(args, stats, lambda tmp: write_rows(tmp, (done[row["id"]] for row in rows)))
-        for path in glob.glob(parts):
-            os.remove(path)
-        print(f"generate: {len(rows)} prompts × {args.n} responses, "
-              f"{stats['mean_characters']:.0f} characters on average, "
-              f"{stats['ended']:.0%} ended by themselves, {stats['special_inside']} with special "
-              f"tokens inside, {stats['tokens_per_s']:.0f} tokens/s → {args.out}")
+        publish_rows(args, [done[row["id"]] for row in rows], tokens / seconds)
 
 
 if __name__ == "__main__":

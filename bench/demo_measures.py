@@ -28,7 +28,7 @@ from core.models import load_config, load_tokenizer  # noqa: E402
 from core.parallel import start_processes  # noqa: E402
 from core.policy import ResponseLogps, score  # noqa: E402
 from core.probe import load_scorer  # noqa: E402
-from core.rows import atomic_path, fail, read_rows  # noqa: E402
+from core.rows import fail, read_rows  # noqa: E402
 from core.stage import parser, run_stage  # noqa: E402
 from judges.history import sources_of, stage_of  # noqa: E402
 from judges.measures import mean_and_error  # noqa: E402
@@ -37,8 +37,7 @@ SAMPLED = ("n", "max_new_tokens", "seed", "precision")  # settings of the evalua
 
 
 def write_json(path: Path, value: object) -> None:
-    with atomic_path(str(path)) as tmp:
-        Path(tmp).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def logps_of(path: str, rows: list[dict], device: torch.device) -> np.ndarray:

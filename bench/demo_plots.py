@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.demo_table import read_runs, values  # noqa: E402
 from bench.stats import draw_curve, interval  # noqa: E402
-from core.rows import atomic_path, fail  # noqa: E402
+from core.rows import fail  # noqa: E402
 from core.stage import parser, run_stage  # noqa: E402
 
 
@@ -52,8 +52,7 @@ METHODS = {"SPA": ("spa", "#0072B2"), "worst case, ε = 0.01": ("worst", "#D55E0
 
 
 def save(figure, path: Path) -> None:
-    with atomic_path(str(path)) as tmp:
-        figure.savefig(tmp, dpi=100, format="png")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     print(path)
 

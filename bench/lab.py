@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dro  # noqa: E402
 from bench.stats import by_chance, draw_curve, interval, is_ahead, is_behind  # noqa: E402
-from core.rows import atomic_path  # noqa: E402
 from core.stage import natural, parser  # noqa: E402
 from judges.report import markdown  # noqa: E402
 from label import best_and_worst, implicit_reward  # noqa: E402
@@ -442,8 +441,10 @@ def run_block(job: tuple[Path, range, list[Setting]]) -> dict[Setting, dict]:
         if key not in starts:
             starts[key] = seed_stage(world, setting)
         rows[setting] = run(world, setting, starts[key])
-    with atomic_path(str(path)) as tmp:
-        Path(tmp).write_text(json.dumps(list(rows.items())))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(list(rows.items())))
+    tmp.rename(path)
     return rows
 
 

@@ -1,7 +1,7 @@
 """What every stage stands on. Imports nothing but its own room.
 
-Being stopped, a missing package and a file that cannot be read are one line each, also before a
-stage has loaded its libraries.
+Being stopped, a missing package, a file that cannot be read or written and a lack of memory are one
+line each, also before a stage has loaded its libraries.
 """
 import os
 import sys
@@ -28,10 +28,23 @@ def end_in_one_line(kind: type[BaseException], error: BaseException,
               "packages are in .venv, which `bash run.sh` makes once: source .venv/bin/activate",
               file=sys.stderr)
         raise SystemExit(2)
+    line = ""
     if isinstance(error, OSError) and error.filename:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2)
-    sys.__excepthook__(kind, error, trace)
+        line = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError):
+        line = f"{error.strerror or error}: cannot write; nothing finished is lost"
+    elif is_out_of_memory(error):
+        line = ("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
+                f"--gradient-checkpointing ({error})")
+    if not line:
+        return sys.__excepthook__(kind, error, trace)
+    print("error:", *line.splitlines(), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's memory was too small, or a GPU's: torch is not imported here."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 sys.excepthook = end_in_one_line

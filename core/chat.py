@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 
 from core.models import context_of
-from core.rows import SIDES, fail, note
+from core.rows import SIDES, fail, in_one_line, note
 
 
 class Answer(NamedTuple):
@@ -96,11 +96,8 @@ def closing(tokenizer) -> str:
     # A character that Unicode assigns to nobody.
     mark = "\U0010fffd"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    try:
+    with in_one_line(f"{tokenizer.name_or_path}: the chat template refuses an assistant's turn"):
         return apply_template(tokenizer, turns, closed=True).rpartition(mark)[2]
-    except Exception as error:
-        # Templates raise whatever they like.
-        fail(f"{tokenizer.name_or_path}: the chat template refuses an assistant's turn: {error}")
 
 
 @functools.cache
@@ -268,7 +265,8 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
         if "prompt_cut" in row:  # scored after all of it, its answer would be another (D9)
             fail(f"{path}: id {row['id']!r} was answered after a prompt cut to the context "
                  "(generate.py --fit), which is for MT-Bench alone")
-        try:
+        # It may refuse a system turn, say.
+        with in_one_line(f"{path}: id {row['id']!r}: the chat template refuses this prompt"):
             prompt = encode_prompt(tokenizer, row["prompt"])
             responses = []
             for text, ended, ids in row_answers:
@@ -281,9 +279,6 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
                         ids = response_alone(tokenizer, text, ended)
                         alone += 1
                 responses.append(np.asarray(ids, np.int32))
-        except Exception as error:
-            # Templates raise whatever they like, e.g. for a system turn.
-            fail(f"{path}: id {row['id']!r}: the chat template refuses this prompt: {error}")
         if len(responses) < len(row_answers):
             encoded.append(None)
             continue

@@ -3,8 +3,8 @@ stage reads its flags before it loads it."""
 import argparse
 import os
 
-from core.folder import checkpoint_bytes, policy_bytes
-from core.stage import exit_if_looking, natural, parser, positive, ranged, start
+from core.folder import policy_bytes, size_of
+from core.stage import exit_if_looking, natural, parser, positive, ranged, start, work_folder
 
 # Gradients of a larger norm are scaled down to this. No flag: the papers give no number, and 1.0 is
 # TRL's default.
@@ -46,5 +46,9 @@ def start_training(args: argparse.Namespace) -> None:
     """Ends the program where the policy is complete or training could not begin, as far as files
     show, or where LOOK=yes. The policy stays on the disk, checkpoints go again."""
     start(args, ["model"], ["pairs"], constants={"clip": CLIP})
-    checkpoints = checkpoint_bytes(args.model, args.out) if args.save_every else 0
-    exit_if_looking(args.out, writes=policy_bytes(args.model), passing=checkpoints)
+    policy = policy_bytes(args.model)
+    checkpoints = 0
+    if args.save_every:
+        # Weights and Adam's two moments, and a new one is whole before the last one goes.
+        checkpoints = max(0, 6 * policy - size_of(f"{work_folder(args)}/checkpoint"))
+    exit_if_looking(args.out, writes=policy, passing=checkpoints)

@@ -317,9 +317,3 @@ def policy_bytes(path: str) -> int:
     """Bytes of a policy that is trained from a model; 0 where the model's size is not known."""
     promised = promises().get(os.path.normpath(path))
     return promised if promised is not None else POLICY_BYTES * (parameters(path) or 0)
-
-
-def checkpoint_bytes(path: str, out: str) -> int:
-    """Bytes that checkpoints of training `out` from a model will need beyond those there are."""
-    # Weights and Adam's two moments, and a new one is whole before the last one goes.
-    return max(0, 6 * policy_bytes(path) - size_of(f"{out}.checkpoint"))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
 from core.folder import hub_trouble, snapshot_of
-from core.rows import fail
+from core.rows import fail, in_one_line
 
 # A tokenizer, its chat templates, and where its model's answers end.
 TOKENIZER_FILES = [
@@ -32,15 +32,6 @@ if "TRANSFORMERS_VERBOSITY" not in os.environ:
     transformers.utils.logging.set_verbosity_error()
 
 
-def reason(error: Exception) -> str:
-    """What an exception of other people's code says, on one line."""
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own folder, which is never run"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else "no reason given"
-    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
-
-
 def ask_the_hub_once(path: str) -> None:
     """Where `path` is a hub id and the hub does not answer, transformers would wait for every
     file."""
@@ -51,11 +42,8 @@ def ask_the_hub_once(path: str) -> None:
 def load_config(path: str):
     """A model's config.json, from a folder or the hub."""
     ask_the_hub_once(path)
-    try:
+    with in_one_line(f"{path}: cannot load the model"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        # Also what a config's own checks raise.
-        fail(f"{path}: cannot load the model: {reason(error)}")
     # Attention is what transformers takes for the family, whatever config.json names: PyTorch's,
     # but for families that need their own.
     config._attn_implementation = None
@@ -79,16 +67,11 @@ def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
     folder."""
     # Straight to a GPU, and not by way of main memory, which all processes of a machine share.
     place = device if device.type == "cuda" else None
-    try:
+    with in_one_line(f"{path}: cannot load the model"):
         model, found = kind.from_pretrained(
             path, config=load_config(path), dtype=dtype, device_map=place, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)
         model = model.to(device).eval().requires_grad_(False)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        # Quantisers, attention kernels, sizes that do not match …
-        fail(f"{path}: cannot load the model: {reason(error)}")
     if missing := sorted(found["missing_keys"]):
         extra = sorted(found["unexpected_keys"])
         unused = f"; {len(extra)} fit nothing ({some(extra)})" if extra else ""
@@ -123,10 +106,8 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
 def load_tokenizer(path: str):
     """A tokenizer that knows how a chat is written and where a turn ends."""
     ask_the_hub_once(path)
-    try:
+    with in_one_line(f"{path}: cannot load the tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        fail(f"{path}: cannot load the tokenizer: {reason(error)}")
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = tokenizer.chat_template = template.get("default")
@@ -171,10 +152,8 @@ def check_same_tokens(tokenizer, path: str, encoded: list) -> None:
         file = cached_file(path, "tokenizer.json")
     except OSError:
         return
-    try:
+    with in_one_line(f"{path}: cannot load the tokenizer"):
         other = Tokenizer.from_file(file)
-    except Exception as error:
-        fail(f"{path}: cannot load the tokenizer: {reason(error)}")
     parts = [part for prompt, responses in encoded for part in (prompt, *responses)]
     for i in np.unique(np.concatenate(parts)).tolist():
         ours = tokenizer.convert_ids_to_tokens(i)

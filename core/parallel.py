@@ -6,6 +6,7 @@ import glob
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from core import RANK, WORLD
 from core.rows import fail
@@ -131,6 +133,11 @@ def model_of(net: torch.nn.Module):
     return getattr(net, "module", net).model
 
 
+def progress(items: Iterable, title: str, unit: str, **how) -> tqdm:
+    """`items` behind a bar, in a terminal and by the first process alone; `how` is tqdm's."""
+    return tqdm(items, title, unit=unit, disable=None if RANK == 0 else True, **how)
+
+
 def merge(mine: dict[int, object]) -> dict[int, object]:
     """All processes' {row: value}, on every process."""
     parts = [mine]
@@ -161,3 +168,9 @@ def autocast(device: torch.device, precision: str, cache: bool = True):
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, precision),
                           cache_enabled=cache)
+
+
+def shared_casts(device: torch.device) -> torch.autocast:
+    """Inside of this, which changes nothing itself, the bf16 weights of one `autocast` serve all
+    that follow: they live until the outermost of such contexts ends."""
+    return torch.autocast(device.type, enabled=False)

@@ -15,10 +15,9 @@ import math
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from core import RANK, WORLD
-from core.parallel import autocast, merge, model_of
+from core.parallel import autocast, merge, model_of, progress
 
 # ---------------------------------------------------------------------------------------- log-probs
 
@@ -109,7 +108,7 @@ def score_share(net: torch.nn.Module, encoded: list, precision: str, rank: int, 
     budget = 16384 if device.type == "cuda" else 2048
     passes = deal(encoded, range(len(encoded)), shared, budget, world)[rank]
     mine = {}
-    for indices in tqdm(passes, desc=title, unit="batch", disable=None if RANK == 0 else True):
+    for indices in progress(passes, title, "batch"):
         with autocast(device, precision, cache=False):
             # Row 0 where a pass is empty: with sharded weights all processes take part in each.
             logp, _ = net(pack([encoded[i] for i in indices or [0]], shared, device))

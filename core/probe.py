@@ -4,7 +4,6 @@ A few short sequences, and one beyond the attention window that the stage's own 
 through the very functions that the stage uses and through a plain `model(ids).logits`. What differs
 by more than rounding, and whatever raises, is one line.
 """
-import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 
 from core import RANK
-from core.models import load_model, reason
+from core.models import load_model
 from core.parallel import autocast, in_bf16
 from core.policy import ResponseLogps, score_share, shares_prompt
-from core.rows import fail
+from core.rows import fail, in_one_line
 from core.sampling import sample
 
 # Rounding, in nats a token. fp32: sums in another order were seen to differ by up to 1e-5 a token.
@@ -113,17 +112,6 @@ def check_samples(path: str, model, prompts: list[list[int]], longest: int) -> N
     if not worst <= TOLERANCE_SAMPLED[model.dtype]:
         fail(f"{name}: through the cache its log-probs are {worst:.2g} nats off those without, "
              "on average")
-
-
-@contextlib.contextmanager
-def in_one_line(name: str) -> Iterator[None]:
-    """What a model's code raises, which may be anything, ends the program in one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        fail(f"{name}: {reason(error)}")
 
 
 @torch.no_grad()

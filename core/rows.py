@@ -3,8 +3,7 @@ Needs no torch.
 
 Each kind of file holds the keys of `ROWS`; extra keys pass through every stage unchanged. `chosen`
 and `rejected` lie in files as TRL's conversations do, a list of one message of the assistant's, and
-may be given as a text; in memory they are the text. Files are written beside their place and
-renamed, so a file that exists is complete.
+may be given as a text; in memory they are the text.
 """
 import contextlib
 import gzip
@@ -21,13 +20,34 @@ from typing import NoReturn
 
 import numpy as np
 
-from core import RANK
+from core import RANK, is_out_of_memory
 
 
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit status 2."""
     print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """What other people's code raises inside, which may be anything, ends the program in one line:
+    `what` went wrong, and the reason."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        fail(f"{what}: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """What an exception of other people's code says, on one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own folder, which is never run"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else "no reason given"
+    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
 
 
 def note(text: str) -> None:
@@ -189,6 +209,20 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
         fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
 
 
+def read_appended(path: str) -> Iterator[dict]:
+    """The objects of a JSONL file, if there is one, that a program adds to until it is killed: a
+    line that a kill has cut is skipped."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            yield row
+
+
 def read_json_list(path: str, *keys: str) -> list[dict]:
     """A JSON file (.json or .json.gz) that is a list of objects which hold text under `keys`."""
     try:
@@ -289,20 +323,6 @@ def check_margins(rows: list[dict], path: str, needed: dict, remedy: str) -> int
 # ------------------------------------------------------------------------------------ writing files
 
 
-@contextlib.contextmanager
-def atomic_path(path: str) -> Iterator[str]:
-    """A path to write to, which is renamed to `path` when that is done, or removed if anything
-    fails: a file that exists is complete."""
-    tmp = f"{path}.{os.getpid()}.tmp"
-    Path(tmp).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    except BaseException:
-        remove(tmp)
-        raise
-
-
 def remove(path: str) -> None:
     """Remove a file or a folder, if there is one."""
     if os.path.isdir(path) and not os.path.islink(path):
@@ -312,8 +332,9 @@ def remove(path: str) -> None:
 
 
 def write_rows(path: str, rows: Iterable[dict]) -> None:
-    """Write JSONL, so that a file that exists is complete. Token ids may be arrays."""
+    """Write JSONL. Token ids may be arrays."""
     encoder = json.JSONEncoder(ensure_ascii=False, default=np.ndarray.tolist)
-    with atomic_path(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(encoder.encode(row) + "\n")

@@ -8,6 +8,7 @@ OUT.stats.json says from which settings OUT was written, and how large its files
 command again has nothing to do, and a changed one says what changed. While a stage works, there is
 
     OUT.unfinished/lock         held by the one program that works on OUT
+    OUT.unfinished/DIGEST/      what it goes on from after a kill; DIGEST is that of its settings
     OUT.unfinished/new/         what is going to stand in OUT's place, or beside it
     OUT.unfinished/stats.json   there once new/ is whole: the next start too may put it in place
     OUT.unfinished/old/         what stood there, until the new stands
@@ -25,6 +26,8 @@ promise. States, exit status, and what run.sh does then:
 import argparse
 import contextlib
 import fcntl
+import glob
+import hashlib
 import json
 import math
 import os
@@ -35,6 +38,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from core import RANK, WORLD
@@ -48,7 +52,7 @@ from core.folder import (
     promises,
     size_of,
 )
-from core.rows import fail, remove
+from core.rows import fail, note, remove
 
 STARTED = time.time()
 
@@ -70,8 +74,9 @@ WORK = 3
 NOT_SETTINGS = ("out", "plot", "base_url", "micro_tokens", "sample_tokens",
                 "gradient_checkpointing", "shard", "save_every")
 
-# What lies in OUT.unfinished.
+# What lies in OUT.unfinished, beside folders whose names are digests.
 UNFINISHED = {"lock", "new", "stats.tmp", "stats.json", "old"}
+DIGEST = 16 * "[0-9a-f]"
 # The lock that this program holds.
 lock = None
 
@@ -156,6 +161,25 @@ def unfinished(out: str) -> str:
     return f"{os.path.realpath(out)}.unfinished"
 
 
+def work_folder(args: argparse.Namespace) -> str:
+    """Where a stage keeps what it goes on from after a kill. No other settings find it, and it goes
+    when the output stands."""
+    return f"{unfinished(args.out)}/{digest_of(args.settings)}"
+
+
+def name_others(args: argparse.Namespace) -> None:
+    """Say what other settings have left unfinished: it is neither used nor removed."""
+    folders = glob.glob(f"{glob.escape(unfinished(args.out))}/{DIGEST}")
+    others = sorted(set(folders) - {work_folder(args)})
+    if others:
+        note(f"kept, of other settings: {', '.join(others)}")
+
+
+def digest_of(settings: dict) -> str:
+    """Digest of a stage's settings."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
 def record_of(out: str) -> dict | None:
     """The stats of what stands at `out`, or would but for a kill; None where they are not ours."""
     for path in (f"{unfinished(out)}/stats.json", f"{out}.stats.json"):
@@ -192,7 +216,8 @@ def refuse_foreign(out: str, beside: Iterable[str]) -> None:
     for name in beside:
         if record is None or f"../{name}" not in record.get("files", {}):
             foreign.append(os.path.join(os.path.dirname(work), name))
-    if not os.path.isdir(work) or set(os.listdir(work)) - UNFINISHED:
+    names = os.listdir(work) if os.path.isdir(work) else [work]
+    if not all(name in UNFINISHED or fnmatch(name, DIGEST) for name in names):
         foreign.append(work)
     for path in foreign:
         if os.path.lexists(path):
@@ -377,9 +402,7 @@ def put_in_place(out: str) -> None:
                 os.makedirs(f"{work}/old", exist_ok=True)
                 os.rename(place, old)
             os.replace(new, place)
-        # What only a run that is not finished needs.
-        for suffix in ("log.jsonl", "checkpoint", "checkpoint.tmp"):
-            remove(f"{out}.{suffix}")
+        remove(f"{work}/{digest_of(record_of(out)['settings'])}")
         # On another disk than `out` where that is a link.
         shutil.move(f"{work}/stats.json", f"{out}.stats.json")
     except OSError as error:
@@ -416,27 +439,15 @@ def about(inputs: dict[str, str]) -> dict:
 
 
 def run_stage(main: Callable[..., None], *given: argparse.Namespace) -> None:
-    """Run a stage with the arguments that `start` has seen, if it has any, alone at its output; a
-    full disk or an unreadable file is one line, like every other error that a user can mend."""
+    """Run a stage with the arguments that `start` has seen, if it has any, alone at its output."""
     try:
         for args in given:
             if RANK == 0 and "record" in args:
                 hold(args.out)
                 if record_of(args.out) != args.record:
                     fail(f"{args.out}: another program has just written it; the same command again")
+                name_others(args)
         main(*given)
-    except OSError as error:
-        if error.filename:
-            fail(f"{error.filename}: {error.strerror}")
-        fail(f"{error.strerror or error}: cannot write; nothing finished is lost")
-    except MemoryError as error:
-        fail(f"out of memory: {error}")
-    except RuntimeError as error:
-        # torch.OutOfMemoryError, without importing torch.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        fail("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
-             f"--gradient-checkpointing. ({str(error).splitlines()[0]})")
     finally:
         release()
     if WORLD > 1:

@@ -16,10 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from core import RANK, WORLD
 from core.chat import encode_rows, learnable_pairs, pair_of
@@ -33,16 +31,26 @@ from core.models import (
     load_outline,
     load_tokenizer,
 )
-from core.parallel import autocast, distribute, in_bf16, merge, model_of, start_processes
+from core.parallel import (
+    autocast,
+    distribute,
+    in_bf16,
+    merge,
+    model_of,
+    progress,
+    shared_casts,
+    start_processes,
+)
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
-from core.rows import fail, read_rows, write_rows
-from core.stage import publish
+from core.rows import fail, in_one_line, read_rows, write_rows
+from core.stage import publish, work_folder
 
 
 class Run(NamedTuple):
     """What stays the same while a trainer runs."""
     args: argparse.Namespace
+    work: str                         # folder of its log and checkpoint while it trains
     rows: list[dict]
     encoded: list                     # (prompt ids, [chosen ids, rejected ids]) of each row
     shared: bool                      # one sequence a pair, or one a response
@@ -81,7 +89,7 @@ def begin(args: argparse.Namespace, kind: str) -> Run:
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
     return Run(
-        args, rows, encoded, shared, shard, policy, optimizer,
+        args, work_folder(args), rows, encoded, shared, shard, policy, optimizer,
         precision="bf16" if in_bf16(device, args.precision) else "fp32",
         autocast=autocast(device, args.precision, cache=not shard),
         device=device,
@@ -108,14 +116,13 @@ def reference_policy(run: Run) -> torch.nn.Module:
 
 def resume(run: Run) -> list[dict]:
     """The log up to where training goes on, a row a step; weights and optimizer are set from
-    OUT.checkpoint. Empty if no run of the same settings left one.
+    the checkpoint. Empty if no run of the same settings left one.
 
-    While training runs, the log lies in OUT.log.jsonl.
+    While training runs, log and checkpoint lie in OUT.unfinished.
     """
-    log = load_checkpoint(f"{run.args.out}.checkpoint", run.policy, run.optimizer,
-                          run.args.settings)
+    log = load_checkpoint(f"{run.work}/checkpoint", run.policy, run.optimizer)
     if RANK == 0:
-        write_rows(f"{run.args.out}.log.jsonl", log)
+        write_rows(f"{run.work}/log.jsonl", log)
     if log and WORLD > 1 and not run.shard:
         # DDP rebuilds its buckets after the first backward; one dummy pass keeps a resumed run's
         # order of summation.
@@ -130,9 +137,8 @@ def batches(run: Run, log: list[dict]) -> Iterator[tuple[int, list[int]]]:
     continues: the rows in a new order each epoch, alike on every process and after a kill."""
     size = run.args.batch_size
     per_epoch = math.ceil(len(run.rows) / size)
-    bar = tqdm(range(len(log), run.total), desc="train", initial=len(log), total=run.total,
-               disable=None if RANK == 0 else True,
-               bar_format="{desc} {n}/{total} |{bar}| {elapsed}<{remaining}{postfix}")
+    bar = progress(range(len(log), run.total), "train", "step", initial=len(log), total=run.total,
+                   bar_format="{desc} {n}/{total} |{bar}| {elapsed}<{remaining}{postfix}")
     for step in bar:
         epoch, k = divmod(step, per_epoch)
         order = np.random.default_rng([run.args.seed, epoch]).permutation(len(run.rows)).tolist()
@@ -148,14 +154,10 @@ def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict,
     hence world / B. A process with fewer passes than others takes part with a stand-in of scale 0.
     """
     passes = deal(run.encoded, batch, run.shared, run.args.micro_tokens, WORLD)[RANK]
-    # The bf16 weights of a pass live until the outermost context ends: inside of one that changes
-    # nothing, they serve all passes of the step.
-    several = len(passes) > 1
-    outermost = torch.autocast(run.device.type, enabled=False) if several else nullcontext()
-    with outermost:
+    with shared_casts(run.device) if len(passes) > 1 else nullcontext():
         for number, dealt in enumerate(passes, 1):
-            # DDP sums over processes once, after the last pass. Shards are summed after each: a
-            # whole gradient would not fit.
+            # DDP reads this: it sums over processes once, after the last pass. Shards do not, and
+            # are summed after each: a whole gradient would not fit.
             run.policy.require_backward_grad_sync = number == len(passes)
             indices = dealt or batch[:1]
             tokens = pack([run.encoded[i] for i in indices], run.shared, run.device)
@@ -166,14 +168,15 @@ def gather(run: Run, per_pass: list[tuple], batch: list[int]) -> dict[str, list[
     """What all processes have found of the batch's pairs, as columns [B] in its order, alike on
     every process. `per_pass` holds (indices [m], scale, name → values [m]) of this process's
     passes; stand-ins, of scale 0, do not count."""
-    per_pair = {}
+    mine = {}
     for indices, scale, columns in per_pass:
-        if scale > 0:
-            values = zip(*(column.tolist() for column in columns.values()))
-            per_pair |= dict(zip(indices, values))
-    per_pair = merge(per_pair)
+        names = list(columns)
+        is_stand_in = scale == 0
+        if not is_stand_in:
+            mine |= dict(zip(indices, zip(*(column.tolist() for column in columns.values()))))
+    per_pair = merge(mine)
     ordered = zip(*(per_pair[i] for i in batch))
-    return dict(zip(per_pass[0][2], map(list, ordered)))
+    return dict(zip(names, map(list, ordered)))
 
 
 def update(run: Run, lr: float) -> float:
@@ -189,31 +192,31 @@ def update(run: Run, lr: float) -> float:
     return norm.item()
 
 
-def record_step(run: Run, log: list[dict], batch: list[int], pairs: dict, lr: float, norm: float,
-                started: float, /, **more) -> None:
+def record_step(run: Run, log: list[dict], indices: list[int], pairs: dict, lr: float, norm: float,
+                started: float, **more) -> None:
     """Append a step to the log, in memory and on disk; write a checkpoint where one is due.
 
-    `pairs` has the `loss`, `margin` and `round_margin` of the batch. Ends the program, with nothing
-    saved, where loss or gradient is not finite.
+    `pairs` has the `loss`, `margin` and `round_margin` of the rows `indices`, `more` what else the
+    log says. Ends the program, with nothing saved, where loss or gradient is not finite.
     """
-    saved = f"{run.args.out}.checkpoint"
-    loss = sum(pairs["loss"]) / len(batch)
+    saved = f"{run.work}/checkpoint"
+    loss = sum(pairs["loss"]) / len(indices)
     if not math.isfinite(loss + norm):
         kept = f", {saved} is kept" if os.path.exists(saved) else ""
-        ids = ", ".join(run.rows[i]["id"] for i in batch)
+        ids = ", ".join(run.rows[i]["id"] for i in indices)
         fail(f"{run.args.pairs}: step {len(log) + 1} of {run.total}: loss {loss}, "
              f"gradient norm {norm}; rows {ids}. "
              f"No weights are saved{kept}; lower --lr or look at these rows")
-    row = log_row(run, len(log), batch, pairs, lr, norm, started) | more
+    row = log_row(run, len(log), indices, pairs, lr, norm, started) | more
     log.append(row)
     if RANK == 0:
-        with open(f"{run.args.out}.log.jsonl", "a", encoding="utf-8") as file:
+        with open(f"{run.work}/log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     if checkpoint_is_due(run, row["seconds"]) and len(log) < run.total:
-        save_checkpoint(saved, run.policy, run.optimizer, run.args.settings, log)
+        save_checkpoint(saved, run.policy, run.optimizer, log)
 
 
-def log_row(run: Run, step: int, batch: list[int], pairs: dict, lr: float, norm: float,
+def log_row(run: Run, step: int, indices: list[int], pairs: dict, lr: float, norm: float,
             started: float) -> dict:
     """A step in numbers.
 
@@ -225,13 +228,13 @@ def log_row(run: Run, step: int, batch: list[int], pairs: dict, lr: float, norm:
         # its own. The next step's stamp follows with nothing under way.
         torch.cuda.synchronize(run.device)
     seconds = time.perf_counter() - started
-    tokens = sum(tokens_of(run.encoded[i], run.shared) for i in batch)
+    tokens = sum(tokens_of(run.encoded[i], run.shared) for i in indices)
     margin = torch.tensor(pairs["margin"], dtype=torch.float64)
     confidence = torch.sigmoid(margin)
     round_margin = np.array(pairs["round_margin"])
     return {
         "step": step + 1,
-        "loss": sum(pairs["loss"]) / len(batch),
+        "loss": sum(pairs["loss"]) / len(indices),
         "accuracy": float(((round_margin > 0) + 0.5 * (round_margin == 0)).mean()),
         "margin": margin.mean().item(),
         "confidence": np.quantile(confidence, [0.1, 0.5, 0.9]).tolist(),
@@ -270,11 +273,9 @@ def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> di
     weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied: once
 
     def write(tmp: str) -> None:
-        try:
+        with in_one_line(f"{args.out}: cannot be written; is the disk full? A checkpoint, if there "
+                         "is one, is kept: make room, and the same command goes on"):
             model.save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
-        except SafetensorError as error:
-            fail(f"{args.out}: cannot be written; is the disk full? A checkpoint, if there is one, "
-                 f"is kept: make room, and the same command goes on ({error})")
         copy_tokenizer(args.model, tmp)
         write_rows(f"{tmp}/log.jsonl", log)
     last = log[-(len(log) // args.epochs):]

@@ -50,6 +50,7 @@ from core.rows import (
     SIDES,
     answer_turn,
     fail,
+    in_one_line,
     opened,
     read_json_lines,
     read_json_list,
@@ -161,7 +162,7 @@ def load_any(source: str, most: int | None = None) -> Iterator[tuple[str, dict]]
         datasets.disable_progress_bars()
     what = {"path": kind, "data_files": source} if is_file else {"path": source}
     trouble = "" if is_file or os.path.exists(source) else hub_trouble()
-    try:
+    with in_one_line(f"{source}: cannot be loaded{trouble and f' ({trouble})'}"):
         files = datasets.load_dataset_builder(**what).config.data_files
         split = next((name for name in ("train_prefs", "train") if name in files), [*files][0])
         names = list(files[split])[:most]
@@ -172,10 +173,6 @@ def load_any(source: str, most: int | None = None) -> Iterator[tuple[str, dict]]
         else:
             rows = datasets.load_dataset(**what, split=split, streaming=most is not None)
             rows = rows if most is None else list(rows.take(most))
-    except Exception as error:
-        # `datasets` raises many kinds.
-        reason = (str(error) or repr(error)).splitlines()[0]
-        fail(f"{source}: cannot be loaded: {trouble or reason}")
     if are_texts:
         for name, path in zip(names, paths):
             yield from read_texts(name, path)
@@ -450,12 +447,9 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
         if any(spells_control(tokenizer, text) for text in texts):
             left["control_token"] += 1
             continue
-        try:
+        with in_one_line(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): the "
+                         f"chat template of {path} refuses this prompt"):
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        except Exception as error:
-            # Templates raise whatever they like.
-            fail(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): "
-                 f"the chat template of {path} refuses this prompt: {error}")
         # No token is shorter than a byte; 64 for what is written around an answer.
         longest = max((len(answer.encode()) for answer in answers), default=0)
         needed = len(text.encode()) + room + 64 + longest

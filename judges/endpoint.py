@@ -12,11 +12,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from core import RANK
-from core.parallel import merge
-from core.rows import fail
+from core.parallel import merge, progress
+from core.rows import fail, read_appended
 from judges.flags import key_of_endpoint
 
 # Seconds a request, tries beyond the first, requests at once.
@@ -70,18 +68,6 @@ def chat(args, chats: list[list[dict]]) -> list[str]:
     return merge({0: ask_endpoint(args, chats)} if RANK == 0 else {})[0]
 
 
-def read_cache(path: Path) -> dict[str, str]:
-    """request → answer of all that was asked before; a line that a kill cut is skipped."""
-    answers = {}
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            row = json.loads(line)
-            answers[row["request"]] = row["answer"]
-        except (ValueError, KeyError, TypeError):
-            pass
-    return answers
-
-
 def hidden(text: str, key: str) -> str:
     """The text without the key. One of fewer than eight characters is no secret ("none", for a
     server that asks for none), and may be part of ordinary words."""
@@ -125,7 +111,7 @@ def ask_endpoint(args, chats: list[list[dict]]) -> list[str]:
                             "max_tokens": args.judge_tokens}) for messages in chats]
     cache = Path(f"{args.out}.judge_cache.jsonl")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    answers = read_cache(cache)
+    answers = {row["request"]: row["answer"] for row in read_appended(cache)}
     errors = []
     refused: set[str] = set()
     lock = threading.Lock()
@@ -148,8 +134,7 @@ def ask_endpoint(args, chats: list[list[dict]]) -> list[str]:
     with open(cache, "a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL) as pool:
         file.write("\n" if cache.stat().st_size else "")  # the last line may have been cut
         todo = [request for request in dict.fromkeys(requests) if request not in answers]
-        for _ in tqdm(pool.map(ask, todo), desc="judge", total=len(todo), unit="request",
-                      disable=None):
+        for _ in progress(pool.map(ask, todo), "judge", "request", total=len(todo)):
             pass
     if errors:
         reason = hidden(" ".join(f"{type(errors[0]).__name__}: {errors[0]}".split()), key)[:300]

@@ -18,15 +18,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
 from core import RANK, WORLD
 from core.chat import answered, encode_prompt, encode_rows
-from core.models import context_of, load_config, load_tokenizer, load_weights, reason
-from core.parallel import autocast, merge, this_device
+from core.models import context_of, load_config, load_tokenizer, load_weights
+from core.parallel import autocast, merge, progress, this_device
 from core.policy import ResponseLogps, score
 from core.probe import load_scorer
-from core.rows import fail
+from core.rows import fail, in_one_line
 from judges.comparisons import option_prompt
 from judges.endpoint import chat, parse_choice
 from judges.measures import settled, wins
@@ -44,10 +43,8 @@ def encode_chats(path: str, tokenizer, prompts: list[list[dict]], chats: list[li
     encoded = []
     for prompt, messages in zip(prompts, chats):
         where = f"{path}: the prompt {prompt[-1]['content']!r:.80}"
-        try:
+        with in_one_line(f"{where}: the judge's chat template refuses it"):
             ids = encode_prompt(tokenizer, messages, room > 0)
-        except Exception as error:  # templates raise whatever they like
-            fail(f"{where}: the judge's chat template refuses it: {reason(error)}")
         if len(ids) + room > limit:
             fail(f"{where} and what is judged of it have {len(ids)} tokens; the judge's context is "
                  f"{limit}. Take a judge with a longer one, shorter answers (--max-new-tokens), or "
@@ -81,8 +78,7 @@ def reward_model(args, rows: list[dict]) -> list[list[float]]:
     if model.config.num_labels != 1:
         fail(f"{path}: a reward model needs one logit; found {model.config.num_labels}")
     mine = {}
-    share = range(RANK, len(chats), WORLD)
-    for i in tqdm(share, desc="reward model", unit="answer", disable=None if RANK == 0 else True):
+    for i in progress(range(RANK, len(chats), WORLD), "reward model", "answer"):
         with autocast(device, args.precision):
             mine[i] = model(torch.tensor([encoded[i]], device=device)).logits.float().item()
     logits = merge(mine)

@@ -15,13 +15,12 @@ import sys
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from core import RANK, WORLD
 from core.chat import BREAK
-from core.models import load_config, reason
-from core.parallel import autocast, merge, this_device
-from core.rows import fail
+from core.models import load_config
+from core.parallel import autocast, merge, progress, this_device
+from core.rows import fail, in_one_line
 from judges.flags import MARKERS
 
 LENGTH = 2048
@@ -54,12 +53,10 @@ def load_pairrm(path: str, device: torch.device) -> tuple:
     """(model, tokenizer). What the weights hold beside the model's own does not matter; what they
     lack ends the program."""
     load_config(path)  # says in one line where there is none
-    try:
+    with in_one_line(f"{path}: cannot load the ranker"):
         model, info = PairRM.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
                                              output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        fail(f"{path}: cannot load the ranker: {reason(error)}")
     if missing := sorted(info["missing_keys"]):
         fail(f"{path}: {len(missing)} weights are missing ({', '.join(missing[:3])}); --judge "
              "pairrm reads llm-blender/PairRM-hf and what is laid out like it")
@@ -107,8 +104,7 @@ def pairrm(args, comparisons: list[tuple]) -> list[float]:
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
     passes = [order[start:start + TOGETHER] for start in range(0, len(order), TOGETHER)]
     mine = {}
-    quiet = None if RANK == 0 else True
-    for rows in tqdm(passes[RANK::WORLD], desc="PairRM", unit="batch", disable=quiet):
+    for rows in progress(passes[RANK::WORLD], "PairRM", "batch"):
         parts = [torch.tensor(encoded[i][0], device=device) for i in rows]
         ids = torch.nn.utils.rnn.pad_sequence(parts, True, tokenizer.pad_token_id)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], True)

@@ -23,6 +23,7 @@ import transformers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from core import end_in_one_line
 from core.sampling import draw
 from core.stage import run_stage
 from data.tiny import PROMPTS, make_tokenizer
@@ -151,7 +152,11 @@ def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
     sys.argv = [script, *flags]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run_stage(stage.main, stage.flags())
+            try:
+                run_stage(stage.main, stage.flags())
+            except Exception as error:
+                end_in_one_line(type(error), error, error.__traceback__)
+                raise
     except SystemExit as stop:
         code = stop.code or 0
     finally:

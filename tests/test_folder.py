@@ -1,10 +1,12 @@
 """What a path or hub id is, without loading it."""
 
+import argparse
 import importlib
 import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -12,7 +14,7 @@ import torch
 from conftest import dump, gold_rows, run
 from safetensors.torch import load_file, save_file
 
-from core import folder
+from core import flags, folder, stage
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -172,11 +174,19 @@ def test_a_whole_model_is_one(model, cache, capsys):
     assert capsys.readouterr().err == f"note: {model}: the adapter beside the weights is not used\n"
 
 
-def test_checkpoints_take_room_while_a_model_is_trained(model, tmp_path):
-    out = tmp_path / "out"
-    assert folder.checkpoint_bytes(str(model), str(out)) == 24 * 120_000
-    (tmp_path / "out.checkpoint").write_bytes(bytes(1000))
-    assert folder.checkpoint_bytes(str(model), str(out)) == 24 * 120_000 - 1000
+def test_checkpoints_take_room_while_a_model_is_trained(model, tmp_path, monkeypatch):
+    """Those that there are take no more of it."""
+    given = dict(model=str(model), pairs=None, out=str(tmp_path / "out"), save_every=1)
+    args = argparse.Namespace(**given)
+    seen = []
+    monkeypatch.setattr(flags, "exit_if_looking", lambda out, **bytes: seen.append(bytes))
+    flags.start_training(args)
+    work = Path(stage.work_folder(args))
+    work.mkdir(parents=True)
+    (work / "checkpoint").write_bytes(bytes(1000))
+    flags.start_training(argparse.Namespace(**given))
+    assert [each["writes"] for each in seen] == [480_000] * 2
+    assert [each["passing"] for each in seen] == [24 * 120_000, 24 * 120_000 - 1000]
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"

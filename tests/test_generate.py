@@ -113,7 +113,7 @@ def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path
     assert [row["extra"] for row in rows] == list(range(11))
     assert all(len(row["responses"]) == 2 for row in rows)
     ok(run(*command, "--out", tmp_path / "two.jsonl", processes=2))
-    assert jsonl(tmp_path / "two.jsonl") == rows and not list(tmp_path.glob("*.part*"))
+    assert jsonl(tmp_path / "two.jsonl") == rows and not list(tmp_path.glob("*.unfinished"))
     killed = [*command, "--out", tmp_path / "killed.jsonl"]
     calls = []
 
@@ -125,10 +125,10 @@ def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path
 
     monkeypatch.setattr(generate, "sample", deadly)
     assert run(*killed, "--seed", "1").returncode == 2
-    (other,) = tmp_path.glob("*.part*")
+    (other,) = tmp_path.glob("*.unfinished/*/part0")
     calls.clear()
     assert run(*killed).returncode == 2
-    (part,) = set(tmp_path.glob("*.part*")) - {other}
+    (part,) = set(tmp_path.glob("*.unfinished/*/part0")) - {other}
     text = other.read_bytes()
     with open(part, "ab") as file:
         file.write('{"id": "p0", "responses": ["é'.encode()[:-1])
@@ -136,7 +136,8 @@ def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path
     done = ok(run(*killed))
     assert "4 of 11 prompts were done before" in done.stdout
     assert jsonl(tmp_path / "killed.jsonl") == rows
-    assert other.name in done.stderr and list(tmp_path.glob("*.part*")) == [other]
+    assert str(other.parent) in done.stderr
+    assert list(tmp_path.glob("*.unfinished/*/*")) == [other]
     assert other.read_bytes() == text
 
 

@@ -504,7 +504,8 @@ def test_a_judge_is_looked_at_before_any_work(folder, ranker, tmp_path, monkeypa
     config = transformers.AutoConfig.from_pretrained(ranker, num_labels=2)
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
     assert "found 2" in trouble("reward-model", tmp_path / "two")
-    assert "no such model" in trouble("llm", tmp_path / "none")
+    flags = f"--judge llm --judge-model {tmp_path / 'none'} --responses {responses_file(tmp_path)}"
+    assert f"{tmp_path / 'none'}: no such" in label(tmp_path, flags).stderr
     assert "needs --judge-model" in trouble("pairrm", None)
     monkeypatch.setattr("judges.flags.importlib.util.find_spec", lambda name: None)
     assert "package vaderSentiment" in trouble("vader", None)

@@ -3,9 +3,9 @@ import json
 import math
 
 import pytest
-from conftest import dump, jsonl, run
+from conftest import dump, run
 
-from core.rows import atomic_path, check_margins, read_json_list, read_rows, scored_digest
+from core.rows import check_margins, read_json_list, read_rows, scored_digest
 
 ROW = {"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": "yes", "rejected": "no",
        "margin": 0.4, "chosen_logp": -1.0, "rejected_logp": -2.0, "chosen_ids": [5, 6],
@@ -78,16 +78,3 @@ def test_a_row_that_was_edited_is_refused(tmp_path, capsys, edit):
     pairs = dump(tmp_path / "edited.jsonl", [labelled() | {"chosen": "no"}])
     done = run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl")
     assert done.returncode == 2 and "id 'a': its prompt, its texts" in done.stderr
-
-
-def test_a_file_appears_when_it_is_complete(tmp_path):
-    path = tmp_path / "folder/file"
-    foreign = dump(tmp_path / "file.tmp", [])
-    with pytest.raises(KeyError), atomic_path(str(path)) as tmp:
-        dump(tmp, [ROW])
-        raise KeyError
-    assert not list(path.parent.iterdir())
-    with atomic_path(str(path)) as tmp:
-        dump(tmp, [ROW])
-        assert not path.exists()
-    assert jsonl(path) == [ROW] and jsonl(foreign) == []

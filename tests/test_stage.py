@@ -284,7 +284,11 @@ def test_a_kill_at_any_step_of_publishing_loses_nothing(tmp_path, monkeypatch, c
         place.mkdir()
         out = place / "out"
         publish(out, {"lr": 1}, "old", ["report.png"], folder)
-        (place / "out.checkpoint").touch()
+        work = Path(stage.work_folder(begun(out, {"lr": 2})))
+        other = work.with_name(16 * "0")
+        for folder_of_work in (work, other):
+            folder_of_work.mkdir(parents=True)
+            (folder_of_work / "checkpoint").touch()
         if not (pid := os.fork()):
             steps = iter(range(len(outcomes)))
 
@@ -301,10 +305,11 @@ def test_a_kill_at_any_step_of_publishing_loses_nothing(tmp_path, monkeypatch, c
             assert "lr 1 → 2" in text and ends(capsys, out, {"lr": 1})[0] == 0
         content = (out / "weights" if folder else out).read_text()
         assert content == (place / "report.png").read_text() == ("old" if status else "new")
-        assert (place / "out.checkpoint").exists() == bool(status)
+        assert work.exists() == bool(status) and (other / "checkpoint").exists()
         outcomes.append(status)
-        left = {"out", "out.stats.json", "report.png", "out.checkpoint", "out/weights"}
-        assert set(listing(place)) <= left
+        left = {"out", "out.stats.json", "report.png", "out/weights"}
+        assert {name for name in listing(place) if "unfinished" not in name} <= left
+        assert {path.name for path in work.parent.iterdir()} <= {work.name, other.name}
     assert outcomes == sorted(outcomes, reverse=True)
     assert outcomes.count(2) > 5 and outcomes.count(0) > 5
 

@@ -311,7 +311,7 @@ def test_a_checkpoint_outlives_a_change_of_memory(command, tmp_path):
     ok(run(*command("whole", flags)))
     launch(command("one", f"{flags} --shard"), processes=2, DIE="0,3")
     launch(command("shards", flags), processes=1, DIE="0,3")
-    saved = zipfile.ZipFile(tmp_path / "shards.checkpoint")
+    saved = zipfile.ZipFile(*tmp_path.glob("shards.unfinished/*/checkpoint"))
     assert saved.testzip() is not None  # no checksums: they take seven times as long as writing
     printed = ok(run(*command("one", flags))).stdout
     printed += ok(launch(command("shards", f"{flags} --shard"), processes=2)).stdout
@@ -325,8 +325,11 @@ def test_a_checkpoint_runs_no_code(command, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    torch.save({"settings": "{}", "log": Planted()}, tmp_path / "out.checkpoint")
-    done = run(*command("out", WORST))
+    broken = command("out", f"{WORST} --lr 1e30")
+    run(*broken)
+    (folder,) = tmp_path.glob("out.unfinished/*")
+    torch.save({"log": Planted()}, folder / "checkpoint")
+    done = run(*broken)
     assert done.returncode == 2 and "not a checkpoint" in done.stderr
     assert not (tmp_path / "ran").exists()
 
@@ -348,27 +351,25 @@ def test_full_disk_is_one_line_and_keeps_what_there_is(command, tmp_path):
 
 
 def test_checkpoints_of_other_settings_or_broken_ones(command, tmp_path):
-    """Other settings start again, and the checkpoint is kept; a file that is no checkpoint is
-    named; NaN keeps the last checkpoint."""
+    """NaN keeps the last checkpoint; a file that is none is named; other settings start again, keep
+    and name what there is, and it is gone on from."""
     flags = WORST + EVERY_STEP
-    done = run(*command("out", f"{flags} --lr 1e30"))
+    broken = command("out", f"{flags} --lr 1e30")
+    done = run(*broken)
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert "No weights are saved" in done.stderr and "rows p" in done.stderr
-    saved = tmp_path / "out.checkpoint"
+    (other,) = tmp_path.glob("out.unfinished/*")
+    (other / "checkpoint").write_bytes(b"no checkpoint")
+    done = run(*broken)
+    assert done.returncode == 2 and f"{other}/checkpoint: not a checkpoint" in done.stderr
     launch(command("out", flags), processes=1, DIE="0,3")
+    (saved,) = set(tmp_path.glob("out.unfinished/*/checkpoint")) - {other / "checkpoint"}
     first = saved.read_bytes()
-    printed = ok(run(*command("out", f"{flags} --lr 2e-3"))).stdout
-    assert "of other settings (lr); starting again" in printed
-    aside = re.search(r"kept as (\S+)", printed)[1]
-    assert open(aside, "rb").read() == first and not saved.exists()
-    saved.write_bytes(b"no checkpoint")
-    done = run(*command("out", f"{flags} --lr 3e-3"))
-    assert done.returncode == 2 and "out.checkpoint: not a checkpoint" in done.stderr
-    # put back under its name, it is gone on from
-    shutil.rmtree(tmp_path / "out")
-    (tmp_path / "out.stats.json").unlink()
-    saved.write_bytes(first)
+    done = ok(run(*command("out", f"{flags} --lr 2e-3")))
+    assert "going on" not in done.stdout and saved.read_bytes() == first
+    assert f"{saved.parent}" in done.stderr and f"{other}" in done.stderr
     assert "going on after step 3\n" in ok(run(*command("out", flags))).stdout
+    assert list(tmp_path.glob("out.unfinished/*")) == [other]
 
 
 def test_whole_pair_loss_by_finite_differences(monkeypatch):
