@@ -119,32 +119,44 @@ def read_candidates(args: argparse.Namespace,
         ended = row.pop("ended", [True] * count)
         ids = row.pop("response_ids", [None] * count)
         special_inside = row.pop("special_inside", [False] * count)
-        usable = []
+        competing = []
         for answer, special in zip(map(Answer, texts, ended, ids), special_inside):
             if special:
                 left_out["special_inside"] += 1
             elif not answer.text.strip():
                 left_out["empty"] += 1
             else:
-                usable.append(answer)
-        if len(usable) < 2:
+                competing.append(answer)
+        if len(competing) < 2:
             left_out["fewer_than_two"] += 1
             continue
         rows.append(row)
-        candidates.append(usable)
+        candidates.append(competing)
     return rows, candidates
-
-
-def counted(left_out: dict[str, int]) -> str:
-    """What was left out, for a line: the reasons that occur, each with its number."""
-    return "".join(f", {count} {LEFT_OUT[reason]} left out"
-                   for reason, count in left_out.items() if count)
 
 
 def score_by(path: str, args: argparse.Namespace, encoded: list) -> list[list[float]]:
     """log π of every answer to every prompt by the model in `path`, which is freed again."""
     model = load_scorer(path, this_device(), encoded, args.precision)
     return score(ResponseLogps(model), encoded, args.precision, f"score {path}")
+
+
+def implicit_rewards(args: argparse.Namespace, tokenizer, encoded: list,
+                     logps: list[list[float]]) -> list[list[float]]:
+    """The implicit reward of every answer to every prompt, from its log-probs under the policy."""
+    reference = [[0.0] * len(ys) for _, ys in encoded]
+    if args.reference != "none":
+        # It reads the policy's tokens: a base model has no chat template.
+        check_same_tokens(tokenizer, args.reference_model, encoded)
+        reference = score_by(args.reference_model, args, encoded)
+    return [implicit_reward(p, r, args.beta, list(map(len, ys)), args.length_penalty)
+            for p, r, (_, ys) in zip(logps, reference, encoded)]
+
+
+def counted(left_out: dict[str, int]) -> str:
+    """What was left out, for a line: the reasons that occur, each with its number."""
+    return "".join(f", {count} {LEFT_OUT[reason]} left out"
+                   for reason, count in left_out.items() if count)
 
 
 def add_sides(row: dict, chosen: Answer, rejected: Answer) -> None:
@@ -166,9 +178,9 @@ def main(args: argparse.Namespace) -> None:
     prompts = len(rows) + left_out["fewer_than_two"]
     if args.model:
         encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
-        written = [k for k, pair in enumerate(encoded) if pair is not None]
-        left_out["unwritten"] = len(rows) - len(written)
-        rows, candidates, encoded = [[part[k] for k in written]
+        kept = [k for k, pair in enumerate(encoded) if pair is not None]
+        left_out["unwritten"] = len(rows) - len(kept)
+        rows, candidates, encoded = [[part[k] for k in kept]
                                      for part in (rows, candidates, encoded)]
         # From here on an answer's ids are those that are scored: they are what is learnt.
         candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
@@ -180,18 +192,10 @@ def main(args: argparse.Namespace) -> None:
              "collapsed?")
 
     device = start_processes()
-    logps = []
-    if args.model:
-        logps = score_by(args.model, args, encoded)
+    logps = score_by(args.model, args, encoded) if args.model else [None] * len(rows)
+    behaviour = {}
     if args.judge == "implicit":
-        behaviour = {}
-        reference = [[0.0] * len(ys) for _, ys in encoded]
-        if args.reference != "none":
-            # It reads the policy's tokens: a base model has no chat template.
-            check_same_tokens(tokenizer, args.reference_model, encoded)
-            reference = score_by(args.reference_model, args, encoded)
-        reward = [implicit_reward(p, r, args.beta, list(map(len, ys)), args.length_penalty)
-                  for p, r, (_, ys) in zip(logps, reference, encoded)]                  # S7, S13
+        reward = implicit_rewards(args, tokenizer, encoded, logps)                      # S7, S13
     else:
         judged = [row | {"responses": [answer.text for answer in answers]}
                   for row, answers in zip(rows, candidates)]
@@ -204,11 +208,11 @@ def main(args: argparse.Namespace) -> None:
     margin_of = {"judge": args.judge,
                  "reference": args.reference if args.judge == "implicit" else None,
                  "beta": args.beta, "length_penalty": args.length_penalty,
-                 "policy": args.settings["model"], "precision": precision if logps else None}
+                 "policy": args.settings["model"], "precision": precision if args.model else None}
     labelled, agreement = [], []
-    for k, (row, answers) in enumerate(zip(rows, candidates)):
+    for row, answers, r, logp in zip(rows, candidates, reward, logps):
         texts = [answer.text for answer in answers]
-        pair = best_and_worst(texts, reward[k])
+        pair = best_and_worst(texts, r)                                                 # S8
         # With --pairs, gold's choice stands first.
         agreement.append(0.5 if pair is None else float(pair[0] == 0))
         if pair is None:
@@ -216,10 +220,10 @@ def main(args: argparse.Namespace) -> None:
             continue
         best, worst = pair
         add_sides(row, answers[best], answers[worst])
-        row["margin"] = reward[k][best] - reward[k][worst]
+        row["margin"] = r[best] - r[worst]
         row["margin_of"] = margin_of | {"scored": scored_digest(row)}
-        if logps:
-            row |= {"chosen_logp": logps[k][best], "rejected_logp": logps[k][worst]}
+        if args.model:
+            row |= {"chosen_logp": logp[best], "rejected_logp": logp[worst]}
         labelled.append(row)
     if not labelled:
         verdicts = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""

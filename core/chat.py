@@ -133,11 +133,11 @@ def vocabulary(tokenizer) -> str:
 
 @functools.lru_cache
 def as_text(tokenizer, text: str) -> str:
-    """The text with BREAK in every control token that it spells, behind the first character (for a
-    token of one character in its place), so that it is read as text."""
-    for token in sorted(spelled(tokenizer, text), key=len, reverse=True):
+    """The text with BREAK in every control token that it spells, so that it is read as text:
+    <|im_end|> becomes <·|im_end|>, and a token of one character becomes BREAK."""
+    for token in spelled(tokenizer, text):
         broken = token[0] + BREAK if len(token) > 1 else BREAK
-        # Where it overlaps itself too: << in <<<.
+        # Its first character alone is matched, so that << in <<< is broken twice: <·<·<.
         begins = f"{re.escape(token[0])}(?={re.escape(token[1:])})"
         text = re.sub(begins, lambda _, broken=broken: broken, text)
     return text
@@ -299,7 +299,7 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
     return encoded
 
 
-def usable(rows: list[dict], encoded: list, path: str) -> tuple[list[dict], list]:
+def learnable_pairs(rows: list[dict], encoded: list, path: str) -> tuple[list[dict], list]:
     """The pairs that something can be learnt from, and their tokens: both sides are written in full
     and are not the same tokens. Others are counted on stderr; if all are, the program ends."""
     kept = [k for k, pair in enumerate(encoded)

@@ -54,8 +54,9 @@ def context_of(config) -> float:
     """Tokens that a model reads as it was made to: its context, or the length at which the rotation
     of its positions changes (longrope); ∞ where it has neither."""
     config = config.get_text_config()
+    # {"rope_type": "longrope", …}, or for each type of layer its own:
+    # {"full_attention": {"rope_type": "longrope", …}, "sliding_attention": {…}}.
     ropes = getattr(config, "rope_parameters", None) or {}
-    # There may be one for each type of layer.
     switches = [rope["original_max_position_embeddings"] for rope in (ropes, *ropes.values())
                 if isinstance(rope, dict) and rope.get("rope_type") == "longrope"]
     return min([getattr(config, "max_position_embeddings", None) or math.inf, *switches])

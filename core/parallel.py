@@ -2,10 +2,8 @@
 import contextlib
 import ctypes
 import functools
-import glob
 import os
 import sys
-import warnings
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -35,7 +33,7 @@ def start_processes() -> torch.device:
 def this_device() -> torch.device:
     """The GPU of this process, or else the CPU, set up for what is computed here."""
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda_works():
+    if torch.cuda.is_available():
         if local >= (gpus := torch.cuda.device_count()):
             fail(f"process {local + 1} of this machine has no GPU, there are {gpus}: as many "
                  "processes as GPUs (--nproc_per_node, NPROC), or none (CUDA_VISIBLE_DEVICES=)")
@@ -49,22 +47,6 @@ def this_device() -> torch.device:
         if sys.platform == "linux":
             keep_freed_memory()
     return device
-
-
-def cuda_works() -> bool:
-    """Whether there is a GPU to use. Ends the program where there is one that torch was built for
-    and cannot use: a large model on CPU processes is nobody's wish."""
-    with warnings.catch_warnings():
-        # torch's reason, which the line below replaces.
-        warnings.simplefilter("ignore")
-        works = torch.cuda.is_available()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not works and not hidden and torch.version.cuda and glob.glob("/dev/nvidia[0-9]*"):
-        fail(f"this machine has a GPU, but torch {torch.__version__} finds no driver for CUDA "
-             f"{torch.version.cuda}: update the driver (CUDA 13 needs 580 or newer; nvidia-smi "
-             "shows it), or install torch built for it (pytorch.org); CUDA_VISIBLE_DEVICES= in "
-             "front runs on the CPU")
-    return works
 
 
 def keep_freed_memory() -> None:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from core import RANK, WORLD
-from core.chat import encode_rows, pair_of, usable
+from core.chat import encode_rows, learnable_pairs, pair_of
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.flags import CLIP
 from core.models import (
@@ -73,7 +73,7 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
         check_copy(args.model)  # what is published has its files
     encoded = encode_rows(load_config(args.model), tokenizer, rows, [pair_of(row) for row in rows],
                           args.pairs)
-    rows, encoded = usable(rows, encoded, args.pairs)
+    rows, encoded = learnable_pairs(rows, encoded, args.pairs)
     if shard and RANK > 0:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:

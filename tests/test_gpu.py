@@ -67,33 +67,6 @@ def test_more_processes_than_cards_is_one_line(one_process, monkeypatch, capsys)
     assert "process 3 of this machine has no GPU, there are 2" in said and "NPROC" in said
 
 
-def test_a_card_without_a_usable_driver_is_one_line(one_process, monkeypatch, capsys):
-    def unusable() -> bool:
-        warnings.warn("CUDA initialization: the driver on your system is too old", stacklevel=1)
-        return False
-
-    cards = ["/dev/nvidia0"]
-    monkeypatch.setattr(torch.cuda, "is_available", unusable)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(parallel.glob, "glob", lambda pattern: cards)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(SystemExit) as stop:
-            parallel.start_processes()
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1
-    assert "CUDA 13.0" in said and "driver" in said and "CUDA_VISIBLE_DEVICES=" in said
-    # on purpose on the CPU; torch without CUDA; no card
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert parallel.start_processes() == CPU
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert parallel.start_processes() == CPU
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    cards.clear()
-    assert parallel.start_processes() == CPU
-
-
 def test_copies_of_a_policy_send_no_buffers_and_warn_of_nothing(tmp_path, monkeypatch):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:

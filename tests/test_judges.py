@@ -122,7 +122,7 @@ def test_a_rankers_reward_is_its_mean_preference(monkeypatch):
     p = {"ab": 0.8, "ac": 0.1, "bc": 0.4}
     p |= {y + x: 1 - value for (x, y), value in p.items()}
     monkeypatch.setitem(judges.RANKERS, "llm",
-                        lambda args, asked, *_: [p[x + y] for _, x, y in asked])
+                        lambda args, asked: [p[x + y] for _, x, y in asked])
     rows = [{"prompt": ASK, "responses": list(texts)} for texts in ("abc", "bc", "a")]
     result, behaviour = rewards(namespace(judge="llm"), rows)
     assert result == [pytest.approx([0.45, 0.3, 0.75]), pytest.approx([0.4, 0.6]), [0.0]]

@@ -29,11 +29,11 @@ from core.chat import (
     end_of_turn,
     foreign_tokens,
     is_foreign,
+    learnable_pairs,
     pair_of,
     response_alone,
     response_in_context,
     spells_control,
-    usable,
     vocabulary,
 )
 from core.models import (
@@ -314,11 +314,11 @@ def test_a_response_that_the_template_does_not_write_in_full(
     assert encoded[0] is None
     assert encoded[1][1][0].tolist() == encode_response(tokenizer, ASK, "no", ended)
     assert encoded[2][1] == [[70], [72]]
-    learnt, tokens = usable(rows, encoded, "file")
+    learnt, tokens = learnable_pairs(rows, encoded, "file")
     assert learnt == rows[1:] and tokens[0] is encoded[1] and tokens[1] is encoded[2]
     assert "file: 1 of 3 pairs are left out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        usable(rows[:1], encoded[:1], "file")
+        learnable_pairs(rows[:1], encoded[:1], "file")
 
 
 def test_a_prompt_that_does_not_begin_its_conversation(any_tokenizer):
@@ -341,7 +341,7 @@ def test_blanks_at_the_ends_may_be_trimmed_but_sides_must_differ(tokenizer, caps
             for chosen, rejected in ((" yes \n", "no"), ("yes ", "yes"), ("same", "same"))]
     encoded = encode_rows(make_model().config, trims, rows, pairs_of(rows), "file")
     assert encoded[0][1][0].tolist() == encode_response(tokenizer, ASK, "yes")
-    learnt, _ = usable(rows, encoded, "file")
+    learnt, _ = learnable_pairs(rows, encoded, "file")
     assert learnt == rows[:1]
     assert "file: 2 of 3 pairs are left out" in capsys.readouterr().err
 
