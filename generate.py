@@ -15,8 +15,6 @@ Writes the prompt rows with
     response_ids    the tokens that were sampled, a sampled stop token included: what is learnt (D9)
     vocabulary      a digest of what the ids mean
     ended           False where the length limit cut a response off
-    special_inside  True where special tokens stand inside an answer (multi-channel templates write
-                    some), so that its text is not all of it: label.py leaves it out
     prompt_cut, answer_cut    what --fit took from a prompt, and whether the context cut the answers
 
     python generate.py --model pi_0 --prompts prompts_1.jsonl --out responses.jsonl -n 4
@@ -99,7 +97,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from core.chat import decode_response, encode_rows, is_foreign, vocabulary
+from core.chat import decode_response, encode_rows, vocabulary
 from core.models import context_of, load_config, load_model, load_tokenizer
 from core.parallel import in_bf16, progress, start_processes
 from core.probe import check_samples, check_tokens
@@ -135,11 +133,8 @@ def finished_rows(work: str) -> dict[str, dict]:
 def answered_row(row: dict, answers: list[list[int]], stop: torch.Tensor, tokenizer) -> dict:
     """A prompt's row with its sampled answers."""
     ended = [bool(ids) and ids[-1] in stop for ids in answers]
-    pairs = list(zip(answers, ended))
-    return {**row,
-            "responses": [decode_response(tokenizer, *pair) for pair in pairs],
-            "response_ids": answers, "ended": ended,
-            "special_inside": [is_foreign(tokenizer, *pair) for pair in pairs],
+    texts = [decode_response(tokenizer, *pair) for pair in zip(answers, ended)]
+    return {**row, "responses": texts, "response_ids": answers, "ended": ended,
             "vocabulary": vocabulary(tokenizer)}
 
 
@@ -186,13 +181,11 @@ def publish_rows(args: argparse.Namespace, rows: list[dict], tokens_per_s: float
     stats = {"prompts": len(rows), "n": args.n,
              "mean_characters": sum(map(len, answers)) / len(answers),
              "ended": sum(sum(row["ended"]) for row in rows) / len(answers),
-             "special_inside": sum(sum(row["special_inside"]) for row in rows),
              "tokens_per_s": tokens_per_s}
     publish(args, stats, lambda tmp: write_rows(tmp, rows))
     print(f"generate: {len(rows)} prompts × {args.n} responses, "
           f"{stats['mean_characters']:.0f} characters on average, "
-          f"{stats['ended']:.0%} ended by themselves, {stats['special_inside']} with special "
-          f"tokens inside, {tokens_per_s:.0f} tokens/s → {args.out}")
+          f"{stats['ended']:.0%} ended by themselves, {tokens_per_s:.0f} tokens/s → {args.out}")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -21,7 +21,6 @@ marks one that did not; openings: distinct first three words, as a share of the 
 NOTES = {
     "order_disagreement": "of the comparisons have another winner when the two are exchanged",
     "no_verdict": "answers of the judge held no verdict and count ½",
-    "special_inside": "answers have special tokens inside; their text without these is judged",
 }
 
 # ------------------------------------------------------------------------------------------ tables
