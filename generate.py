@@ -193,19 +193,19 @@ def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.prompts, "prompts")
     config = load_config(args.model)
     tokenizer = load_tokenizer(args.model)
-    prompts, rooms = encode_prompts(args, config, tokenizer, rows)
+    prompts, allowed = encode_prompts(args, config, tokenizer, rows)
     lengths = [len(prompt) for prompt in prompts]
     stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
     bf16 = in_bf16(device, args.precision)
     if args.backend == "vllm":
         model = start_vllm(args.model, bf16)
-        batches = batches_of(lengths, rooms, args.n, VLLM_RESPONSES, math.inf)
+        batches = batches_of(lengths, allowed, args.n, VLLM_RESPONSES, math.inf)
     else:
         model = load_model(args.model, device, torch.bfloat16 if bf16 else torch.float32)
         if RANK == 0:
             check_tokens(args.model, model, [(prompt, []) for prompt in prompts])
-            check_samples(args.model, model, prompts, max(map(sum, zip(lengths, rooms))))
-        batches = batches_of(lengths, rooms, args.n, args.batch_size, args.sample_tokens)
+            check_samples(args.model, model, prompts, max(map(sum, zip(lengths, allowed))))
+        batches = batches_of(lengths, allowed, args.n, args.batch_size, args.sample_tokens)
 
     # Each process adds its rows to a part of its own, and all go on from all parts.
     work = work_folder(args)
@@ -222,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
         # A kill may have cut the last line.
         part.write("\n")
         for batch in progress(todo[RANK::WORLD], "generate", "batch"):
-            new_tokens = rooms[batch[0]]
+            new_tokens = allowed[batch[0]]
             drawn = sample_batch(args, model, [rows[i] for i in batch],
                                  [prompts[i] for i in batch], new_tokens, stop)
             for k, i in enumerate(batch):
