@@ -67,7 +67,7 @@ ROWS = {
 # The responses of a pair.
 SIDES = ["chosen", "rejected"]
 # These hold a value for each response.
-PER_RESPONSE = ["ended", "response_ids", "special_inside"]
+PER_RESPONSE = ["ended", "response_ids"]
 # What dro.py adds to a labelled row: all of it or nothing.
 WORST_CASE = ["xi", "pieces", "atoms"]
 # What a margin against π_init is (D1), in the keys of `margin_of`; at which β, train.py knows.
@@ -122,7 +122,6 @@ SHAPES = {
     "rejected_logp": "number",
     "responses": ["text"],
     "ended": ["true or false"],
-    "special_inside": ["true or false"],
     "response_ids": ["token ids"],
     "vocabulary": "text",
     "temperature": "number ≥ 0",

@@ -33,8 +33,7 @@ textblob); nothing was trained on it, so that where the gold score rises and it 
 pleases the gold judge alone. Ended: share of the answers that ended before the length limit, ✂ \
 marks one that did not; openings: distinct first three words, as a share of the answers. \
 Decided by order: share of the comparisons that have another winner when the two are exchanged; \
-without verdict: the judge's answers that hold none and count ½; special tokens inside: answers \
-whose text is judged without these."""
+without verdict: the judge's answers that hold none and count ½."""
 
 # ------------------------------------------------------------------------------------------ tables
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from core.folder import fingerprint
-from core.policy import ResponseLogps, pack, response_hidden, token_logps
+from core.policy import Reference, ResponseLogps, pack, response_hidden, token_logps
 from core.training import gather, log_row
 from seed_dpo import dpo_margin
 from train import atoms_of, leader_loss, loss_star, threshold
@@ -128,11 +128,12 @@ def test_extrapolated_logps_against_the_formula():
     for lam in (0.0, 0.125, 0.5):
         logits = ((1 + lam) * model.lm_head(h) - lam * ref.lm_head(r)).detach()
         by_hand = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
-        words = [token_logps(model.lm_head, h, torch.full_like(target, word), (ref.lm_head, r), lam,
+        reference = Reference(ref.lm_head, r)
+        words = [token_logps(model.lm_head, h, torch.full_like(target, word), reference, lam,
                              chunk=2)[1] for word in range(384)]
         ours = torch.stack(words, -1).exp().double()
         torch.testing.assert_close(ours, by_hand, rtol=1e-5, atol=1e-7)
-        plain, tilde = token_logps(model.lm_head, h, target, (ref.lm_head, r), lam)
+        plain, tilde = token_logps(model.lm_head, h, target, reference, lam)
         assert plain.requires_grad and not tilde.requires_grad
         assert lam > 0 or torch.allclose(tilde, plain)
     alone, tilde = token_logps(model.lm_head, h, target)
@@ -151,7 +152,7 @@ def test_the_extra_pass_is_not_repeated_in_backward():
         return model.lm_head(states)
 
     logps, _ = token_logps(
-        model.lm_head, hidden, batch["target"], (head_ref, hidden.detach()), 0.5, chunk=2
+        model.lm_head, hidden, batch["target"], Reference(head_ref, hidden.detach()), 0.5, chunk=2
     )
     logps.sum().backward()
     assert len(calls) == 3
