@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -277,9 +276,6 @@ def test_costs_by_hand():
     assert count == 7_241_732_096  # as its model card says
     assert cost.kv_bytes(shape) == 2 * 32 * 8 * 128 * 2
     assert cost.checkpoint_gb(count) == pytest.approx(86.9, abs=0.1)
-    # 4 pairs of 711 tokens: in passes of 2 048 two by two, in one of 8 192 all together
-    assert [cost.passes(4, 711, tokens) for tokens in (2048, 8192, 500)] == [2, 1, 4]
-    assert cost.gathered_gb(count, 8) == pytest.approx(16 * 7.2417 * 7 / 8, abs=0.01)
     assert cost.whole_gb(count) == pytest.approx(159.3, abs=0.1)
     assert cost.sharded_gb(shape, count, 8) == pytest.approx(23.4, abs=0.1)
     assert cost.activations_gb(shape, 2048) == pytest.approx(2.5, abs=0.1)
@@ -292,26 +288,19 @@ def test_every_config_fits_eighty_gigabytes(name):
     micro, budget, new = (int(chosen[key]) for key in ("MICRO_TOKENS", "SAMPLE_TOKENS",
                                                        "MAX_NEW_TOKENS"))
     assert 4096 <= micro <= 8192
-    room = cost.ROOM * 80
+    room = 0.95 * 80
     assert cost.sharded_gb(shape, count, 8) + cost.activations_gb(shape, micro) < room
     assert cost.scoring_gb(shape, count) < room
     for rows in (2, 16, 128):  # a full batch of long prompts, or of short ones
         assert cost.sampling_gb(shape, count, rows, budget // rows - new, new) < room
-    longest = cost.largest_prompt(shape._replace(context=10**6), count, 2, new, 80)
-    fits = [cost.sampling_gb(shape, count, 2, length, new) <= room
-            for length in (longest, longest + 1)]
-    assert fits == [True, False]
-    assert cost.largest_prompt(shape, count, 2, new, 2) == 0  # not even the weights
 
 
 def test_costs_print_a_line_for_each_config(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cost.py", "--gpus", "16"])
     cost.main()
-    text = capsys.readouterr().out
-    for name in cost.SHAPES:
-        assert len(re.findall(rf"^\| {name} \|", text, re.MULTILINE)) == 3
-    for table in text.split("\n\n")[1::2]:
-        assert len({line.count("|") for line in table.strip().splitlines()}) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in cost.SHAPES]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 # ------------------------------------------------------------------------------------------- timing
