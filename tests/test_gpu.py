@@ -1,6 +1,7 @@
 """What holds on GPUs and on many machines, as far as it can be checked without either."""
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -311,7 +312,7 @@ def test_measurements_see_one_card(monkeypatch):
 
     def process(command, env, **known):
         seen.append(env.get("CUDA_VISIBLE_DEVICES"))
-        return SimpleNamespace(returncode=0, stdout='{"seconds": 1}', stderr="")
+        return SimpleNamespace(stdout='{"seconds": 1}')
 
     monkeypatch.setattr(bench_train.subprocess, "run", process)
     for works, visible in ((True, None), (True, "2,3"), (False, None)):
@@ -319,8 +320,32 @@ def test_measurements_see_one_card(monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert bench_train.child("ours") == {"seconds": 1}
+        assert bench_train.child("--line", "ours") == {"seconds": 1}
     assert seen == ["0", "2", None]
+
+
+@pytest.mark.slow
+def test_every_measurement_of_the_gpu_script(tmp_path):
+    """On a tiny model, and the CPU if there is no GPU; TRL, which is not of the requirements, is
+    left out."""
+    (tmp_path / "trl.py").write_text("raise ImportError")
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    env.pop("REDO")
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny"], env=env, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    ours = ["ours", "ours, noise detection", "ours, gradient checkpointing"]
+    names = ["scoring", *ours, "sampling, ours", "sampling, plain"]
+    speeds = {line["name"]: line for line in lines if "tokens_per_s" in line}
+    assert list(speeds) == names
+    for line in speeds.values():
+        assert line["tokens_per_s"] > 0 and line["memory_gb"] > 0
+    # plain and recomputed steps are the same steps
+    assert speeds[ours[0]]["losses"] == pytest.approx(speeds[ours[2]]["losses"], abs=1e-4)
+    assert lines[0]["matmul_tflops"] > 0
+    programs = [line["name"] for line in lines if line.get("status") == 0]
+    assert programs == [f"{name}, whole program" for name in ("model", *names, "demo")]
 
 
 def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch):
