@@ -2,15 +2,15 @@
 
     python bench/cost.py                                # 8 × A100/A800 80 GB
     python bench/cost.py --gpus 16 --tflops 989         # 16 × H100
-    python bench/cost.py --gpus 32 --link 25            # four machines with 200 Gbit/s a GPU
 
 Computed, not measured, from: a prompt of 200 tokens and responses of 256; `--mfu`, the share of a
 matrix product's speed that bench/train.py measured on two CPU cores in bf16 with gradient
 checkpointing, for want of a GPU, taken here of the data sheet's peak; and nothing for the time of
-sampling, loading and waiting. GB are 10⁹ bytes.
+sampling, loading and waiting. Columns: GB (10⁹ bytes) a GPU of weights and moments, copied or in
+shards, and of activations at a config's MICRO_TOKENS; a checkpoint, which one process gathers in
+main memory and writes, in GB and seconds; GB a GPU of sampling and of labelling; hours of the whole
+run without sampling.
 """
-import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -23,14 +23,14 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from bench.flops import training_flops  # noqa: E402
-from core.policy import SHARES_PROMPT, tokens_of  # noqa: E402
+from core.policy import SHARES_PROMPT  # noqa: E402
 from core.sampling import PREFILL  # noqa: E402
-from core.stage import natural, positive  # noqa: E402
+from core.stage import natural, parser, positive  # noqa: E402
+from judges.report import markdown  # noqa: E402
 
 PROMPT, RESPONSE = 200, 256
 SCORED = 16384  # tokens a pass of labelling and judging, core/policy.py
 CHUNK = 1024    # tokens whose logits exist at a time, core/policy.py
-ROOM = 0.95     # share of a card that may be filled
 
 
 class Shape(NamedTuple):
@@ -41,25 +41,23 @@ class Shape(NamedTuple):
     heads: int
     kv: int
     vocabulary: int
-    context: int
     tied: bool = False
 
 
 SHAPES = {
-    "mistral-7b": Shape(32, 4096, 14336, 32, 8, 32000, 32768),
-    "llama3-8b": Shape(32, 4096, 14336, 32, 8, 128256, 8192),
-    "phi-2": Shape(32, 2560, 10240, 32, 32, 51200, 2048),
-    "phi-3-14b": Shape(40, 5120, 17920, 40, 10, 32064, 4096),
-    "mistral-instruct-noseed": Shape(32, 4096, 14336, 32, 8, 32000, 32768),
-    "demo": Shape(30, 576, 1536, 9, 3, 49152, 8192, tied=True),
+    "mistral-7b": Shape(32, 4096, 14336, 32, 8, 32000),
+    "llama3-8b": Shape(32, 4096, 14336, 32, 8, 128256),
+    "phi-2": Shape(32, 2560, 10240, 32, 32, 51200),
+    "phi-3-14b": Shape(40, 5120, 17920, 40, 10, 32064),
+    "mistral-instruct-noseed": Shape(32, 4096, 14336, 32, 8, 32000),
+    "demo": Shape(30, 576, 1536, 9, 3, 49152, tied=True),
 }
 
 
 # What run.sh takes where a config says nothing (configs/settings.sh).
 DEFAULTS = {
     "ROUNDS": "8000 20000 30000", "SEED_SIZE": "2000", "SEED_EPOCHS": "3", "SEED_POLICY": "",
-    "BATCH_SIZE": "32", "MICRO_TOKENS": "2048", "SAMPLE_TOKENS": "131072",
-    "MAX_NEW_TOKENS": "300", "N": "2",
+    "MICRO_TOKENS": "2048", "SAMPLE_TOKENS": "131072", "MAX_NEW_TOKENS": "300",
 }
 
 
@@ -109,17 +107,6 @@ def activations_gb(shape: Shape, tokens: int) -> float:
     return (kept + layer + 6 * CHUNK * shape.vocabulary * 4) / 1e9
 
 
-def passes(pairs: int, pair_tokens: int, budget: int) -> int:
-    """Forward and backward passes in which a process works through its pairs of a step."""
-    return math.ceil(pairs / max(1, budget // pair_tokens))
-
-
-def gathered_gb(count: int, gpus: int) -> float:
-    """What a GPU receives in a pass with sharded weights, in fp32: the policy's weights forward and
-    again backward, its gradients once, the reference's weights."""
-    return 4 * 4 * count * (gpus - 1) / gpus / 1e9
-
-
 def checkpoint_gb(count: int) -> float:
     """Weights and two Adam moments in fp32: what process 0 gathers in main memory and writes. A
     model that is to be sharded is a third of it there before, read to be handed out."""
@@ -147,13 +134,6 @@ def sampling_gb(shape: Shape, count: int, rows: int, prompt: int, new: int) -> f
     return (2 * count + cache + piece + mask + drawn) / 1e9
 
 
-def largest_prompt(shape: Shape, count: int, n: int, new: int, memory: float) -> int:
-    """Tokens of the longest prompt whose n responses fit a card, at most what the context takes."""
-    at_none = sampling_gb(shape, count, n, 0, new)
-    a_token = sampling_gb(shape, count, n, 1, new) - at_none
-    return max(0, min(shape.context - new, int((ROOM * memory - at_none) / a_token)))
-
-
 def scoring_gb(shape: Shape, count: int) -> float:
     """Labelling: weights in fp32, the largest one in bf16 too, a layer at work, and the logits of
     CHUNK tokens, in bf16, fp32 and normalised."""
@@ -166,80 +146,45 @@ def scoring_gb(shape: Shape, count: int) -> float:
 # -------------------------------------------------------------------------------------------- table
 
 
-def table(head: list[str], lines: list[list]) -> None:
-    for cells in (head, ["---"] * len(head), *lines):
-        print("|", " | ".join(map(str, cells)), "|")
-    print()
-
-
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = parser(__doc__)
     cli.add_argument("--gpus", type=natural, default=8)
-    cli.add_argument("--memory", type=positive, default=80.0, help="GB of one GPU")
     cli.add_argument("--tflops", type=positive, default=312.0,
                      help="dense bf16 peak of one GPU in the data sheet (A100, A800: 312; H100, "
                      "H200: 989)")
-    cli.add_argument("--link", type=positive, default=200.0,
-                     help="GB/s at which a GPU gathers: some 200 over NVLink, 25 to 50 between "
-                     "machines")
     cli.add_argument("--write", type=positive, default=2.75,
                      help="GB/s at which one process writes a checkpoint (torch.save without "
                      "checksums into memory on one core; a shared disk may be slower)")
-    cli.add_argument("--mfu", type=positive, default=0.27)
+    cli.add_argument("--mfu", type=positive, default=0.27, help="share of that peak")
     args = cli.parse_args()
     speed = args.gpus * args.tflops * 1e12 * args.mfu
-    training, others, hours = [], [], []
+    lines = []
     for name, shape in SHAPES.items():
         chosen = settings(name)
-        shared = chosen["ARCHITECTURE"] in SHARES_PROMPT
         model = model_of(shape, chosen["ARCHITECTURE"])
         count = count_of(model)
-        pair = ([0] * PROMPT, [[0] * RESPONSE] * 2)
-        flops = training_flops(model, [pair], shared)
-        # the reference runs in the last 80 % of the steps; labelling is two forward passes
-        train, label = (1 + 0.8 / 3) * flops, 2 / 3 * flops
-
-        micro, batch = int(chosen["MICRO_TOKENS"]), int(chosen["BATCH_SIZE"])
-        count_of_passes = passes(math.ceil(batch / args.gpus), tokens_of(pair, shared), micro)
         checkpoint = checkpoint_gb(count)
-        training.append([
-            name, f"{count / 1e9:.2f} B", f"{whole_gb(count):.1f}",
-            f"{sharded_gb(shape, count, args.gpus):.1f}",
-            f"{micro}: {activations_gb(shape, micro):.1f}",
-            f"{count_of_passes * gathered_gb(count, args.gpus) / args.link:.1f}",
-            f"{batch * train / speed:.1f}", f"{checkpoint:.0f}, {checkpoint / args.write:.0f}"])
-
-        n, new, budget = (int(chosen[key]) for key in ("N", "MAX_NEW_TOKENS", "SAMPLE_TOKENS"))
+        micro, new, budget = (int(chosen[key])
+                              for key in ("MICRO_TOKENS", "MAX_NEW_TOKENS", "SAMPLE_TOKENS"))
+        # the fullest batch that SAMPLE_TOKENS allows
         rows = min(128, budget // (PROMPT + new))
-        full = budget // rows - new  # prompts that fill the budget
-        others.append([
-            name, f"{kv_bytes(shape) / 1e6:.2f}",
-            f"{sampling_gb(shape, count, rows, full, new):.1f}",
-            f"{largest_prompt(shape, count, n, new, args.memory)} of {shape.context - new}",
-            f"{scoring_gb(shape, count):.1f}"])
+        sampling = sampling_gb(shape, count, rows, budget // rows - new, new)
 
-        prompts = sum(map(int, chosen["ROUNDS"].split()))
+        pair = ([0] * PROMPT, [[0] * RESPONSE] * 2)
+        flops = training_flops(model, [pair], chosen["ARCHITECTURE"] in SHARES_PROMPT)
+        # the reference runs in the last 80 % of the steps; labelling is two forward passes
+        a_pair = (1 + 0.8 / 3 + 2 / 3) * flops
         seed = 0
         if not chosen["SEED_POLICY"]:  # one more pass of a third for the seed's log-probs
             seed = int(chosen["SEED_SIZE"]) * (int(chosen["SEED_EPOCHS"]) + 1 / 3)
-        ten_thousand = [1e4 * work / speed / 3600 for work in (train, label)]
-        run = (prompts * (train + label) + seed * flops) / speed / 3600
-        hours.append([name, *(f"{value:.2f}" for value in ten_thousand), f"{run:.1f}"])
-
-    print(f"Training on {args.gpus} GPUs: GB a GPU of weights and moments, and of activations at a "
-          "config's MICRO_TOKENS; seconds a step of gathers, which run beside the products; a "
-          "checkpoint, which process 0 gathers in main memory and writes.\n")
-    table(["config", "parameters", "one copy (DDP)", "sharded", "activations",
-           "gathers, s a step", "products, s a step", "checkpoint: GB, s"], training)
-    print(f"The other stages on a GPU of {args.memory:.0f} GB: sampling with the fullest batch "
-          "that SAMPLE_TOKENS allows; the longest prompt, in tokens, whose N responses fit, of "
-          "those that the model's context takes; labelling.\n")
-    table(["config", "MB a sampled token", "sampling: GB", "longest prompt", "labelling: GB"],
-          others)
-    print(f"Computed at {args.mfu:.0%} of {args.tflops:.0f} TFLOP/s on {args.gpus} GPUs, in hours; "
-          "the whole run without sampling:\n")
-    table(["config", "train 10 K pairs", "label 10 K pairs", "the whole run"], hours)
+        work = sum(map(int, chosen["ROUNDS"].split())) * a_pair + seed * flops
+        lines.append([
+            name, f"{count / 1e9:.2f} B", f"{whole_gb(count):.1f}",
+            f"{sharded_gb(shape, count, args.gpus):.1f}", f"{activations_gb(shape, micro):.1f}",
+            f"{checkpoint:.0f}, {checkpoint / args.write:.0f}", f"{sampling:.1f}",
+            f"{scoring_gb(shape, count):.1f}", f"{work / speed / 3600:.1f}"])
+    print(markdown(["config", "parameters", "copied", "sharded", "activations", "checkpoint",
+                    "sampling", "labelling", "hours"], lines))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What holds on GPUs and on many machines, as far as it can be checked without either."""
 
+import json
 import math
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -228,9 +228,6 @@ def test_costs_by_hand():
     assert count == 7_241_732_096  # as its model card says
     assert cost.kv_bytes(shape) == 2 * 32 * 8 * 128 * 2
     assert cost.checkpoint_gb(count) == pytest.approx(86.9, abs=0.1)
-    # 4 pairs of 711 tokens: in passes of 2 048 two by two, in one of 8 192 all together
-    assert [cost.passes(4, 711, tokens) for tokens in (2048, 8192, 500)] == [2, 1, 4]
-    assert cost.gathered_gb(count, 8) == pytest.approx(16 * 7.2417 * 7 / 8, abs=0.01)
     assert cost.whole_gb(count) == pytest.approx(159.3, abs=0.1)
     assert cost.sharded_gb(shape, count, 8) == pytest.approx(23.4, abs=0.1)
     assert cost.activations_gb(shape, 2048) == pytest.approx(2.5, abs=0.1)
@@ -243,26 +240,19 @@ def test_every_config_fits_eighty_gigabytes(name):
     micro, budget, new = (int(chosen[key]) for key in ("MICRO_TOKENS", "SAMPLE_TOKENS",
                                                        "MAX_NEW_TOKENS"))
     assert 4096 <= micro <= 8192
-    room = cost.ROOM * 80
+    room = 0.95 * 80
     assert cost.sharded_gb(shape, count, 8) + cost.activations_gb(shape, micro) < room
     assert cost.scoring_gb(shape, count) < room
     for rows in (2, 16, 128):  # a full batch of long prompts, or of short ones
         assert cost.sampling_gb(shape, count, rows, budget // rows - new, new) < room
-    longest = cost.largest_prompt(shape._replace(context=10**6), count, 2, new, 80)
-    fits = [cost.sampling_gb(shape, count, 2, length, new) <= room
-            for length in (longest, longest + 1)]
-    assert fits == [True, False]
-    assert cost.largest_prompt(shape, count, 2, new, 2) == 0  # not even the weights
 
 
 def test_costs_print_a_line_for_each_config(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cost.py", "--gpus", "16"])
     cost.main()
-    text = capsys.readouterr().out
-    for name in cost.SHAPES:
-        assert len(re.findall(rf"^\| {name} \|", text, re.MULTILINE)) == 3
-    for table in text.split("\n\n")[1::2]:
-        assert len({line.count("|") for line in table.strip().splitlines()}) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in cost.SHAPES]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 # ------------------------------------------------------------------------------------------- timing
@@ -273,7 +263,7 @@ def test_measurements_see_one_card(monkeypatch):
 
     def process(command, env, **known):
         seen.append(env.get("CUDA_VISIBLE_DEVICES"))
-        return SimpleNamespace(returncode=0, stdout='{"seconds": 1}', stderr="")
+        return SimpleNamespace(stdout='{"seconds": 1}')
 
     monkeypatch.setattr(bench_train.subprocess, "run", process)
     for works, visible in ((True, None), (True, "2,3"), (False, None)):
@@ -281,8 +271,32 @@ def test_measurements_see_one_card(monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert bench_train.child("ours") == {"seconds": 1}
+        assert bench_train.child("--line", "ours") == {"seconds": 1}
     assert seen == ["0", "2", None]
+
+
+@pytest.mark.slow
+def test_every_measurement_of_the_gpu_script(tmp_path):
+    """On a tiny model, and the CPU if there is no GPU; TRL, which is not of the requirements, is
+    left out."""
+    (tmp_path / "trl.py").write_text("raise ImportError")
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    env.pop("REDO")
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny"], env=env, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    ours = ["ours", "ours, noise detection", "ours, gradient checkpointing"]
+    names = ["scoring", *ours, "sampling, ours", "sampling, plain"]
+    speeds = {line["name"]: line for line in lines if "tokens_per_s" in line}
+    assert list(speeds) == names
+    for line in speeds.values():
+        assert line["tokens_per_s"] > 0 and line["memory_gb"] > 0
+    # plain and recomputed steps are the same steps
+    assert speeds[ours[0]]["losses"] == pytest.approx(speeds[ours[2]]["losses"], abs=1e-4)
+    assert lines[0]["matmul_tflops"] > 0
+    programs = [line["name"] for line in lines if line.get("status") == 0]
+    assert programs == [f"{name}, whole program" for name in ("model", *names, "demo")]
 
 
 def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch):
