@@ -223,10 +223,11 @@ def encode_response(tokenizer, messages: list[dict], text: str, ended: bool = Tr
 
 
 def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
-    """The text of sampled ids. A character that the length limit cut in half is no part of it."""
+    """The text of sampled ids, without the stop token, unless that is text itself: a model may end
+    its answers at a full stop. A character that the length limit cut in half is no part of it."""
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if ended:
+    if ended and ids[-1] in (tokenizer.eos_token_id, *control_tokens(tokenizer).values()):
         return text(ids[:-1])
     # A character has four bytes at most, a token one at least.
     for cut in range(min(4, len(ids))):
