@@ -7,7 +7,7 @@
 #   … worst                             the worst case, ε = 0.01
 #   … replay, repeat                    gold pairs in every round; as many of its own pairs twice
 #   … judge                             the rounds' labels by the gold judge
-#   … every, every_rays                 DPO on the gold labels of all 232 prompts, and its rays
+#   … every, every_rays                 DPO on the gold labels of all 224 prompts, and its rays
 #   … epochs6, epochs12                 the seed stage alone, for longer
 #   … fast, fast_worst                  rounds at twice the learning rate
 #   … random                            ε = 0.05, the moved fractions on random pairs
@@ -41,13 +41,13 @@ demo() {  # SETTINGS…: a run of run.sh
   bash run.sh configs/demo.env SEED="$number" RUN="$run" "${flip[@]}" "$@"
 }
 sample() {  # MODEL PROMPTS OUT FLAGS…
-  "$python" generate.py --model "$1" --prompts "$2" --out "$3" --max-new-tokens 48 \
+  "$python" generate.py --model "$1" --prompts "$2" --out "$3" --max-new-tokens 64 \
     --seed "$number" "${@:4}"
 }
 evaluate() {  # NAME=MODEL…: as run.sh does
   local one answers=()
   for one in "$@"; do
-    sample "${one#*=}" "$spa/data/eval.jsonl" "$run/eval/${one%%=*}.jsonl" -n 2
+    sample "${one#*=}" "$spa/data/eval.jsonl" "$run/eval/${one%%=*}.jsonl" -n 1
     answers+=("${one%%=*}=$run/eval/${one%%=*}.jsonl")
   done
   "$python" evaluate.py --answers "${answers[@]}" --judge vader --out "$run"
@@ -57,8 +57,8 @@ rounds() {  # what run.sh has no setting for: other pairs, or a rate that is not
   share "$spa" "$run" eval/init.jsonl eval/seed.jsonl "${labels[@]}"
   for t in 1 2; do
     round=$run/round$t
-    train=(--lam "$(( t == 1 ? 50 : 25 ))e-2" --lr 3e-5)
-    sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n 4 --temperature 0.9
+    train=(--lam "$(( t == 1 ? 50 : 25 ))e-2" --lr 1.5e-5)
+    sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n 6
     "$python" label.py --model "$policy" --reference-model $init --out "$round/labelled.jsonl" \
       --responses "$round/responses.jsonl"
     pairs=$round/labelled.jsonl
@@ -70,9 +70,9 @@ rounds() {  # what run.sh has no setting for: other pairs, or a rate that is not
           --scored "$round/gold.jsonl" --out "$round/joined.jsonl"
         pairs=$round/joined.jsonl ;;
       repeat)
-        "$python" bench/replay.py --pairs "$pairs" --repeat 40 --out "$round/joined.jsonl"
+        "$python" bench/replay.py --pairs "$pairs" --repeat 128 --out "$round/joined.jsonl"
         pairs=$round/joined.jsonl ;;
-      fast | fast_worst) train+=(--lr 6e-5) ;;
+      fast | fast_worst) train+=(--lr 3e-5) ;;
     esac
     local epsilon=0
     [[ $arm != fast_worst ]] || epsilon=0.01
@@ -95,7 +95,7 @@ rays() {  # OF SCALES…: the policy of run OF's seed stage, scaled
   share "$of" "$run" eval/init.jsonl eval/seed.jsonl
   for c in "${@:2}"; do
     ray "$of" "$c" "ray$c"
-    sample "$run/ray$c" "$spa/data/eval.jsonl" "$run/eval/ray$c.jsonl" -n 2
+    sample "$run/ray$c" "$spa/data/eval.jsonl" "$run/eval/ray$c.jsonl" -n 1
     policies+=("ray$c=$run/ray$c")
   done
   if [[ $of == "$spa" ]]; then
@@ -129,7 +129,7 @@ for number in "${@:2}"; do
       demo METHOD=spa JUDGE=vader ;;
     every)
       share "$spa" "$run" eval/init.jsonl
-      demo METHOD=spa SEED_SIZE=232 ROUNDS= ;;
+      demo METHOD=spa SEED_SIZE=224 ROUNDS= ;;
     epochs*)
       share "$spa" "$run" "${gold[@]}"
       demo METHOD=spa ROUNDS= SEED_EPOCHS="${arm#epochs}" ;;

