@@ -273,6 +273,8 @@ def test_a_character_cut_in_half_does_not_enter_the_text(any_tokenizer):
         assert decode_response(any_tokenizer, ids[:n], False) == "Hi 🙂"
     assert decode_response(any_tokenizer, ids, False) == "Hi 🙂🙂"
     assert decode_response(any_tokenizer, [*ids_of("Hi"), end_of_turn(any_tokenizer)], True) == "Hi"
+    # A model may end its answers at a full stop: that is text.
+    assert decode_response(any_tokenizer, ids_of("Hi."), True) == "Hi."
 
 
 def test_letters_are_read_in_context(any_tokenizer):
