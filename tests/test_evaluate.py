@@ -516,7 +516,7 @@ def test_the_report_opens_with_sentences():
     assert report.opening({"init": first}, {}, {}) == "Init answers in 200 characters."
 
 
-def test_outputs_of_other_models_and_no_verdicts(tmp_path, monkeypatch):
+def test_outputs_of_other_models_and_no_verdicts(folder, tmp_path, monkeypatch):
     """AlpacaEval's outputs are a baseline, one answer for all samples; a comparison without verdict
     is null, counts ½ and is counted."""
     outputs = [{"instruction": f"say {i}", "output": "Fine."} for i in range(3)]
@@ -526,7 +526,7 @@ def test_outputs_of_other_models_and_no_verdicts(tmp_path, monkeypatch):
     verdicts = [1.0, nan, nan, 1.0, 0.0, 0.0, 0.0, nan, 0.0, 0.0, nan, 1.0]
     monkeypatch.setitem(judge.RANKERS, "llm", lambda args, asked, *place: verdicts)
     monkeypatch.setattr("evaluate.check_judge", lambda args: None)
-    command = ["evaluate.py", "--judge", "llm", "--judge-model", mine, "--out", tmp_path / "run",
+    command = ["evaluate.py", "--judge", "llm", "--judge-model", folder, "--out", tmp_path / "run",
                "--answers", f"gpt={tmp_path / 'gpt.json'}"]
     done = ok(run(*command, f"mine={mine}"))
     p = json.loads((tmp_path / "run/report.md.stats.json").read_text())["policies"]["mine"]

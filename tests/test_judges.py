@@ -168,7 +168,7 @@ def test_llm_judge_against_a_plain_computation(wide, tokenizer, tmp_path):
             logits = model(torch.tensor([ids])).logits[0, -1]
             odds.append((logits[a] - logits[b]).item())
         p = (1 / (1 + math.exp(-odds[0])) + 1 - 1 / (1 + math.exp(-odds[1]))) / 2
-        margins.append(math.log(p / (1 - p)))
+        margins.append(2 * p - 1)
         disagree += odds[0] * odds[1] > 0
     pairs = dump(tmp_path / "gold.jsonl", rows)
     done = ok(label(tmp_path, f"--judge llm --judge-model {wide} --model {wide} --pairs {pairs}"))
@@ -294,7 +294,7 @@ def test_pairrm_as_a_judge(pairrm_folder, folder, tmp_path):
     reward = dict.fromkeys(rows[0]["responses"], 0.0)
     for a, b in itertools.permutations(reward, 2):
         there, back = (ranker_logit(pairrm_folder, "Say.", *pair) for pair in ((a, b), (b, a)))
-        reward[a] += logit((1 + math.tanh(there / 2) / 2 - math.tanh(back / 2) / 2) / 2) / 3
+        reward[a] += (1 + math.tanh(there / 2) / 2 - math.tanh(back / 2) / 2) / 2 / 2
     worst, *_, best = sorted(reward, key=reward.get)
     assert (row["chosen"], row["rejected"]) == (best, worst)
     assert row["margin"] == pytest.approx(reward[best] - reward[worst], abs=1e-5)
