@@ -321,20 +321,6 @@ def test_a_checkpoint_outlives_a_change_of_memory(command, tmp_path):
         assert_close(tmp_path / "whole", tmp_path / name)
 
 
-def test_a_checkpoint_runs_no_code(command, tmp_path):
-    class Planted:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    broken = command("out", f"{WORST} --lr 1e30")
-    run(*broken)
-    (folder,) = tmp_path.glob("out.unfinished/*")
-    torch.save({"log": Planted()}, folder / "checkpoint")
-    done = run(*broken)
-    assert done.returncode == 2 and "not a checkpoint" in done.stderr
-    assert not (tmp_path / "ran").exists()
-
-
 def test_full_disk_is_one_line_and_keeps_what_there_is(command, tmp_path):
     """A limit on the size of files stands in for it: of the checkpoint, then of the weights."""
     ok(run(*command("out", WORST)))
@@ -352,16 +338,21 @@ def test_full_disk_is_one_line_and_keeps_what_there_is(command, tmp_path):
 
 
 def test_checkpoints_of_other_settings_or_broken_ones(command, tmp_path):
-    """NaN keeps the last checkpoint; a file that is none is named; other settings start again, keep
-    and name what there is, and it is gone on from."""
+    """NaN keeps the last checkpoint; a file that is none is named, and no code in it runs; other
+    settings start again, keep and name what there is, and it is gone on from."""
+    class Planted:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
     flags = WORST + EVERY_STEP
     broken = command("out", f"{flags} --lr 1e30")
     done = run(*broken)
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert "No weights are saved" in done.stderr and "rows p" in done.stderr
     (other,) = tmp_path.glob("out.unfinished/*")
-    (other / "checkpoint").write_bytes(b"no checkpoint")
+    torch.save({"log": Planted()}, other / "checkpoint")
     done = run(*broken)
+    assert not (tmp_path / "ran").exists()
     assert done.returncode == 2 and f"{other}/checkpoint: not a checkpoint" in done.stderr
     launch(command("out", flags), processes=1, DIE="0,3")
     (saved,) = set(tmp_path.glob("out.unfinished/*/checkpoint")) - {other / "checkpoint"}
