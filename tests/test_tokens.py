@@ -254,7 +254,7 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
     """Where prompt ids are no prefix of the conversation's."""
     merging = copy.deepcopy(tokenizer)
     merging.add_tokens([transformers.AddedToken("\n\n", special=False, normalized=False)])
-    rows = [{"prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
+    rows = [{"id": "x", "prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
     ((prompt, (alone, within)),) = encode_rows(
         make_model().config, merging, rows, pairs_of(rows), "file")
     assert alone.tolist() == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
@@ -305,7 +305,7 @@ def test_a_response_that_the_template_does_not_write_in_full(
         any_tokenizer, capsys, content, cut, ended):
     """Its row is left out, unless it has the ids that were sampled."""
     tokenizer = writing(any_tokenizer, content)
-    row = {"prompt": ASK, "chosen": cut, "rejected": "yes", "chosen_ended": ended}
+    row = {"id": "x", "prompt": ASK, "chosen": cut, "rejected": "yes", "chosen_ended": ended}
     sampled = {"vocabulary": vocabulary(tokenizer), "chosen_ids": [70], "rejected_ids": [72]}
     rows = [row, {**row, "chosen": "no"}, {**row, **sampled}]
     encoded = encode_rows(make_model().config, tokenizer, rows, pairs_of(rows), "file")
@@ -324,7 +324,7 @@ def test_a_prompt_that_does_not_begin_its_conversation(any_tokenizer):
     after it is what it is."""
     thinks = copy.deepcopy(any_tokenizer)
     thinks.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
-    row = {"prompt": ASK, "chosen": "yes", "rejected": "no"}
+    row = {"id": "x", "prompt": ASK, "chosen": "yes", "rejected": "no"}
     sampled = {"vocabulary": vocabulary(thinks), "chosen_ids": [70], "rejected_ids": [72]}
     rows = [row, row | sampled]
     text, ids = encode_rows(make_model().config, thinks, rows, pairs_of(rows), "file")
@@ -335,7 +335,7 @@ def test_blanks_at_the_ends_may_be_trimmed_but_sides_must_differ(tokenizer, caps
     """Many templates trim a message: what is left is the response. Two that differ in blanks alone
     are one."""
     trims = writing(tokenizer, "m['content'] | trim")
-    rows = [{"prompt": ASK, "chosen": chosen, "rejected": rejected}
+    rows = [{"id": "x", "prompt": ASK, "chosen": chosen, "rejected": rejected}
             for chosen, rejected in ((" yes \n", "no"), ("yes ", "yes"), ("same", "same"))]
     encoded = encode_rows(make_model().config, trims, rows, pairs_of(rows), "file")
     assert encoded[0][1][0].tolist() == encode_response(tokenizer, ASK, "yes")
