@@ -111,33 +111,37 @@ def read_answers(args: argparse.Namespace) -> dict[str, list[dict]]:
 
 def judge_policies(args, answers: dict[str, list[dict]]) -> dict[str, dict]:
     """name → measures of a policy: of its texts, of its scores, and against the first one."""
-    policies = {}
-    baseline, *_ = answers.values()
-    before = None  # preferences for the policy before
-    for name, rows in answers.items():
-        p = policies[name] = text_measures(rows, second_lexicon=args.judge == "vader")
+    policies = {name: text_measures(rows, second_lexicon=args.judge == "vader")
+                for name, rows in answers.items()}
+    if args.judge == "none":
+        return policies
+    scores = {}
+    if args.judge in SCORERS:
+        for name, rows in answers.items():
+            scores[name] = np.array(SCORERS[args.judge](args, rows))
+            policies[name]["score"], policies[name]["score_error"] = mean_and_error(scores[name])
+
+    first, *others = answers
+    baseline = answers[first]
+    previous_preference = None
+    for name in others:
+        rows = answers[name]
+        p = policies[name]
         if args.judge in SCORERS:
-            scores = np.array(SCORERS[args.judge](args, rows))
-            p["score"], p["score_error"] = mean_and_error(scores)
-            if rows is baseline:
-                first_scores = scores
-        if rows is baseline or args.judge == "none":
-            continue
-        if args.judge in SCORERS:
-            preference = wins(scores, first_scores)
+            preference = wins(scores[name], scores[first])
         else:
             sides = [(row["prompt"], mine, theirs) for row, other in zip(rows, baseline)
                      for mine, theirs in zip(row["responses"], other["responses"])]
             verdicts, behaviour = compare(args, sides)
             preference = verdicts.reshape(len(rows), -1)
-            scores = settled(preference)
+            scores[name] = settled(preference)
             p |= behaviour
         lengths = [np.array([[len(text) for text in row["responses"]] for row in side])
                    for side in (baseline, rows)]
-        p |= win_measures(preference, before, lengths[0] - lengths[1])
-        p["worst"] = np.argsort(scores.mean(1), kind="stable").tolist()
+        p |= win_measures(preference, previous_preference, lengths[0] - lengths[1])
+        p["worst"] = np.argsort(scores[name].mean(1), kind="stable").tolist()
         p["preferences"] = np.where(np.isnan(preference), None, preference).tolist()
-        before = preference
+        previous_preference = preference
     return policies
 
 

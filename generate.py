@@ -15,8 +15,6 @@ Writes the prompt rows with
     response_ids    the tokens that were sampled, a sampled stop token included: what is learnt (D9)
     vocabulary      a digest of what the ids mean
     ended           False where the length limit cut a response off
-    special_inside  True where special tokens stand inside an answer (multi-channel templates write
-                    some), so that its text is not all of it: label.py leaves it out
     prompt_cut, answer_cut    what --fit took from a prompt, and whether the context cut the answers
 
     python generate.py --model pi_0 --prompts prompts_1.jsonl --out responses.jsonl -n 4
@@ -99,7 +97,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from core.chat import decode_response, encode_rows, is_foreign, vocabulary
+from core.chat import decode_response, encode_rows, vocabulary
 from core.models import context_of, load_config, load_model, load_tokenizer
 from core.parallel import in_bf16, progress, start_processes
 from core.probe import check_samples, check_tokens
@@ -135,11 +133,8 @@ def finished_rows(work: str) -> dict[str, dict]:
 def answered_row(row: dict, answers: list[list[int]], stop: torch.Tensor, tokenizer) -> dict:
     """A prompt's row with its sampled answers."""
     ended = [bool(ids) and ids[-1] in stop for ids in answers]
-    pairs = list(zip(answers, ended))
-    return {**row,
-            "responses": [decode_response(tokenizer, *pair) for pair in pairs],
-            "response_ids": answers, "ended": ended,
-            "special_inside": [is_foreign(tokenizer, *pair) for pair in pairs],
+    texts = [decode_response(tokenizer, *pair) for pair in zip(answers, ended)]
+    return {**row, "responses": texts, "response_ids": answers, "ended": ended,
             "vocabulary": vocabulary(tokenizer)}
 
 
@@ -186,13 +181,11 @@ def publish_rows(args: argparse.Namespace, rows: list[dict], tokens_per_s: float
     stats = {"prompts": len(rows), "n": args.n,
              "mean_characters": sum(map(len, answers)) / len(answers),
              "ended": sum(sum(row["ended"]) for row in rows) / len(answers),
-             "special_inside": sum(sum(row["special_inside"]) for row in rows),
              "tokens_per_s": tokens_per_s}
     publish(args, stats, lambda tmp: write_rows(tmp, rows))
     print(f"generate: {len(rows)} prompts × {args.n} responses, "
           f"{stats['mean_characters']:.0f} characters on average, "
-          f"{stats['ended']:.0%} ended by themselves, {stats['special_inside']} with special "
-          f"tokens inside, {tokens_per_s:.0f} tokens/s → {args.out}")
+          f"{stats['ended']:.0%} ended by themselves, {tokens_per_s:.0f} tokens/s → {args.out}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -200,19 +193,19 @@ def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.prompts, "prompts")
     config = load_config(args.model)
     tokenizer = load_tokenizer(args.model)
-    prompts, rooms = encode_prompts(args, config, tokenizer, rows)
+    prompts, allowed = encode_prompts(args, config, tokenizer, rows)
     lengths = [len(prompt) for prompt in prompts]
     stop = torch.tensor(stop_tokens(args.model, config, tokenizer), device=device)
     bf16 = in_bf16(device, args.precision)
     if args.backend == "vllm":
         model = start_vllm(args.model, bf16)
-        batches = batches_of(lengths, rooms, args.n, VLLM_RESPONSES, math.inf)
+        batches = batches_of(lengths, allowed, args.n, VLLM_RESPONSES, math.inf)
     else:
         model = load_model(args.model, device, torch.bfloat16 if bf16 else torch.float32)
         if RANK == 0:
             check_tokens(args.model, model, [(prompt, []) for prompt in prompts])
-            check_samples(args.model, model, prompts, max(map(sum, zip(lengths, rooms))))
-        batches = batches_of(lengths, rooms, args.n, args.batch_size, args.sample_tokens)
+            check_samples(args.model, model, prompts, max(map(sum, zip(lengths, allowed))))
+        batches = batches_of(lengths, allowed, args.n, args.batch_size, args.sample_tokens)
 
     # Each process adds its rows to a part of its own, and all go on from all parts.
     work = work_folder(args)
@@ -229,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
         # A kill may have cut the last line.
         part.write("\n")
         for batch in progress(todo[RANK::WORLD], "generate", "batch"):
-            new_tokens = rooms[batch[0]]
+            new_tokens = allowed[batch[0]]
             drawn = sample_batch(args, model, [rows[i] for i in batch],
                                  [prompts[i] for i in batch], new_tokens, stop)
             for k, i in enumerate(batch):

@@ -78,7 +78,6 @@ from judges.judge import rewards
 # What is left out, each counted by itself: answers, then rows.
 LEFT_OUT = {
     "empty": "empty responses",
-    "special_inside": "responses with special tokens inside",
     "fewer_than_two": "rows with fewer than two responses",
     "unwritten": "rows that the chat template does not write in full",
     "identical": "rows of identical responses",
@@ -118,15 +117,9 @@ def read_candidates(args: argparse.Namespace,
         count = len(texts)
         ended = row.pop("ended", [True] * count)
         ids = row.pop("response_ids", [None] * count)
-        special_inside = row.pop("special_inside", [False] * count)
-        competing = []
-        for answer, special in zip(map(Answer, texts, ended, ids), special_inside):
-            if special:
-                left_out["special_inside"] += 1
-            elif not answer.text.strip():
-                left_out["empty"] += 1
-            else:
-                competing.append(answer)
+        answers = list(map(Answer, texts, ended, ids))
+        competing = [answer for answer in answers if answer.text.strip()]
+        left_out["empty"] += count - len(competing)
         if len(competing) < 2:
             left_out["fewer_than_two"] += 1
             continue

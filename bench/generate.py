@@ -50,8 +50,8 @@ def ours(model, tokenizer, prompts: list, batch_size: int) -> list[list[int]]:
     """Lengths of the N responses to each prompt."""
     lengths: list = [None] * len(prompts)
     stop = torch.tensor([tokenizer.eos_token_id], device=model.device)
-    rooms = [LENGTH] * len(prompts)
-    for batch in batches_of(list(map(len, prompts)), rooms, N, batch_size, math.inf):
+    allowed = [LENGTH] * len(prompts)
+    for batch in batches_of(list(map(len, prompts)), allowed, N, batch_size, math.inf):
         u = np.concatenate([uniforms(0, str(i), N, LENGTH) for i in batch])
         heat = torch.full((len(u),), TEMPERATURE, device=model.device)
         u = torch.tensor(u, device=model.device)

@@ -218,9 +218,10 @@ def encode_response(tokenizer, messages: list[dict], text: str, ended: bool = Tr
 
 
 def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
-    """The text of sampled ids. A character that the length limit cut in half is no part of it."""
+    """The text of sampled ids, special tokens inside spelled out. A character that the length limit
+    cut in half is no part of it."""
     def text_of(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if ended:
         return text_of(ids[:-1])
     text = text_of(ids)
@@ -229,15 +230,6 @@ def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
         ids = ids[:-1]
         text = text_of(ids)
     return text
-
-
-def is_foreign(tokenizer, ids: list[int], ended: bool) -> bool:
-    """Whether a sampled answer holds, before its stop token, what is no text: a special token, as
-    those of channels, or an id that no token has."""
-    inside = ids[:-1] if ended else ids
-    foreign = foreign_tokens(tokenizer)
-    size = len(tokenizer)
-    return any(i in foreign or i >= size for i in inside)
 
 
 # ------------------------------------------------------------------------------------- rows to ids

@@ -11,6 +11,8 @@ the vocabulary.
 """
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -22,14 +24,20 @@ from core.parallel import autocast, merge, model_of, progress
 # ---------------------------------------------------------------------------------------- log-probs
 
 
-def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tuple | None = None,
-                lam: float = 0.0, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+class Reference(NamedTuple):
+    """What another policy's forward pass needs to extrapolate from this one."""
+    head: Callable           # last hidden states [m, H] → logits [m, V]
+    hidden: torch.Tensor     # last hidden states [M, H] of the response tokens
+
+
+def token_logps(head: Callable, hidden: torch.Tensor, target: torch.Tensor,
+                reference: Reference | None = None, lam: float = 0.0,
+                chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
     """log π(target) and log π̃(target) [M], fp32 at least, from last hidden states [M, H]; the
     latter without gradient.
 
-    `reference` is (head, hidden states [M, H]) of π_ref; without it, or with λ = 0, π̃ is π (S9). A
-    [B, T, V] tensor of logits is the memory peak of naive code: here [chunk, V] is the largest that
-    exists, and is recomputed in backward.
+    Without a `reference`, or with λ = 0, π̃ is π (S9). A [B, T, V] tensor of logits is the memory
+    peak of naive code: here [chunk, V] is the largest that exists, and is recomputed in backward.
     """
     def of_chunk(part: slice, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         label = target[part, None]
@@ -41,8 +49,7 @@ def token_logps(head, hidden: torch.Tensor, target: torch.Tensor, reference: tup
         # Below logp on purpose: in backward, checkpoint stops computing again once it has what the
         # gradient of logp needs, so this part is not run twice.
         with torch.no_grad():
-            head_ref, hidden_ref = reference
-            logits_ref = head_ref(hidden_ref[part]).to(logits.dtype)
+            logits_ref = reference.head(reference.hidden[part]).to(logits.dtype)
             # h̃ = (1 + λ) h_θ − λ h_ref, renormalised                                          S12
             mixed = (1 + lam) * logits - lam * logits_ref
             logp_tilde = mixed.log_softmax(-1).gather(-1, label)[:, 0]
@@ -74,12 +81,12 @@ class ResponseLogps(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def states(self, tokens: dict) -> tuple:
-        """(head, last hidden states [M, H]): what another policy's forward pass needs to
-        extrapolate from this one."""
-        return functools.partial(logits_of, self.model), response_hidden(self.model, tokens)
+    def states(self, tokens: dict) -> Reference:
+        """What another policy's forward pass needs to extrapolate from this one."""
+        head = functools.partial(logits_of, self.model)
+        return Reference(head, response_hidden(self.model, tokens))
 
-    def forward(self, tokens: dict, reference: tuple | None = None,
+    def forward(self, tokens: dict, reference: Reference | None = None,
                 lam: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = response_hidden(self.model, tokens)
         head = functools.partial(logits_of, self.model)

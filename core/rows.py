@@ -45,9 +45,8 @@ def reason(error: Exception) -> str:
     """What an exception of other people's code says, on one line."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own folder, which is never run"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else "no reason given"
-    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
+    text = " ".join(str(error).split())[:300] or "no reason given"
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def note(text: str) -> None:
@@ -67,7 +66,7 @@ ROWS = {
 # The responses of a pair.
 SIDES = ["chosen", "rejected"]
 # These hold a value for each response.
-PER_RESPONSE = ["ended", "response_ids", "special_inside"]
+PER_RESPONSE = ["ended", "response_ids"]
 # What dro.py adds to a labelled row: all of it or nothing.
 WORST_CASE = ["xi", "pieces", "atoms"]
 # What a margin against π_init is (D1), in the keys of `margin_of`; at which β, train.py knows.
@@ -122,7 +121,6 @@ SHAPES = {
     "rejected_logp": "number",
     "responses": ["text"],
     "ended": ["true or false"],
-    "special_inside": ["true or false"],
     "response_ids": ["token ids"],
     "vocabulary": "text",
     "temperature": "number ≥ 0",

@@ -22,7 +22,7 @@ PREFILL = 8192
 BLOCK = 128
 MARGIN = 2e-6
 # Tokens that a cache can grow by before it is copied.
-ROOM = 64
+GROW_BY = 64
 
 
 def uniforms(seed: int, prompt_id: str, n: int, length: int) -> np.ndarray:
@@ -80,8 +80,8 @@ def invert(probability: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's keys and values [B, heads, T, D] with memory for ROOM more tokens behind them, so
-    that they are copied once in ROOM tokens and not at each."""
+    """A layer's keys and values [B, heads, T, D] with memory for GROW_BY more tokens behind them,
+    so that they are copied once in GROW_BY tokens and not at each."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *rest, **known) -> tuple:
         if not self.is_initialized:
@@ -91,7 +91,7 @@ class GrowingLayer(DynamicLayer):
         # Whatever chooses or repeats rows puts tensors of its own in the place of these views.
         inside = self.keys is getattr(self, "view", None) and end <= self.memory[0].shape[2]
         if not inside:
-            self.memory = [F.pad(old, (0, 0, 0, end + ROOM - start))
+            self.memory = [F.pad(old, (0, 0, 0, end + GROW_BY - start))
                            for old in (self.keys, self.values)]
         for memory, new in zip(self.memory, (keys, values)):
             memory[:, :, start:end] = new
@@ -166,22 +166,22 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
     return responses
 
 
-def batches_of(lengths: list[int], rooms: list[int], n: int, most: int,
+def batches_of(lengths: list[int], allowed: list[int], n: int, most: int,
                budget: float) -> list[list[int]]:
     """Prompts that are sampled together, longest first: at most `most` responses, whose prompts and
-    new tokens, padded, are at most `budget` tokens. `rooms`: the new tokens that each prompt's
+    new tokens, padded, are at most `budget` tokens. `allowed`: the new tokens that each prompt's
     responses may have; in a batch they are the same.
 
     Keys and values grow with tokens, not with responses. The responses to one prompt stay together,
     so a prompt beyond a limit is a batch of its own.
     """
     batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-rooms[i], -lengths[i])):
+    for i in sorted(range(len(lengths)), key=lambda i: (-allowed[i], -lengths[i])):
         if batches:
             first = batches[-1][0]
             rows = (len(batches[-1]) + 1) * n
-            fits = rows <= most and rows * (lengths[first] + rooms[first]) <= budget
-            if fits and rooms[i] == rooms[first]:
+            fits = rows <= most and rows * (lengths[first] + allowed[first]) <= budget
+            if fits and allowed[i] == allowed[first]:
                 batches[-1].append(i)
                 continue
         batches.append([i])

@@ -81,8 +81,6 @@ def text_measures(rows: list[dict], second_lexicon: bool) -> dict:
     texts = [text for row in rows for text in row["responses"]]
     measures = {"characters": float(np.mean([len(text) for text in texts])),
                 "openings": len({tuple(text.split()[:3]) for text in texts}) / len(texts)}
-    if inside := sum(sum(row.get("special_inside", [])) for row in rows):
-        measures["special_inside"] = inside
     if all("ended" in row for row in rows):
         measures["ended"] = float(np.mean([end for row in rows for end in row["ended"]]))
     if second_lexicon and importlib.util.find_spec("textblob"):

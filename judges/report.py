@@ -22,8 +22,7 @@ OF_LABELS = {
     "wrong_among_flagged": "of these wrong", "could_be_flagged": "could be flagged",
     "wrong": "of these wrong",
 }
-OF_JUDGES = {"order_disagreement": "decided by order", "no_verdict": "without verdict",
-             "special_inside": "special tokens inside"}
+OF_JUDGES = {"order_disagreement": "decided by order", "no_verdict": "without verdict"}
 COLUMNS = """Win rate: how often the judge prefers the policy's answer to the first policy's, \
 ties ½, with a 95 % interval over prompts; p: the paired test of that win rate against the line \
 above (the first: against ½); at equal length: the win rate by a regression on lengths that is \
@@ -33,8 +32,7 @@ textblob); nothing was trained on it, so that where the gold score rises and it 
 pleases the gold judge alone. Ended: share of the answers that ended before the length limit, ✂ \
 marks one that did not; openings: distinct first three words, as a share of the answers. \
 Decided by order: share of the comparisons that have another winner when the two are exchanged; \
-without verdict: the judge's answers that hold none and count ½; special tokens inside: answers \
-whose text is judged without these."""
+without verdict: the judge's answers that hold none and count ½."""
 
 # ------------------------------------------------------------------------------------------ tables
 

@@ -52,7 +52,7 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution(size, spread, count)
 
 @pytest.mark.parametrize("room", [2, 64])
 def test_sampling_equals_uncached_one_at_a_time(room, monkeypatch):
-    monkeypatch.setattr(core.sampling, "ROOM", room)
+    monkeypatch.setattr(core.sampling, "GROW_BY", room)
     model = make_model()
     prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
     u = torch.tensor(np.concatenate([uniforms(0, str(i), 2, 30) for i in range(3)]))

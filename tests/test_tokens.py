@@ -28,10 +28,8 @@ from core.chat import (
     encode_rows,
     end_of_turn,
     foreign_tokens,
-    is_foreign,
     learnable_pairs,
     pair_of,
-    response_alone,
     response_in_context,
     spells_control,
     vocabulary,
@@ -256,7 +254,7 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
     """Where prompt ids are no prefix of the conversation's."""
     merging = copy.deepcopy(tokenizer)
     merging.add_tokens([transformers.AddedToken("\n\n", special=False, normalized=False)])
-    rows = [{"id": "a", "prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
+    rows = [{"id": "x", "prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
     ((prompt, (alone, within)),) = encode_rows(
         make_model().config, merging, rows, pairs_of(rows), "file")
     assert alone.tolist() == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
@@ -307,7 +305,7 @@ def test_a_response_that_the_template_does_not_write_in_full(
         any_tokenizer, capsys, content, cut, ended):
     """Its row is left out, unless it has the ids that were sampled."""
     tokenizer = writing(any_tokenizer, content)
-    row = {"id": "a", "prompt": ASK, "chosen": cut, "rejected": "yes", "chosen_ended": ended}
+    row = {"id": "x", "prompt": ASK, "chosen": cut, "rejected": "yes", "chosen_ended": ended}
     sampled = {"vocabulary": vocabulary(tokenizer), "chosen_ids": [70], "rejected_ids": [72]}
     rows = [row, {**row, "chosen": "no"}, {**row, **sampled}]
     encoded = encode_rows(make_model().config, tokenizer, rows, pairs_of(rows), "file")
@@ -326,7 +324,7 @@ def test_a_prompt_that_does_not_begin_its_conversation(any_tokenizer):
     after it is what it is."""
     thinks = copy.deepcopy(any_tokenizer)
     thinks.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
-    row = {"id": "a", "prompt": ASK, "chosen": "yes", "rejected": "no"}
+    row = {"id": "x", "prompt": ASK, "chosen": "yes", "rejected": "no"}
     sampled = {"vocabulary": vocabulary(thinks), "chosen_ids": [70], "rejected_ids": [72]}
     rows = [row, row | sampled]
     text, ids = encode_rows(make_model().config, thinks, rows, pairs_of(rows), "file")
@@ -337,7 +335,7 @@ def test_blanks_at_the_ends_may_be_trimmed_but_sides_must_differ(tokenizer, caps
     """Many templates trim a message: what is left is the response. Two that differ in blanks alone
     are one."""
     trims = writing(tokenizer, "m['content'] | trim")
-    rows = [{"id": "a", "prompt": ASK, "chosen": chosen, "rejected": rejected}
+    rows = [{"id": "x", "prompt": ASK, "chosen": chosen, "rejected": rejected}
             for chosen, rejected in ((" yes \n", "no"), ("yes ", "yes"), ("same", "same"))]
     encoded = encode_rows(make_model().config, trims, rows, pairs_of(rows), "file")
     assert encoded[0][1][0].tolist() == encode_response(tokenizer, ASK, "yes")
@@ -430,27 +428,17 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
         assert row["chosen_ids"] == text and row["vocabulary"] == vocabulary(tokenizer)
 
 
-def test_answers_with_special_tokens_inside_are_not_learnt(
-        folder, tokenizer, tmp_path, monkeypatch):
-    """Left out of labels and counted, with a model and without; their text is kept."""
-    answers = [[50, 0, 51, 2], [52, 53, 2], [54, 55, 56], [57, 2]]
-    assert [is_foreign(tokenizer, ids, ids[-1] == 2) for ids in answers] == [True] + [False] * 3
-    assert is_foreign(tokenizer, [50, 384], False) and not is_foreign(tokenizer, [2], True)
+def test_special_tokens_inside_an_answer_are_spelled_out(folder, tokenizer, tmp_path, monkeypatch):
+    """Judges read all that was sampled; what is learnt are its ids."""
+    answers = [[50, 0, 51, 2], [52, 53, 2]]
     sampled(monkeypatch, answers)
-    (row,), summary = generated(tmp_path, folder, 1, 4, 4)
-    assert "1 with special tokens inside" in summary
-    assert row["responses"][0] == tokenizer.decode([50, 51])
-    for name, flags in (("model", ["--model", folder, "--reference", "none"]),
-                        ("vader", ["--judge", "vader"])):
-        # vader's best is the first
-        row["responses"] = ["Wonderful!", "Good.", "Well.", "Terrible!"]
-        responses = dump(tmp_path / "changed.jsonl", [row])
-        done = ok(run("label.py", *flags, "--responses", responses, "--out", tmp_path / name))
-        assert "1 responses with special tokens inside left out" in done.stdout
-        (labelled,) = pair_rows(tmp_path / name)
-        assert {labelled["chosen"], labelled["rejected"]} <= {"Good.", "Well.", "Terrible!"}
-        for side in ("chosen", "rejected"):
-            assert labelled[f"{side}_ids"] == answers[row["responses"].index(labelled[side])]
+    (row,) = generated(tmp_path, folder, 1, 2, 4)[0]
+    assert row["responses"] == [tokenizer.decode([50]) + "<|pad|>" + tokenizer.decode([51]),
+                                tokenizer.decode([52, 53])]
+    ok(run("label.py", "--model", folder, "--reference", "none", "--responses",
+           tmp_path / "r.jsonl", "--out", tmp_path / "l.jsonl"))
+    (labelled,) = pair_rows(tmp_path / "l.jsonl")
+    assert sorted([labelled["chosen_ids"], labelled["rejected_ids"]]) == answers
 
 
 def test_a_response_keeps_its_stop_token_of_several(folder, tmp_path, monkeypatch):
@@ -470,15 +458,12 @@ CHANNELS = (
 
 
 def test_channels(tokenizer):
-    """A template that writes a channel's name into an answer: gold answers have it, and what was
-    sampled with it is no text alone."""
+    """A template that writes a channel's name into an answer: gold answers have it."""
     multi = copy.deepcopy(tokenizer)
     multi.add_tokens([transformers.AddedToken(t, special=True) for t in ("<c>", "<m>")])
     multi.chat_template = CHANNELS
     ids = encode_response(multi, ASK, "Hi <m>")
     assert multi.decode(ids) == f"<c>final<m>Hi <{BREAK}m><|im_end|>"
-    assert is_foreign(multi, ids, True)
-    assert not is_foreign(multi, response_alone(multi, "Hi <m>", False), False)
 
 
 @pytest.mark.parametrize("change, message", [

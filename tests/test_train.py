@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from core.folder import fingerprint
-from core.policy import ResponseLogps, pack, response_hidden, token_logps
+from core.policy import Reference, ResponseLogps, pack, response_hidden, token_logps
 from core.training import gather, log_row
 from seed_dpo import dpo_margin
 from train import atoms_of, leader_loss, loss_star, threshold
@@ -128,11 +128,12 @@ def test_extrapolated_logps_against_the_formula():
     for lam in (0.0, 0.125, 0.5):
         logits = ((1 + lam) * model.lm_head(h) - lam * ref.lm_head(r)).detach()
         by_hand = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
-        words = [token_logps(model.lm_head, h, torch.full_like(target, word), (ref.lm_head, r), lam,
+        reference = Reference(ref.lm_head, r)
+        words = [token_logps(model.lm_head, h, torch.full_like(target, word), reference, lam,
                              chunk=2)[1] for word in range(384)]
         ours = torch.stack(words, -1).exp().double()
         torch.testing.assert_close(ours, by_hand, rtol=1e-5, atol=1e-7)
-        plain, tilde = token_logps(model.lm_head, h, target, (ref.lm_head, r), lam)
+        plain, tilde = token_logps(model.lm_head, h, target, reference, lam)
         assert plain.requires_grad and not tilde.requires_grad
         assert lam > 0 or torch.allclose(tilde, plain)
     alone, tilde = token_logps(model.lm_head, h, target)
@@ -151,7 +152,7 @@ def test_the_extra_pass_is_not_repeated_in_backward():
         return model.lm_head(states)
 
     logps, _ = token_logps(
-        model.lm_head, hidden, batch["target"], (head_ref, hidden.detach()), 0.5, chunk=2
+        model.lm_head, hidden, batch["target"], Reference(head_ref, hidden.detach()), 0.5, chunk=2
     )
     logps.sum().backward()
     assert len(calls) == 3
@@ -320,20 +321,6 @@ def test_a_checkpoint_outlives_a_change_of_memory(command, tmp_path):
         assert_close(tmp_path / "whole", tmp_path / name)
 
 
-def test_a_checkpoint_runs_no_code(command, tmp_path):
-    class Planted:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    broken = command("out", f"{WORST} --lr 1e30")
-    run(*broken)
-    (folder,) = tmp_path.glob("out.unfinished/*")
-    torch.save({"log": Planted()}, folder / "checkpoint")
-    done = run(*broken)
-    assert done.returncode == 2 and "not a checkpoint" in done.stderr
-    assert not (tmp_path / "ran").exists()
-
-
 def test_full_disk_is_one_line_and_keeps_what_there_is(command, tmp_path):
     """A limit on the size of files stands in for it: of the checkpoint, then of the weights."""
     ok(run(*command("out", WORST)))
@@ -351,16 +338,21 @@ def test_full_disk_is_one_line_and_keeps_what_there_is(command, tmp_path):
 
 
 def test_checkpoints_of_other_settings_or_broken_ones(command, tmp_path):
-    """NaN keeps the last checkpoint; a file that is none is named; other settings start again, keep
-    and name what there is, and it is gone on from."""
+    """NaN keeps the last checkpoint; a file that is none is named, and no code in it runs; other
+    settings start again, keep and name what there is, and it is gone on from."""
+    class Planted:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
     flags = WORST + EVERY_STEP
     broken = command("out", f"{flags} --lr 1e30")
     done = run(*broken)
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert "No weights are saved" in done.stderr and "rows p" in done.stderr
     (other,) = tmp_path.glob("out.unfinished/*")
-    (other / "checkpoint").write_bytes(b"no checkpoint")
+    torch.save({"log": Planted()}, other / "checkpoint")
     done = run(*broken)
+    assert not (tmp_path / "ran").exists()
     assert done.returncode == 2 and f"{other}/checkpoint: not a checkpoint" in done.stderr
     launch(command("out", flags), processes=1, DIE="0,3")
     (saved,) = set(tmp_path.glob("out.unfinished/*/checkpoint")) - {other / "checkpoint"}
