@@ -45,9 +45,8 @@ def reason(error: Exception) -> str:
     """What an exception of other people's code says, on one line."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own folder, which is never run"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else "no reason given"
-    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
+    text = " ".join(str(error).split())[:300] or "no reason given"
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def note(text: str) -> None:

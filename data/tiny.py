@@ -9,24 +9,18 @@ OUT/model, OUT/base (other weights, no chat template) and OUT/pairs.jsonl are wr
 import argparse
 import json
 import os
-import string
 from pathlib import Path
 
 from core.stage import exit_if_looking, parser, publish, run_stage, start
 
-# The families that configs name, and the tokenizer that their released models have.
-FAMILIES = {
-    "llama": "bytes",
-    "mistral": "sentencepiece",
-    "phi": "bytes",
-    "phi3": "sentencepiece",
-}
+# The families that configs name.
+FAMILIES = ("llama", "mistral", "phi", "phi3")
 
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__)
-    cli.add_argument("--architecture", choices=list(FAMILIES), required=True,
+    cli.add_argument("--architecture", choices=FAMILIES, required=True,
                      help="model_type of transformers")
     cli.add_argument("--out", type=os.path.normpath, required=True,
                      help="folder for model/, base/ and pairs.jsonl")
@@ -41,16 +35,7 @@ if __name__ == "__main__":
 
 import torch
 import transformers
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import core.models  # noqa: F401  keeps transformers quiet
 from core.rows import write_rows
@@ -62,20 +47,12 @@ PROMPTS = [
 ]
 
 # Like ChatML: its marks are control tokens.
-BYTES_TEMPLATE = (
+TEMPLATE = (
     "{% for m in messages %}"
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Like Zephyr's: its marks are plain text but for </s>, and it does not write <s>.
-SENTENCEPIECE_TEMPLATE = (
-    "{% for m in messages %}"
-    "<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-
 SIZES = {
     "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
@@ -85,17 +62,9 @@ SIZES = {
 }
 
 
-def make_tokenizer(kind: str = "bytes") -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of 384 tokens with a chat template, learnt from the demo's prompts.
-
-    `kind` is bytes (byte-level BPE, as GPT-2's and Llama-3's) or sentencepiece (as Llama-2's and
-    Mistral's). Both have the ids of `SIZES` for padding or <unk>, start and end.
-    """
-    return byte_level() if kind == "bytes" else sentencepiece_like()
-
-
-def byte_level() -> transformers.PreTrainedTokenizerFast:
-    """Text is the same tokens wherever it stands; nothing is put before it."""
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE of 384 tokens with a chat template, learnt from the demo's prompts. Text is
+    the same tokens wherever it stands; it has the ids of `SIZES` for padding, start and end."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -103,40 +72,8 @@ def byte_level() -> transformers.PreTrainedTokenizerFast:
         vocab_size=SIZES["vocab_size"], special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, chat_template=BYTES_TEMPLATE,
+        tokenizer_object=raw, chat_template=TEMPLATE,
         bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|pad|>")
-
-
-def sentencepiece_like() -> transformers.PreTrainedTokenizerFast:
-    """A blank is put before a text (and after a control token), <s> before all; decoding takes one
-    blank away. Characters outside the vocabulary, newlines too, are their UTF-8 bytes."""
-    controls = ["<unk>", "<s>", "</s>"]
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-
-    # SentencePiece learns pieces of words, each with the blank before it.
-    learnt = Tokenizer(models.BPE())
-    learnt.pre_tokenizer = pre_tokenizers.Metaspace()
-    learnt.train_from_iterator(PROMPTS, trainers.BpeTrainer(
-        vocab_size=SIZES["vocab_size"] - len(controls + byte_tokens),
-        initial_alphabet=list(string.ascii_letters), show_progress=False))
-    bpe = json.loads(learnt.to_str())["model"]
-    pieces = sorted(bpe["vocab"], key=bpe["vocab"].get)
-
-    raw = Tokenizer(models.BPE(
-        vocab={token: i for i, token in enumerate(controls + byte_tokens + pieces)},
-        merges=[tuple(merge) for merge in bpe["merges"]],
-        unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    raw.add_special_tokens([AddedToken(token, normalized=False) for token in controls])
-    raw.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    raw.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)])
-    raw.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, chat_template=SENTENCEPIECE_TEMPLATE,
-        bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def tiny_model(architecture: str, seed: int) -> transformers.PreTrainedModel:
@@ -147,7 +84,7 @@ def tiny_model(architecture: str, seed: int) -> transformers.PreTrainedModel:
 
 
 def main(args: argparse.Namespace) -> None:
-    tokenizer = make_tokenizer(FAMILIES[args.architecture])
+    tokenizer = make_tokenizer()
     pairs = [
         {"prompt": prompt, "chosen": f"Gladly: {prompt[::-1]}", "rejected": f"No. {prompt[3:20]}"}
         for prompt in PROMPTS[:36]

@@ -22,8 +22,7 @@ OF_LABELS = {
     "wrong_among_flagged": "of these wrong", "could_be_flagged": "could be flagged",
     "wrong": "of these wrong",
 }
-OF_JUDGES = {"order_disagreement": "decided by order", "no_verdict": "without verdict",
-             "special_inside": "special tokens inside"}
+OF_JUDGES = {"order_disagreement": "decided by order", "no_verdict": "without verdict"}
 COLUMNS = """Win rate: how often the judge prefers the policy's answer to the first policy's, \
 ties ½, with a 95 % interval over prompts; p: the paired test of that win rate against the line \
 above (the first: against ½); at equal length: the win rate by a regression on lengths that is \

@@ -23,6 +23,8 @@ import transformers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from families import tokenizer_of
+
 from core import end_in_one_line
 from core.sampling import draw
 from core.stage import run_stage
@@ -87,7 +89,7 @@ def folder(tmp_path_factory, tokenizer) -> str:
 @pytest.fixture(scope="session", params=["bytes", "sentencepiece"])
 def any_tokenizer(request):
     """Each kind of tokenizer: a test of tokens runs with both."""
-    return make_tokenizer(request.param)
+    return tokenizer_of(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,25 @@
-"""A tiny random model of any family of decoders that transformers knows, to try what the project
-says of families."""
+"""A tiny random model of any family of decoders that transformers knows, and the two kinds of
+tokenizer that released models have, to try what the project says of families."""
 
 import dataclasses
+import json
+import string
 
 import torch
 import transformers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from data.tiny import PROMPTS, make_tokenizer
 
 # What is small, by the names that families have for it; a family takes the names that it knows.
 SIZES = {
@@ -80,3 +94,50 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> transformers.PreT
     # A size that SIZES does not name is the real model's.
     assert model.num_parameters() < 10e6, architecture
     return model
+
+
+def tokenizer_of(kind: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of 384 tokens: bytes (byte-level BPE, as GPT-2's and Llama-3's) or sentencepiece
+    (as Llama-2's and Mistral's)."""
+    return make_tokenizer() if kind == "bytes" else sentencepiece_like()
+
+
+# Like Zephyr's: its marks are plain text but for </s>, and it does not write <s>.
+SENTENCEPIECE_TEMPLATE = (
+    "{% for m in messages %}"
+    "<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def sentencepiece_like() -> transformers.PreTrainedTokenizerFast:
+    """A blank is put before a text (and after a control token), <s> before all; decoding takes one
+    blank away. Characters outside the vocabulary, newlines too, are their UTF-8 bytes."""
+    controls = ["<unk>", "<s>", "</s>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+
+    # SentencePiece learns pieces of words, each with the blank before it.
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace()
+    learnt.train_from_iterator(PROMPTS, trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"] - len(controls + byte_tokens),
+        initial_alphabet=list(string.ascii_letters), show_progress=False))
+    bpe = json.loads(learnt.to_str())["model"]
+    pieces = sorted(bpe["vocab"], key=bpe["vocab"].get)
+
+    raw = Tokenizer(models.BPE(
+        vocab={token: i for i, token in enumerate(controls + byte_tokens + pieces)},
+        merges=[tuple(merge) for merge in bpe["merges"]],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    raw.add_special_tokens([AddedToken(token, normalized=False) for token in controls])
+    raw.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)])
+    raw.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, chat_template=SENTENCEPIECE_TEMPLATE,
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>")

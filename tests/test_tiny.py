@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import ok, run
+from families import tokenizer_of
 from hypothesis import example, given, settings, strategies
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.tiny import FAMILIES, SIZES, make_tokenizer, tiny_model
+from data.tiny import FAMILIES, SIZES, tiny_model
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 TEXTS = [
@@ -27,7 +28,7 @@ def kind_of(tokenizer) -> str:
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_any_text_comes_back_from_its_tokens_and_none_makes_a_control_token(kind):
-    tokenizer = make_tokenizer(kind)
+    tokenizer = tokenizer_of(kind)
 
     @settings(deadline=None)
     # U+2581 is how SentencePiece writes a blank: as text it comes back as one.
@@ -112,7 +113,7 @@ def test_the_command_makes_a_policy_and_a_base_model(architecture, tmp_path):
     ok(run("data/tiny.py", "--architecture", architecture, "--out", tmp_path / "tiny"))
     tokenizer, base = (AutoTokenizer.from_pretrained(tmp_path / "tiny" / name)
                        for name in ("model", "base"))
-    assert kind_of(tokenizer) == FAMILIES[architecture] and tokenizer.chat_template
+    assert kind_of(tokenizer) == "bytes" and tokenizer.chat_template
     assert base.get_vocab() == tokenizer.get_vocab() and base.chat_template is None
     model, other = (AutoModelForCausalLM.from_pretrained(tmp_path / "tiny" / name)
                     for name in ("model", "base"))

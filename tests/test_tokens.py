@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, dump, jsonl, make_model, ok, pair_rows, run
-from families import tiny_config
+from families import tiny_config, tokenizer_of
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +43,7 @@ from core.models import (
     load_tokenizer,
 )
 from core.rows import read_rows
-from data.tiny import BYTES_TEMPLATE, make_tokenizer
+from data.tiny import TEMPLATE
 from judges.comparisons import option_prompt
 
 ASK = [{"role": "user", "content": "Write."}]
@@ -78,7 +78,7 @@ MADE = ["bytes", "sentencepiece"]
 def each(request, tmp_path_factory):
     """The name of a tokenizer, made here or of a released model where that is at hand, and it."""
     if request.param in MADE:
-        return request.param, make_tokenizer(request.param)
+        return request.param, tokenizer_of(request.param)
     if not (REAL / request.param).is_dir():
         pytest.skip(f"no {REAL / request.param}")
     folder = tmp_path_factory.mktemp(request.param)
@@ -254,7 +254,7 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
     """Where prompt ids are no prefix of the conversation's."""
     merging = copy.deepcopy(tokenizer)
     merging.add_tokens([transformers.AddedToken("\n\n", special=False, normalized=False)])
-    rows = [{"prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
+    rows = [{"id": "x", "prompt": ASK, "chosen": "\nHello", "rejected": "Hello"}]
     ((prompt, (alone, within)),) = encode_rows(
         make_model().config, merging, rows, pairs_of(rows), "file")
     assert alone.tolist() == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
@@ -307,7 +307,7 @@ def test_a_response_that_the_template_does_not_write_in_full(
         any_tokenizer, capsys, content, cut, ended):
     """Its row is left out, unless it has the ids that were sampled."""
     tokenizer = writing(any_tokenizer, content)
-    row = {"prompt": ASK, "chosen": cut, "rejected": "yes", "chosen_ended": ended}
+    row = {"id": "x", "prompt": ASK, "chosen": cut, "rejected": "yes", "chosen_ended": ended}
     sampled = {"vocabulary": vocabulary(tokenizer), "chosen_ids": [70], "rejected_ids": [72]}
     rows = [row, {**row, "chosen": "no"}, {**row, **sampled}]
     encoded = encode_rows(make_model().config, tokenizer, rows, pairs_of(rows), "file")
@@ -326,7 +326,7 @@ def test_a_prompt_that_does_not_begin_its_conversation(any_tokenizer):
     after it is what it is."""
     thinks = copy.deepcopy(any_tokenizer)
     thinks.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
-    row = {"prompt": ASK, "chosen": "yes", "rejected": "no"}
+    row = {"id": "x", "prompt": ASK, "chosen": "yes", "rejected": "no"}
     sampled = {"vocabulary": vocabulary(thinks), "chosen_ids": [70], "rejected_ids": [72]}
     rows = [row, row | sampled]
     text, ids = encode_rows(make_model().config, thinks, rows, pairs_of(rows), "file")
@@ -337,7 +337,7 @@ def test_blanks_at_the_ends_may_be_trimmed_but_sides_must_differ(tokenizer, caps
     """Many templates trim a message: what is left is the response. Two that differ in blanks alone
     are one."""
     trims = writing(tokenizer, "m['content'] | trim")
-    rows = [{"prompt": ASK, "chosen": chosen, "rejected": rejected}
+    rows = [{"id": "x", "prompt": ASK, "chosen": chosen, "rejected": rejected}
             for chosen, rejected in ((" yes \n", "no"), ("yes ", "yes"), ("same", "same"))]
     encoded = encode_rows(make_model().config, trims, rows, pairs_of(rows), "file")
     assert encoded[0][1][0].tolist() == encode_response(tokenizer, ASK, "yes")
@@ -507,7 +507,7 @@ def test_ids_take_four_bytes_and_are_kept_once(tokenizer, tmp_path):
 def test_a_policys_tokenizer_is_its_parents_files(tmp_path, capsys, monkeypatch):
     """Saved by transformers, a LlamaTokenizer with `legacy` reads a prompt as other tokens."""
     parent, child = tmp_path / "parent", tmp_path / "child"
-    make_tokenizer("sentencepiece").save_pretrained(parent)
+    tokenizer_of("sentencepiece").save_pretrained(parent)
     for path in (parent, child):
         tiny_config("llama").save_pretrained(path)
     config = json.loads((parent / "tokenizer_config.json").read_text())
@@ -558,7 +558,7 @@ def test_an_empty_system_turn_is_the_models_own(any_folder, any_tokenizer, tmp_p
 
 def test_without_a_default_template_is_one_line(folder, tokenizer, tmp_path):
     several = copy.deepcopy(tokenizer)
-    several.chat_template = {"tool_use": BYTES_TEMPLATE, "rag": "{{ messages }}"}
+    several.chat_template = {"tool_use": TEMPLATE, "rag": "{{ messages }}"}
     several.save_pretrained(tmp_path)
     done = run("data/system_turn.py", "--model", tmp_path, "--out", tmp_path / "no")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "default" in done.stderr
