@@ -486,7 +486,9 @@ def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, mo
     assert len(Endpoint.asked) == asked and jsonl(tmp_path / "l.jsonl") == rows
 
 
-def test_a_judge_is_looked_at_before_any_work(folder, ranker, tmp_path, monkeypatch, capsys):
+def test_a_judge_is_looked_at_before_any_work(
+    folder, ranker, tokenizer, tmp_path, monkeypatch, capsys
+):
     def trouble(judge: str, model) -> str:
         with pytest.raises(SystemExit) as stop:
             check_judge(namespace(judge=judge, judge_model=model and str(model)))
@@ -498,9 +500,14 @@ def test_a_judge_is_looked_at_before_any_work(folder, ranker, tmp_path, monkeypa
     assert "LlamaForCausalLM" in trouble("reward-model", folder)
     config = transformers.AutoConfig.from_pretrained(ranker, num_labels=2)
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
+    assert "no tokenizer" in trouble("reward-model", tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
     assert "found 2" in trouble("reward-model", tmp_path / "two")
     flags = f"--judge llm --judge-model {tmp_path / 'none'} --responses {responses_file(tmp_path)}"
     assert f"{tmp_path / 'none'}: no such" in label(tmp_path, flags).stderr
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").unlink()
+    assert "no chat template" in trouble("llm", tmp_path / "base")
     assert "needs --judge-model" in trouble("pairrm", None)
     monkeypatch.setattr("judges.flags.importlib.util.find_spec", lambda name: None)
     assert "package vaderSentiment" in trouble("vader", None)
