@@ -49,6 +49,7 @@ from core.rows import (
     BROKEN_GZIP,
     SIDES,
     answer_turn,
+    check_scored,
     fail,
     in_one_line,
     opened,
@@ -356,6 +357,7 @@ def collect(source: Iterable[tuple[str, dict]],
     unused = {}
     for where, raw in source:
         raw = dict(zip(column_names(where, raw), raw.values()))
+        check_scored(raw, where)
         raw.pop("id", None)
         try:
             row = normalise(where, raw, prompts_alone)
