@@ -72,7 +72,10 @@ ROLES = ["system", "developer", "user", "assistant", "tool"]
 OF_PAIRS = [["chosen_ended", "rejected_ended"], ["chosen_ids", "rejected_ids", "vocabulary"]]
 # Characters that nobody sees: soft hyphens, zero-width blanks and joiners, marks of direction.
 NO_WIDTH = re.compile("[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
-                      "\ufe00-\ufe0f\ufeff]")
+                      "\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]")
+# A text that is a message or a list of messages, ShareGPT's too, as JSON or as Python prints it.
+SPELLED = re.compile(r"\s*\[?\s*\{(?=.*['\"](role['\"]\s*:|from['\"]\s*:\s*['\"](human|gpt)))"
+                     r"(?=.*['\"](content|value)['\"]\s*:).*\}\s*\]?\s*", re.DOTALL)
 # Why a row is left out: its key in the stats, and how the summary says it.
 REASONS = {
     "repeated": "repeated prompts",
@@ -233,8 +236,8 @@ class LeftOut(Exception):
 def words_of(turns: list[dict]) -> list[str]:
     """Messages for comparison: without regard to case, white space, characters without width, and
     Unicode's several ways to write one character."""
-    texts = [unicodedata.normalize("NFKC", turn["content"]).casefold() for turn in turns]
-    words = [" ".join(NO_WIDTH.sub("", text).split()) for text in texts]
+    texts = [NO_WIDTH.sub("", turn["content"]) for turn in turns]
+    words = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
     return [f"{turn['role']}: {text}" for turn, text in zip(turns, words)]
 
 
@@ -260,7 +263,7 @@ def spelled_messages(where: str, key: str, text: str) -> list[dict] | None:
         _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
         return [{"role": "user" if who == "Human" else "assistant", "content": content.strip()}
                 for who, content in zip(parts[::2], parts[1::2])]
-    if not re.fullmatch(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:.*\]\s*", text, re.DOTALL):
+    if not SPELLED.fullmatch(text):
         return None
     try:
         return parse_json(text)
