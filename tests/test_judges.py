@@ -25,7 +25,7 @@ from core import parallel
 from judges import endpoint as endpoints
 from judges import judge as judges
 from judges.comparisons import option_prompt
-from judges.endpoint import hidden, parse_choice, parse_rating
+from judges.endpoint import UNANSWERABLE, hidden, parse_choice, parse_rating
 from judges.flags import check_judge
 from judges.judge import both_orders, rewards
 from judges.measures import settled
@@ -462,6 +462,25 @@ def test_endpoint_without_key_or_model(tmp_path, monkeypatch):
     for url in ("http://127.0.0.1:9/v1", "host/v1"):
         done = label(tmp_path, f"{OPENAI} {responses} --base-url {url}")
         assert f"{url} does not answer" in done.stderr
+
+
+@pytest.mark.parametrize("words, never", [
+    ("the prompt triggering Azure OpenAI's content management policy", True),
+    ("Output blocked by content filtering policy", True), ("Content Exists Risk", True),
+    ("Input data may contain inappropriate content.", True),
+    ("your prompt was flagged as potentially violating our usage policy", True),
+    ("Prompt is blocked due to prohibited content", True), ("context_length_exceeded", True),
+    ("This model's maximum context length is 8192 tokens.", True),
+    ("exceeds the available context size", True), ("prompt is too long: 9 tokens > 8", True),
+    ("input length and `max_tokens` exceed context limit: 199000 + 2000 > 200000", True),
+    ("`inputs` tokens + `max_new_tokens` must be <= 4096", True),
+    ("Range of input length should be [1, 30720]", True),
+    ("Please reduce the length of the messages or completion.", True),
+    ("Incorrect API key provided", False), ("Your credit balance is too low", False),
+    ("Unsupported parameter: 'max_tokens'", False), ("model `x` does not exist", False),
+    ("`temperature` must be 1 for this model", False), ("API key expired", False)])
+def test_what_an_endpoint_will_never_answer(words, never):
+    assert bool(UNANSWERABLE.search(f"Error code: 400 - {words}")) == never
 
 
 def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, monkeypatch):
