@@ -301,6 +301,17 @@ def check_tokenizer(path: str) -> None:
         fail(f"{path}: its chat template cannot be parsed: line {error.lineno}: {error.message}")
 
 
+def check_context(path: str, tokens: int) -> None:
+    """Ends the program where the context of a model on this machine does not hold so many tokens of
+    answers, and a prompt."""
+    folder = folder_of(path)
+    config = read_json(folder / "config.json") if folder else {}
+    limit = config.get("text_config", config).get("max_position_embeddings") or math.inf
+    if tokens >= limit:
+        fail(f"{path}: its context of {limit} tokens holds no prompt with answers of {tokens}; "
+             "lower --max-new-tokens (MAX_NEW_TOKENS), or take a model with a longer one")
+
+
 def template_of(folder: Path) -> str | None:
     """The chat template that a model's conversations are written with; None without one."""
     if (folder / "chat_template.jinja").is_file():

@@ -416,8 +416,17 @@ def test_rows_that_a_model_cannot_read_are_counted(folder, tokenizer, tmp_path):
     counts = {key: stats[key] for key in ("too_long", "control_token", "surplus", "eval")}
     assert counts == {"too_long": 2, "control_token": 2, "surplus": 1, "eval": 2}
     assert "2 that spell a control token of the model, 2 too long for the model" in done.stdout
-    one_line(prepare(path, tmp_path / "none", *model),
+    one_line(prepare(path, tmp_path / "none", *model, "--max-new-tokens", "255"),
              "0 prompts can be used", "8 too long")
+    # An LLM judge reads both answers: the look finds where they have no room, the rows the rest.
+    judge = [*model, "--judge-model", folder]
+    for flags, tokens in ((model, "256"), (judge, "128")):
+        one_line(prepare(path, tmp_path / "none", *flags, "--max-new-tokens", tokens),
+                 "context of 256 tokens holds no prompt with answers of 256")
+    one_line(prepare(path, tmp_path / "none", *judge, "--max-new-tokens", "95"),
+             "0 prompts can be used", "8 too long")
+    ok(prepare(path, tmp_path / "judged", *judge, "--max-new-tokens", "20"))
+    assert stats_of(tmp_path / "judged")["too_long"] == 3
 
 
 @settings(max_examples=100, deadline=None)
