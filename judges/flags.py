@@ -49,8 +49,10 @@ def refuse_existing(out: str) -> None:
 
 
 def judge_models(args: argparse.Namespace) -> list[str]:
-    """The flags that name a judging model to load, for `start`; that of an endpoint is a name. The
-    room for an answer counts where an endpoint is asked alone."""
+    """The flags that name a judging model to load, for `start`; that of an endpoint is a name. What
+    the stage does not use with this judge becomes None."""
+    if args.judge in ("vader", "openai", "none") and not vars(args).get("model"):
+        args.precision = None
     if args.judge == "openai":
         return []
     args.judge_tokens = None
