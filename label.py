@@ -58,6 +58,8 @@ def flags() -> argparse.Namespace:
         fail("--judge implicit needs --model and --reference-model (or --reference none)")
     if not implicit and (args.length_penalty or args.reference != "init"):
         fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
+    if not implicit:
+        args.beta = None
     start(args, ["model", "reference_model", *judge_models(args)], ["responses", "pairs"])
     check_judge(args)
     exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))

@@ -25,9 +25,9 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
 
   # Flags that need a thought, or that several stages share.
   [[ $METHOD != spa ]] || anchor=previous  # D6a
-  local seed_size=(--seed-size "$SEED_SIZE")
-  [[ -z $SEED_FRACTION ]] || seed_size=(--seed-fraction "$SEED_FRACTION")
-  [[ -z $SEED_POLICY ]] || seed_size=(--seed-size 0)
+  local split=(--seed-size "$SEED_SIZE")
+  [[ -z $SEED_FRACTION ]] || split=(--seed-fraction "$SEED_FRACTION")
+  [[ -z $SEED_POLICY ]] || split=(--seed-size 0)
   local train=(--beta "$BETA" --batch-size "$BATCH_SIZE" --seed "$SEED" --precision "$PRECISION"
     --micro-tokens "$MICRO_TOKENS")
   [[ $SHARD == no ]] || train+=(--gradient-checkpointing --shard)
@@ -44,7 +44,8 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     init=$RUN/init
     stage -m data.system_turn --model "$MODEL" --out "$init"
   fi
-  stage -m data.prepare --data "$DATA" --out "$RUN/data" "${seed_size[@]}" --select "$SELECT" \
+  [[ $JUDGE != llm ]] || split+=(--judge-model "${judge:-$init}")  # reads two answers at once
+  stage -m data.prepare --data "$DATA" --out "$RUN/data" "${split[@]}" --select "$SELECT" \
     --rounds $ROUNDS --eval-size "$EVAL_SIZE" --model "${SEED_POLICY:-$init}" \
     --max-new-tokens "$MAX_NEW_TOKENS" --flip "$FLIP" --seed "$SEED" \
     $([[ $PROMPTS_ALONE == no ]] || echo --prompts-alone)

@@ -32,6 +32,8 @@ def flags() -> argparse.Namespace:
     cli.add_argument("--objective", choices=["dpo", "judge"], default="dpo",
                      help="or an LLM judge of these pairs (papers: --lr 2e-5)")
     args = cli.parse_args()
+    if args.objective == "judge":
+        args.beta = None
     start_training(args)
     return args
 

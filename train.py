@@ -39,6 +39,9 @@ def flags() -> argparse.Namespace:
     cli.add_argument("--anchor", choices=["init", "previous"], default="previous",
                      help="ξ_θ is measured against π_init (worst case) or π_{t−1} (SPA) (D6)")
     args = cli.parse_args()
+    # Without one of them nothing is flagged.
+    if not args.alpha or not args.percentile:
+        args.alpha = args.lam = args.percentile = 0.0
     start_training(args)
     return args
 
@@ -140,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     margin_init = torch.zeros(len(run.rows), device=device)
     if args.anchor == "init":
         margin_init = torch.tensor([row["margin"] for row in run.rows], device=device)
-    detect = args.alpha > 0 and args.percentile > 0
+    detect = args.alpha > 0
     first_flag = math.ceil(QUIET * run.total)                 # before it every label is trusted
     first_seen = first_flag - math.ceil(WINDOW / args.batch_size)  # p̃ from here on fills τ's window
     extrapolate = detect and args.lam > 0                     # nothing else needs the model π_ref

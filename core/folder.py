@@ -200,7 +200,9 @@ def names_in(folder: Path) -> list[str]:
 
 def folder_of(path: str) -> Path | None:
     """Where a model lies on this machine: its folder, or the hub's cache; None where its weights
-    have yet to be downloaded."""
+    have yet to be written or downloaded."""
+    if is_promised(path):
+        return None
     if os.path.isdir(path):
         return Path(path)
     snapshot = snapshot_of(path) if is_hub_id(path) else None
@@ -248,11 +250,16 @@ def check_model(path: str) -> None:
         note(f"{path}: the adapter beside the weights is not used")
 
 
-def fail_broken(file: Path) -> NoReturn:
-    """Ends the program: a file is not whole, or what Git leaves in the place of a large one."""
+def refuse_pointer(file: Path) -> None:
+    """Ends the program where a file is what Git leaves in the place of a large one."""
     with open(file, "rb") as stream:
         if stream.read(23) == b"version https://git-lfs":
             fail(f"{file}: a Git-LFS pointer in the file's place; run `git lfs pull` in its folder")
+
+
+def fail_broken(file: Path) -> NoReturn:
+    """Ends the program: a file is not whole."""
+    refuse_pointer(file)
     fail(f"{file}: cut short or broken; download or copy it again")
 
 
@@ -268,17 +275,21 @@ def read_json(file: Path) -> dict:
 def check_tokenizer(path: str) -> None:
     """Ends the program where a model that is on this machine has no tokenizer, or no chat template
     that jinja2 can parse."""
-    folder = None if is_promised(path) else folder_of(path)
+    folder = folder_of(path)
     if folder is None:
         return
     names = names_in(folder)
-    if not any(re.match(r"tokenizer\.|vocab|tekken|.*\.(model|tiktoken)$", name) for name in names):
+    kind = re.compile(r"tokenizer|vocab|tekken|.*\.(model|tiktoken)$")
+    files = list(filter(kind.match, names))
+    for name in files:
+        refuse_pointer(folder / name)
+    if files in ([], ["tokenizer_config.json"]):
         fail(f"{path}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json from the "
              "model that it was made from")
     if "tokenizer.json" in names:
         read_json(folder / "tokenizer.json")
     template = template_of(folder)
-    if template is None:
+    if not template:
         fail(f"{path}: has no chat template, or several and none of them is the default: write the "
              "one to use into chat_template.jinja in its folder")
     import jinja2  # slow to import, and needed here alone
@@ -288,6 +299,17 @@ def check_tokenizer(path: str) -> None:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateSyntaxError as error:
         fail(f"{path}: its chat template cannot be parsed: line {error.lineno}: {error.message}")
+
+
+def check_context(path: str, tokens: int) -> None:
+    """Ends the program where the context of a model on this machine does not hold so many tokens of
+    answers, and a prompt."""
+    folder = folder_of(path)
+    config = read_json(folder / "config.json") if folder else {}
+    limit = config.get("text_config", config).get("max_position_embeddings") or math.inf
+    if tokens >= limit:
+        fail(f"{path}: its context of {limit} tokens holds no prompt with answers of {tokens}; "
+             "lower --max-new-tokens (MAX_NEW_TOKENS), or take a model with a longer one")
 
 
 def template_of(folder: Path) -> str | None:

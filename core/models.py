@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer
-from transformers.utils import cached_file
 
 from core.folder import hub_trouble, snapshot_of
-from core.rows import fail, in_one_line
+from core.rows import fail, in_one_line, note, reason
 
 # A tokenizer, its chat templates, and where its model's answers end.
 TOKENIZER_FILES = [
@@ -147,17 +145,16 @@ def check_copy(source: str) -> None:
 def check_same_tokens(tokenizer, path: str, encoded: list) -> None:
     """End the program where an id of `encoded` rows, which `tokenizer` wrote, is another token to
     the model at `path`. One that its tokenizer lacks, as a base model's lacks added tokens, is not;
-    nor is any where it has no tokenizer."""
+    where it has no tokenizer, that is said."""
     try:
-        file = cached_file(path, "tokenizer.json")
-    except OSError:
+        other = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        note(f"{path}: whether its tokens are the policy's is not known: {reason(error)}")
         return
-    with in_one_line(f"{path}: cannot load the tokenizer"):
-        other = Tokenizer.from_file(file)
     parts = [part for prompt, responses in encoded for part in (prompt, *responses)]
     for i in np.unique(np.concatenate(parts)).tolist():
         ours = tokenizer.convert_ids_to_tokens(i)
-        theirs = other.id_to_token(i)
+        theirs = other.convert_ids_to_tokens(i)
         if theirs not in (ours, None):
             fail(f"{path}: token {i} is {theirs!r} there, and {ours!r} to the policy, whose tokens "
                  "are scored; give a model of the same vocabulary")

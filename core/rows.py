@@ -264,6 +264,7 @@ def read_rows(path: str, kind: str) -> list[dict]:
         if kind == "labelled" and any(key in row for key in WORST_CASE) and not is_worst_case(row):
             fail(f"{where}: xi, pieces and atoms must be the worst case of its margin: all three, "
                  "xi = σ(margin), no shift above xi; take them out and run dro.py again")
+        check_scored(row, where)
         for side in SIDES:
             if side in ROWS[kind]:
                 row[side] = text_of(row[side])
@@ -300,21 +301,28 @@ def scored_digest(row: dict) -> str:
     return hashlib.sha256(scored.encode()).hexdigest()[:16]
 
 
+def check_scored(row: dict, where: str) -> None:
+    """Ends the program at a row that does not hold any more what label.py scored. Other programs'
+    rows say nothing of that."""
+    margin_of = row.get("margin_of")
+    if not isinstance(margin_of, dict):
+        return
+    if margin_of.get("scored") not in (None, scored_digest(row)):
+        fail(f"{where}: its prompt, its texts or their token ids were changed after they were "
+             "scored; take margin_of and the token ids out, and label it again")
+
+
 def check_margins(rows: list[dict], path: str, needed: dict, remedy: str) -> int:
     """How many rows do not say what their margin and their log-probs are: they are taken as right.
-    Ends the program at the first whose `margin_of` has another value for a key of `needed`, or that
-    does not hold any more what was scored (D10)."""
+    Ends the program at the first whose `margin_of` has another value for a key of `needed`
+    (D10)."""
     for row in rows:
         margin_of = row.get("margin_of", {})
-        where = f"{path}: id {row['id']!r}:"
         for key, value in needed.items():
             labelled = margin_of.get(key)
             if labelled not in (None, value):
-                fail(f"{where} its margin_of has {key} {labelled!r:.60}, where {value!r} is "
-                     f"needed; {remedy}")
-        if "scored" in margin_of and margin_of["scored"] != scored_digest(row):
-            fail(f"{where} its prompt, its texts or their token ids were changed after they were "
-                 f"scored; {remedy}")
+                fail(f"{path}: id {row['id']!r}: its margin_of has {key} {labelled!r:.60}, where "
+                     f"{value!r} is needed; {remedy}")
     return sum("margin_of" not in row for row in rows)
 
 

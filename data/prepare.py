@@ -36,6 +36,7 @@ import argparse
 import csv
 import hashlib
 import itertools
+import math
 import os
 import random
 import re
@@ -44,11 +45,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from core.folder import hub_trouble, is_looking, is_promised
+from core.folder import check_context, hub_trouble, is_looking, is_promised
 from core.rows import (
     BROKEN_GZIP,
     SIDES,
     answer_turn,
+    check_scored,
     fail,
     in_one_line,
     opened,
@@ -71,7 +73,10 @@ ROLES = ["system", "developer", "user", "assistant", "tool"]
 OF_PAIRS = [["chosen_ended", "rejected_ended"], ["chosen_ids", "rejected_ids", "vocabulary"]]
 # Characters that nobody sees: soft hyphens, zero-width blanks and joiners, marks of direction.
 NO_WIDTH = re.compile("[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
-                      "\ufe00-\ufe0f\ufeff]")
+                      "\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]")
+# A text that is a message or a list of messages, ShareGPT's too, as JSON or as Python prints it.
+SPELLED = re.compile(r"\s*\[?\s*\{(?=.*['\"](role['\"]\s*:|from['\"]\s*:\s*['\"](human|gpt)))"
+                     r"(?=.*['\"](content|value)['\"]\s*:).*\}\s*\]?\s*", re.DOTALL)
 # Why a row is left out: its key in the stats, and how the summary says it.
 REASONS = {
     "repeated": "repeated prompts",
@@ -88,6 +93,8 @@ REASONS = {
 }
 # Rows that a look reads.
 LOOK_ROWS = 1000
+# Tokens of the question that an LLM judge is asked, beside the prompt and the answers.
+QUESTION = 64
 # A seed of less than a batch of the papers' is worth a warning.
 FEW_PAIRS = 32
 
@@ -112,6 +119,8 @@ def flags() -> argparse.Namespace:
                      "all rows must fit, and whose hidden states --select farthest compares")
     cli.add_argument("--max-new-tokens", type=natural, default=300,
                      help="with --model: what every prompt must leave room for")
+    cli.add_argument("--judge-model", help="an LLM judge, whose context must hold every prompt and "
+                     "two answers, as --model counts them")
     cli.add_argument("--rounds", type=natural, nargs="*", default=[8000, 20000, 30000],
                      help="prompts of each round (papers: the default)")
     cli.add_argument("--eval-size", type=natural,
@@ -120,9 +129,15 @@ def flags() -> argparse.Namespace:
                      help="share of the gold labels to turn wrong on purpose (SSAPO: 0.25)")
     cli.add_argument("--seed", type=int, default=42, help="decides the split")
     args = cli.parse_args()
-    if args.select == "farthest" and not args.model:
-        fail("--select farthest needs --model")
-    start(args, ["model"], datasets=["data"])
+    if not args.model:
+        if args.select == "farthest" or args.judge_model:
+            fail("--select farthest and --judge-model need --model")
+        args.max_new_tokens = None
+    start(args, ["model", "judge_model"], datasets=["data"])
+    if args.model:
+        check_context(args.model, args.max_new_tokens)
+    if args.judge_model:
+        check_context(args.judge_model, 2 * args.max_new_tokens)
     # What an earlier stage has yet to write cannot be looked at.
     if is_looking() and not is_promised(args.data):
         look(args)
@@ -232,8 +247,8 @@ class LeftOut(Exception):
 def words_of(turns: list[dict]) -> list[str]:
     """Messages for comparison: without regard to case, white space, characters without width, and
     Unicode's several ways to write one character."""
-    texts = [unicodedata.normalize("NFKC", turn["content"]).casefold() for turn in turns]
-    words = [" ".join(NO_WIDTH.sub("", text).split()) for text in texts]
+    texts = [NO_WIDTH.sub("", turn["content"]) for turn in turns]
+    words = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
     return [f"{turn['role']}: {text}" for turn, text in zip(turns, words)]
 
 
@@ -259,7 +274,7 @@ def spelled_messages(where: str, key: str, text: str) -> list[dict] | None:
         _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
         return [{"role": "user" if who == "Human" else "assistant", "content": content.strip()}
                 for who, content in zip(parts[::2], parts[1::2])]
-    if not re.fullmatch(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:.*\]\s*", text, re.DOTALL):
+    if not SPELLED.fullmatch(text):
         return None
     try:
         return parse_json(text)
@@ -356,6 +371,7 @@ def collect(source: Iterable[tuple[str, dict]],
     unused = {}
     for where, raw in source:
         raw = dict(zip(column_names(where, raw), raw.values()))
+        check_scored(raw, where)
         raw.pop("id", None)
         try:
             row = normalise(where, raw, prompts_alone)
@@ -417,14 +433,16 @@ from core.parallel import autocast, progress, start_processes
 # ------------------------------------------------------------------------ what a model says of rows
 
 
-def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[dict], Counter]:
-    """(rows that the model at `path` can read, how many are left out for which of REASONS).
+def fitting(rows: list[dict], args: argparse.Namespace) -> tuple[list[dict], Counter]:
+    """(rows that the model can read, how many are left out for which of REASONS).
 
-    Its context has room for the prompt and `room` new tokens or either gold response, and no text
-    spells one of its control tokens. A prompt that its chat template refuses ends the program.
+    Its context has room for the prompt and an answer: new tokens or either gold response. That of
+    an LLM judge has room for two. No text spells one of the model's control tokens. A prompt that
+    its chat template refuses ends the program.
     """
-    limit = context_of(load_config(path))
-    tokenizer = load_tokenizer(path)
+    limit = context_of(load_config(args.model))
+    judge_limit = context_of(load_config(args.judge_model)) if args.judge_model else math.inf
+    tokenizer = load_tokenizer(args.model)
     kept = []
     left = Counter()
     for row in rows:
@@ -434,11 +452,12 @@ def fitting(rows: list[dict], path: str, room: int, source: str) -> tuple[list[d
         if any(spells_control(tokenizer, text) for text in texts):
             left["control_token"] += 1
             continue
-        with in_one_line(f"{source}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): the "
-                         f"chat template of {path} refuses this prompt"):
+        with in_one_line(f"{args.data}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): the "
+                         f"chat template of {args.model} refuses this prompt"):
             lengths = [len(encode_response(tokenizer, prompt, answer)) for answer in answers]
-            needed = len(encode_prompt(tokenizer, prompt)) + max([room, *lengths])
-        if needed > limit:
+            asked = len(encode_prompt(tokenizer, prompt))
+        longest = max([args.max_new_tokens, *lengths])
+        if asked + longest > limit or asked + QUESTION + 2 * longest > judge_limit:
             left["too_long"] += 1
         else:
             kept.append(row)
@@ -486,7 +505,7 @@ def flip(row: dict) -> None:
 def main(args: argparse.Namespace) -> None:
     rows, left, unused = collect(load_any(args.data), args.prompts_alone)
     if args.model:
-        rows, unfit = fitting(rows, args.model, args.max_new_tokens, args.data)
+        rows, unfit = fitting(rows, args)
         left += unfit
     seed_size = seed_size_of(args, len(rows), left)
 

@@ -26,9 +26,9 @@ MARKS = string.whitespace + "[](){}*_`\"'“”‘’."
 # What an endpoint says, with status 400, 413 or 422, of a question that it will never answer: its
 # filter minds the text, or the text is too long for the model.
 UNANSWERABLE = re.compile(
-    r"content.?(filter|management|policy)|responsible.?ai|safety"
-    r"|context.?(length|size|window)|(prompt|input|text|request)\b.{0,40} too (long|large)"
-    r"|maximum.{0,20} (length|tokens)|too many (input )?tokens", re.IGNORECASE)
+    r"content.?(filter|management|policy|exists)|responsible.?ai|safety|inappropriate|prohibited"
+    r"|flagged|context|length|(prompt|input|text|request|string)\b.{0,40} too (long|large)"
+    r"|(maximum|inputs).{0,20} tokens|too many (input )?tokens", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------------------- verdicts

@@ -7,7 +7,7 @@ import os
 import urllib.error
 import urllib.request
 
-from core.folder import folder_of, is_promised, read_json
+from core.folder import check_tokenizer, folder_of, read_json
 from core.rows import fail
 from core.stage import natural
 
@@ -49,8 +49,10 @@ def refuse_existing(out: str) -> None:
 
 
 def judge_models(args: argparse.Namespace) -> list[str]:
-    """The flags that name a judging model to load, for `start`; that of an endpoint is a name. The
-    room for an answer counts where an endpoint is asked alone."""
+    """The flags that name a judging model to load, for `start`; that of an endpoint is a name. What
+    the stage does not use with this judge becomes None."""
+    if args.judge in ("vader", "openai", "none") and not vars(args).get("model"):
+        args.precision = None
     if args.judge == "openai":
         return []
     args.judge_tokens = None
@@ -97,9 +99,11 @@ def check_endpoint(url: str | None) -> None:
 
 
 def check_model_of(judge: str, model: str) -> None:
-    """The judge's config.json is that of such a judge; what only the hub has is looked at when it
-    is loaded."""
-    folder = None if is_promised(model) else folder_of(model)
+    """The judge's tokenizer and config.json are those of such a judge; what only the hub has is
+    looked at when it is loaded."""
+    if judge != "pairrm":
+        check_tokenizer(model)
+    folder = folder_of(model)
     if folder is None or judge == "llm":
         return
     config = read_json(folder / "config.json")

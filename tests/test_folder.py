@@ -224,6 +224,9 @@ def test_a_file_or_nothing_is_no_model(cache, tmp_path, capsys):
     [
         ({"tokenizer.json": None, "tokenizer_config.json": None}, "no tokenizer"),
         ({"tokenizer.json": POINTER}, "git lfs pull"),
+        ({"tokenizer_config.json": POINTER, "chat_template.jinja": "x"}, "git lfs pull"),
+        ({"tokenizer.json": None, "tokenizer.model": POINTER}, "git lfs pull"),
+        ({"chat_template.jinja": ""}, "no chat template"),
         ({"tokenizer_config.json": None}, "no chat template"),
         ({"tokenizer_config.json": "{}"}, "no chat template"),
         ({"chat_template.jinja": "{% if x %}"}, "cannot be parsed"),
@@ -231,7 +234,7 @@ def test_a_file_or_nothing_is_no_model(cache, tmp_path, capsys):
          "none of them is the default"),
         ({"chat_template.jinja": "{% for x in y %}{% generation %}{%- endgeneration -%}"
           "{% break %}{% endfor %}"}, None),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": ""}]}'},
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "x"}]}'},
          None),
     ],
 )

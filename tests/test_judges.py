@@ -25,7 +25,7 @@ from core import parallel
 from judges import endpoint as endpoints
 from judges import judge as judges
 from judges.comparisons import option_prompt
-from judges.endpoint import hidden, parse_choice, parse_rating
+from judges.endpoint import UNANSWERABLE, hidden, parse_choice, parse_rating
 from judges.flags import check_judge
 from judges.judge import both_orders, rewards
 from judges.measures import settled
@@ -464,6 +464,25 @@ def test_endpoint_without_key_or_model(tmp_path, monkeypatch):
         assert f"{url} does not answer" in done.stderr
 
 
+@pytest.mark.parametrize("words, never", [
+    ("the prompt triggering Azure OpenAI's content management policy", True),
+    ("Output blocked by content filtering policy", True), ("Content Exists Risk", True),
+    ("Input data may contain inappropriate content.", True),
+    ("your prompt was flagged as potentially violating our usage policy", True),
+    ("Prompt is blocked due to prohibited content", True), ("context_length_exceeded", True),
+    ("This model's maximum context length is 8192 tokens.", True),
+    ("exceeds the available context size", True), ("prompt is too long: 9 tokens > 8", True),
+    ("input length and `max_tokens` exceed context limit: 199000 + 2000 > 200000", True),
+    ("`inputs` tokens + `max_new_tokens` must be <= 4096", True),
+    ("Range of input length should be [1, 30720]", True),
+    ("Please reduce the length of the messages or completion.", True),
+    ("Incorrect API key provided", False), ("Your credit balance is too low", False),
+    ("Unsupported parameter: 'max_tokens'", False), ("model `x` does not exist", False),
+    ("`temperature` must be 1 for this model", False), ("API key expired", False)])
+def test_what_an_endpoint_will_never_answer(words, never):
+    assert bool(UNANSWERABLE.search(f"Error code: 400 - {words}")) == never
+
+
 def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, monkeypatch):
     """Status 400 for a text too long: counted, kept, and not asked again, wherever the endpoint has
     moved; the blank around a key is no part of it."""
@@ -486,7 +505,9 @@ def test_what_an_endpoint_will_never_answer_is_no_verdict(endpoint, tmp_path, mo
     assert len(Endpoint.asked) == asked and jsonl(tmp_path / "l.jsonl") == rows
 
 
-def test_a_judge_is_looked_at_before_any_work(folder, ranker, tmp_path, monkeypatch, capsys):
+def test_a_judge_is_looked_at_before_any_work(
+    folder, ranker, tokenizer, tmp_path, monkeypatch, capsys
+):
     def trouble(judge: str, model) -> str:
         with pytest.raises(SystemExit) as stop:
             check_judge(namespace(judge=judge, judge_model=model and str(model)))
@@ -498,9 +519,14 @@ def test_a_judge_is_looked_at_before_any_work(folder, ranker, tmp_path, monkeypa
     assert "LlamaForCausalLM" in trouble("reward-model", folder)
     config = transformers.AutoConfig.from_pretrained(ranker, num_labels=2)
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
+    assert "no tokenizer" in trouble("reward-model", tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
     assert "found 2" in trouble("reward-model", tmp_path / "two")
     flags = f"--judge llm --judge-model {tmp_path / 'none'} --responses {responses_file(tmp_path)}"
     assert f"{tmp_path / 'none'}: no such" in label(tmp_path, flags).stderr
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").unlink()
+    assert "no chat template" in trouble("llm", tmp_path / "base")
     assert "needs --judge-model" in trouble("pairrm", None)
     monkeypatch.setattr("judges.flags.importlib.util.find_spec", lambda name: None)
     assert "package vaderSentiment" in trouble("vader", None)

@@ -73,7 +73,8 @@ def test_of_an_opening_user_turn_the_first_row_alone_is_kept(groups):
 
 @pytest.mark.parametrize("twin", [
     "  ÄPFEL\nsoßE  ", unicodedata.normalize("NFD", "Äpfel Soße"), "Äpfel SOSSE",
-    "Äp\u200bfel\u2060 Soße\ufeff", "Äp\u00adfel Soße", "Äpfel\u00a0Soße", "Äpfel Ｓoße"])
+    "Äp\u200bfel\u2060 Soße\ufeff", "Äp\u00adfel Soße", "A\u200b\u0308pfel Soße",
+    "Äpfel Soße\U000e0001", "Äpfel\u00a0Soße", "Äpfel Ｓoße"])
 def test_twins_are_one_prompt(twin):
     rows = [("1", {"prompt": "Äpfel Soße"}), ("2", {"prompt": twin}), ("3", {"prompt": "Apfel"})]
     kept, left, _ = collect(rows, prompts_alone=True)
@@ -133,6 +134,10 @@ LAYOUTS = {  # a row, and the prompt that it has; the responses are always A and
     "sides as JSON": ({k: json.dumps(v) for k, v in sides("u: Q | ").items()}, "u: Q"),
     "prompt as JSON": ({"prompt": json.dumps(turns("s: Z | u: Q"), indent=1), **PAIR},
                        "s: Z | u: Q"),
+    "a message as JSON, in another order": (
+        {"prompt": '{"content": "Q", "role": "user"}', **PAIR}, "u: Q"),
+    "a text that is JSON": ({"prompt": '{"from": "a", "value": 1}', **PAIR},
+                            'u: {"from": "a", "value": 1}'),
     "a text like a list": ({"prompt": "[{'a': 1}] and ['role': 2]", **PAIR},
                            "u: [{'a': 1}] and ['role': 2]"),
     "instruction": ({"instruction": "Q", "input": "", **PAIR}, "u: Q"),
@@ -224,6 +229,9 @@ REFUSED = {
     "other roles": ({"prompt": [{"role": "human", "content": "Q"}], **PAIR},
                     "system, developer, user, assistant, tool; found {'role': 'human'"),
     "messages of Python": ({"prompt": str(turns("u: Q")), **PAIR}, "'prompt' looks like a list"),
+    "a message of Python": ({"prompt": str(turns("u: Q")[0]), **PAIR}, "'prompt' looks like a"),
+    "more keys": ({"prompt": str([{"n": 1} | turns("u: Q")[0]]), **PAIR}, "'prompt' looks like a"),
+    "ShareGPT": ({"prompt": '[{"from": "human", "value": "Q"}]', **PAIR}, '"content": …'),
     "two names": ({"prompt": "Q", " Prompt": "R", **PAIR}, "two columns have the same name"),
     "ratings": ({"prompt": "Q", "Response_A": "A", "rating": 4}, "response_a, rating:"),
 }
@@ -408,8 +416,17 @@ def test_rows_that_a_model_cannot_read_are_counted(folder, tokenizer, tmp_path):
     counts = {key: stats[key] for key in ("too_long", "control_token", "surplus", "eval")}
     assert counts == {"too_long": 2, "control_token": 2, "surplus": 1, "eval": 2}
     assert "2 that spell a control token of the model, 2 too long for the model" in done.stdout
-    one_line(prepare(path, tmp_path / "none", *model),
+    one_line(prepare(path, tmp_path / "none", *model, "--max-new-tokens", "255"),
              "0 prompts can be used", "8 too long")
+    # An LLM judge reads both answers: the look finds where they have no room, the rows the rest.
+    judge = [*model, "--judge-model", folder]
+    for flags, tokens in ((model, "256"), (judge, "128")):
+        one_line(prepare(path, tmp_path / "none", *flags, "--max-new-tokens", tokens),
+                 "context of 256 tokens holds no prompt with answers of 256")
+    one_line(prepare(path, tmp_path / "none", *judge, "--max-new-tokens", "95"),
+             "0 prompts can be used", "8 too long")
+    ok(prepare(path, tmp_path / "judged", *judge, "--max-new-tokens", "20"))
+    assert stats_of(tmp_path / "judged")["too_long"] == 3
 
 
 @settings(max_examples=100, deadline=None)

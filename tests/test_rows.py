@@ -3,9 +3,10 @@ import json
 import math
 
 import pytest
-from conftest import dump, run
+from conftest import dump
 
-from core.rows import check_margins, read_json_list, read_rows, scored_digest
+from core.rows import check_margins, check_scored, read_json_list, read_rows, scored_digest
+from data.prepare import collect, load_any
 
 ROW = {"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": "yes", "rejected": "no",
        "margin": 0.4, "chosen_logp": -1.0, "rejected_logp": -2.0, "chosen_ids": [5, 6],
@@ -70,11 +71,12 @@ def test_a_margin_is_used_for_what_it_is(capsys, key, value, needed):
     {"chosen": "no"}, {"rejected": "yes"}, {"prompt": [{"role": "user", "content": "y"}]},
     {"chosen_ids": [5]}, {"rejected_ids": None}, {"chosen_ids": [5, 6, 7], "rejected_ids": []}])
 def test_a_row_that_was_edited_is_refused(tmp_path, capsys, edit):
-    """Where its log-probs are used: as read from a file, with its texts as turns."""
+    """Whoever reads it, label.py and data.prepare too; its texts may be turns."""
     turns = {side: [{"role": "assistant", "content": ROW[side]}] for side in ("chosen", "rejected")}
     (row,) = read_rows(dump(tmp_path / "rows.jsonl", [labelled() | turns]), "labelled")
-    assert check_margins([row], "file", {}, "") == 0
-    assert "were changed after" in refused(capsys, check_margins, [row | edit], "file", {}, "")
-    pairs = dump(tmp_path / "edited.jsonl", [labelled() | {"chosen": "no"}])
-    done = run("dro.py", "--pairs", pairs, "--out", tmp_path / "w.jsonl")
-    assert done.returncode == 2 and "id 'a': its prompt, its texts" in done.stderr
+    check_scored(row, "here")
+    assert "here: its prompt, its texts" in refused(capsys, check_scored, row | edit, "here")
+    pairs = dump(tmp_path / "edited.jsonl", [labelled() | {"margin": 0.5, "chosen": "no"}])
+    for kind in ("labelled", "preferences"):
+        assert "id 'a': its prompt, its texts" in refused(capsys, read_rows, pairs, kind)
+    assert "1: its prompt, its texts" in refused(capsys, collect, load_any(pairs))

@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import importlib
 import json
 import os
 import re
@@ -115,6 +116,33 @@ def test_what_decides_no_output_is_no_setting(tmp_path):
     args = argparse.Namespace(lr=1.0, **places, **memory)
     stage.start(args, constants={"clip": 1.0})
     assert args.settings == {"lr": 1.0, "clip": 1.0} and args.inputs == {}
+
+
+@pytest.mark.parametrize("command, other, same", [
+    ("label --responses rows --judge vader", "--beta 2 --precision fp32 --judge-tokens 9", True),
+    ("label --responses rows --judge vader --model rows", "--beta 2 --judge-tokens 9", True),
+    ("label --responses rows --judge vader --model rows", "--precision fp32", False),
+    ("label --responses rows --model rows --reference none", "--beta 2", False),
+    ("label --responses rows --judge openai --judge-model m", "--precision fp32", True),
+    ("label --responses rows --judge openai --judge-model m", "--judge-tokens 9", False),
+    ("evaluate --answers a=rows", "--precision fp32 --judge-tokens 9 --base-url x", True),
+    ("seed_dpo --model rows --pairs rows --objective judge", "--beta 2", True),
+    ("train --model rows --pairs rows --alpha 0", "--lam 2 --percentile 5", True),
+    ("train --model rows --pairs rows --percentile 0", "--lam 2 --alpha 0.5", True),
+    ("train --model rows --pairs rows", "--lam 2", False),
+    ("data.prepare --data rows", "--max-new-tokens 5", True)])
+def test_what_a_stage_does_not_use_redoes_nothing(tmp_path, monkeypatch, command, other, same):
+    (tmp_path / "rows").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    found = []
+    monkeypatch.setattr(stage, "exit_if_complete",
+                        lambda out, settings, beside: found.append(settings) or sys.exit())
+    for more in ("", other):
+        name, *flags = f"{command} --out out {more}".split()
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).flags()
+    assert (found[0] == found[1]) == same
 
 
 def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):

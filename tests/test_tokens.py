@@ -564,7 +564,7 @@ def test_without_a_default_template_is_one_line(folder, tokenizer, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "default" in done.stderr
 
 
-def test_a_reference_reads_the_same_tokens(folder, other_folder, tokenizer, tmp_path):
+def test_a_reference_reads_the_same_tokens(folder, other_folder, tokenizer, tmp_path, capsys):
     """Its vocabulary may lack some that were added later, or be unknown; where an id of the rows
     means another token, nothing is scored."""
     added, exchanged = copy.deepcopy(tokenizer), tmp_path / "exchanged"
@@ -573,6 +573,7 @@ def test_a_reference_reads_the_same_tokens(folder, other_folder, tokenizer, tmp_
     check_same_tokens(added, folder, encoded)
     make_model().config.save_pretrained(tmp_path / "none")
     check_same_tokens(added, str(tmp_path / "none"), encoded)
+    assert "is not known" in capsys.readouterr().err
     file = shutil.copytree(other_folder, exchanged) / "tokenizer.json"
     state = json.loads(file.read_text())
     first, second = tokenizer.convert_ids_to_tokens([70, 100])
@@ -584,6 +585,14 @@ def test_a_reference_reads_the_same_tokens(folder, other_folder, tokenizer, tmp_
                tmp_path / "o", "--responses", dump(tmp_path / "r.jsonl", [row]))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"token 70 is {second!r} there, and {first!r} to the policy" in done.stderr
+    # in the files of GPT-2's tokenizer alone
+    (exchanged / "vocab.json").write_text(json.dumps(state["model"]["vocab"]))
+    (exchanged / "merges.txt").write_text("")
+    (exchanged / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    file.unlink()
+    with pytest.raises(SystemExit):
+        check_same_tokens(tokenizer, str(exchanged), encoded)
+    assert f"token 70 is {second!r} there" in capsys.readouterr().err
 
 
 def test_one_limit_a_model():
