@@ -45,7 +45,7 @@ def logps_of(path: str, rows: list[dict], device: torch.device) -> np.ndarray:
     tokenizer = load_tokenizer(path)
     answers = [list(zip(row["responses"], row["ended"], row["response_ids"])) for row in rows]
     encoded = encode_rows(load_config(path), tokenizer, rows, answers, path)
-    model = load_scorer(path, device, encoded, "fp32", tokenizer)
+    model = load_scorer(path, device, encoded, "fp32")
     return np.array(score(ResponseLogps(model), encoded, "fp32", f"score {path}"))
 
 

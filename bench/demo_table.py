@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from bench.stats import by_chance, interval  # noqa: E402
 from core.rows import fail  # noqa: E402
 from core.stage import parser, run_stage  # noqa: E402
-from judges.report import markdown, p_value  # noqa: E402
+from judges.report import cell, markdown  # noqa: E402
 
 # name → (arm of bench/demo.sh, policy of its report)
 CLEAN = {
@@ -81,7 +81,8 @@ def print_table(title: str, rows: dict, runs: dict) -> None:
             common = [one[seed] - other[seed] for seed in one if seed in other]
             if common:
                 gain = interval(common)
-                line += [str(len(common)), gain.text(), p_value(gain.p)]
+                line += [str(len(common)), gain.text(),
+                         "< 0.001" if gain.p < 0.001 else cell(gain.p)]
                 gains += [gain] * (key == "score")
             else:
                 line += ["0", "–", "–"]

@@ -452,7 +452,7 @@ def test_embedding_is_the_last_hidden_state_of_the_last_prompt_token(config, tok
         cosine = torch.nn.functional.cosine_similarity(vector.float(), hidden)
         assert cosine.argmax() == len(hidden) - 1
         # bf16 where it pays
-        assert cosine[-1] > 0.9999 and abs(vector.float().norm() - 1) < 1e-3
+        assert cosine[-1] > 0.999 and abs(vector.float().norm() - 1) < 1e-3
 
 
 def test_seed_fraction_and_farthest_seed(folder, tmp_path):
@@ -477,7 +477,7 @@ def test_seed_fraction_and_farthest_seed(folder, tmp_path):
 
 
 def test_shipped_prompts_are_distinct():
-    assert len(set(CORPUS)) == len(CORPUS) == 360
+    assert len(set(CORPUS)) == len(CORPUS) == 352
 
 
 # -------------------------------------------------------------- what every stage says to bad input
