@@ -96,7 +96,8 @@ def test_a_config_is_lines_of_names_and_values(tmp_path):
 
 def test_numbers_are_compared_as_numbers(folder, tmp_path):
     data = dump(tmp_path / "pairs.jsonl", gold_rows(8))
-    sound = {"MODEL": folder, "DATA": data, "SEED_SIZE": 4, "ROUNDS": "", "RUN": tmp_path / "run"}
+    sound = {"MODEL": folder, "DATA": data, "SEED_SIZE": 4, "ROUNDS": "", "RUN": tmp_path / "run",
+             "MAX_NEW_TOKENS": 8}
     for zero in ("0.00", "0e-3", ".0"):
         assert start_sh("--check", METHOD="spa", EPSILON=zero, **sound).returncode == 0
 
@@ -145,7 +146,7 @@ def test_what_a_run_needs_is_looked_for_before_the_first_stage(folder, tmp_path,
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     prompts = dump(tmp_path / "prompts.jsonl", [{"prompt": f"x {i}"} for i in range(9)])
     pairs = dump(tmp_path / "pairs.jsonl", gold_rows(8))
-    small = {"SEED_SIZE": 2, "ROUNDS": ""}
+    small = {"SEED_SIZE": 2, "ROUNDS": "", "MAX_NEW_TOKENS": 8}
     table = [
         ({"DATA": prompts, **small}, "PROMPTS_ALONE=yes"),
         ({"DATA": prompts, "PROMPTS_ALONE": "yes", **small}, "GOLD must name"),
