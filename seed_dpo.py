@@ -12,7 +12,8 @@ computed in core/policy.py; how a batch is spread over passes and processes, in 
 `--objective judge` makes an LLM judge: it learns −log π of the right letter, where each gold pair
 is asked in both orders (judges/comparisons.py).
 
-    python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed.jsonl --out runs/demo/seed
+    python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed/seed.jsonl \\
+        --out runs/demo/seed
     torchrun --nproc_per_node=8 seed_dpo.py --model MODEL --pairs seed.jsonl --out pi_0
 """
 import argparse

@@ -30,7 +30,7 @@ would fall into a second one are left out. Papers: 2 000 gold pairs of 60 000 (3
 
     python -m data.prepare --data argilla/ultrafeedback-binarized-preferences-cleaned --out data/uf
     python -m data.prepare --data data/prompts.jsonl --prompts-alone --out runs/demo/data \\
-        --seed-size 40 --rounds 96 96
+        --seed-size 128 --rounds 48 48
 """
 import argparse
 import csv
