@@ -28,6 +28,7 @@ from core.probe import load_scorer
 from core.rows import fail, in_one_line, note
 from judges.comparisons import option_prompt
 from judges.endpoint import chat, parse_choice
+from judges.flags import check_model_of
 from judges.measures import settled, wins
 from judges.pairrm import LENGTH, encode_comparison, load_pairrm
 
@@ -78,6 +79,7 @@ def reward_model(args, rows: list[dict]) -> list[list[float]]:
             encoded.append(ids)
     kind = transformers.AutoModelForSequenceClassification
     model = load_weights(kind, path, this_device(), torch.float32)
+    check_model_of(args.judge, path)  # one of the hub is on this machine now
     logits = iter(logits_of(args, model, encoded))
     return [[next(logits) for _ in row["responses"]] for row in rows]
 

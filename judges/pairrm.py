@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from core.chat import BREAK
 from core.models import load_weights
 from core.rows import in_one_line
-from judges.flags import MARKERS
+from judges.flags import MARKERS, check_model_of
 
 LENGTH = 2048
 SOURCE_LENGTH = 1224
@@ -49,6 +49,7 @@ def load_pairrm(path: str, device: torch.device) -> tuple:
     """(model, tokenizer). What the weights hold beside the model's own does not matter; what they
     lack ends the program."""
     model = load_weights(PairRM, path, device, torch.float32)
+    check_model_of("pairrm", path)  # one of the hub is on this machine now
     with in_one_line(f"{path}: cannot load the tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return model, tokenizer

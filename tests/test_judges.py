@@ -522,6 +522,12 @@ def test_a_judge_is_looked_at_before_any_work(
     assert "no tokenizer" in trouble("reward-model", tmp_path / "two")
     tokenizer.save_pretrained(tmp_path / "two")
     assert "found 2" in trouble("reward-model", tmp_path / "two")
+    # What the first look could not see, as of the hub, is looked at when it is loaded.
+    two = namespace(judge="reward-model", judge_model=str(tmp_path / "two"))
+    row = {"prompt": [{"role": "user", "content": "?"}], "responses": ["A"]}
+    with pytest.raises(SystemExit):
+        judges.reward_model(two, [row])
+    assert "found 2" in capsys.readouterr().err
     flags = f"--judge llm --judge-model {tmp_path / 'none'} --responses {responses_file(tmp_path)}"
     assert f"{tmp_path / 'none'}: no such" in label(tmp_path, flags).stderr
     shutil.copytree(folder, tmp_path / "base")
