@@ -248,8 +248,8 @@ def read_rows(path: str, kind: str) -> list[dict]:
             if key not in row:
                 fail(f"{path}:{number}: key '{key}' is missing; {kind} rows need "
                      f"{', '.join(ROWS[kind])}{hint}")
-        for key in filter(row.__contains__, keys):
-            if not has_shape(row[key], SHAPES[key]):
+        for key in keys:
+            if key in row and not has_shape(row[key], SHAPES[key]):
                 shape = json.dumps(SHAPES[key], ensure_ascii=False)
                 fail(f"{path}:{number}: '{key}' must be {shape}, "
                      f"found {json.dumps(row[key])[:60]}{hint}")
