@@ -37,7 +37,10 @@ SAMPLED = ("n", "max_new_tokens", "seed", "precision")  # settings of the evalua
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    """By a rename: a kill leaves the file whole, or none."""
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    tmp.replace(path)
 
 
 def logps_of(path: str, rows: list[dict], device: torch.device) -> np.ndarray:
