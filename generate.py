@@ -40,8 +40,8 @@ from core.stage import (
 
 # It needs the torch of requirements.txt; 0.33 would replace it.
 VLLM = "vllm>=0.30,<0.33"
-# Responses that vLLM is given at once; it makes batches of its own.
-VLLM_RESPONSES = 4096
+# Tokens that vLLM is given at once; it makes batches of its own.
+VLLM_TOKENS = 2 ** 22
 
 
 def flags() -> argparse.Namespace:
@@ -59,8 +59,6 @@ def flags() -> argparse.Namespace:
                      "a `temperature` of its own")
     cli.add_argument("--max-new-tokens", type=natural, default=300,
                      help="length limit of a response in tokens (papers: 300)")
-    cli.add_argument("--batch-size", type=natural, default=128,
-                     help="responses sampled together, at most; at most rounding in the text")
     cli.add_argument("--sample-tokens", type=natural, default=131072,
                      help="tokens sampled together, prompts and --max-new-tokens counted: memory "
                      "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), and at most rounding "
@@ -199,13 +197,13 @@ def main(args: argparse.Namespace) -> None:
     bf16 = in_bf16(device, args.precision)
     if args.backend == "vllm":
         model = start_vllm(args.model, bf16)
-        batches = batches_of(lengths, allowed, args.n, VLLM_RESPONSES, math.inf)
+        batches = batches_of(lengths, allowed, args.n, VLLM_TOKENS)
     else:
         model = load_model(args.model, device, torch.bfloat16 if bf16 else torch.float32)
         if RANK == 0:
             check_tokens(args.model, model, [(prompt, []) for prompt in prompts])
             check_samples(args.model, model, prompts, max(map(sum, zip(lengths, allowed))))
-        batches = batches_of(lengths, allowed, args.n, args.batch_size, args.sample_tokens)
+        batches = batches_of(lengths, allowed, args.n, args.sample_tokens)
 
     # Each process adds its rows to a part of its own, and all go on from all parts.
     work = work_folder(args)

@@ -2,17 +2,17 @@
 process each: a line of JSON for each.
 
 SmolLM2-135M (`python -m data.demo --out models/smollm2` first); prompts of log-normal length,
-median 100 tokens, as in UltraFeedback; n = 2 responses of at most 128 tokens at temperature 0.7; 64
-responses a batch. `plain` is model.generate in the order of the input. The limit is arithmetic:
-tokens/s if all were done at the speed that a large matrix product has in the same process, each
-prompt computed once. Ten minutes on two cores. Exit status 1 where ours is not CLAIM times as fast.
+median 100 tokens, as in UltraFeedback; n = 2 responses of at most 128 tokens at temperature 0.7.
+`plain` is model.generate in the order of the input, --batch-size responses at a time. The limit is
+arithmetic: tokens/s if all were done at the speed that a large matrix product has in the same
+process, each prompt computed once. Ten minutes on two cores. Exit status 1 where ours is not CLAIM
+times as fast.
 
     python bench/generate.py
     python bench/generate.py --only ours
 """
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
@@ -46,12 +46,12 @@ def make_prompts(tokenizer, count: int) -> list[list[int]]:
     return prompts
 
 
-def ours(model, tokenizer, prompts: list, room: int, batch_size: int) -> list[list[int]]:
+def ours(model, tokenizer, prompts: list, room: int, sample_tokens: int) -> list[list[int]]:
     """Lengths of the N responses to each prompt, of at most `room` tokens."""
     lengths: list = [None] * len(prompts)
     stop = torch.tensor([tokenizer.eos_token_id], device=model.device)
     rooms = [room] * len(prompts)
-    for batch in batches_of(list(map(len, prompts)), rooms, N, batch_size, math.inf):
+    for batch in batches_of(list(map(len, prompts)), rooms, N, sample_tokens):
         u = np.concatenate([uniforms(0, str(i), N, room) for i in batch])
         heat = torch.full((len(u),), TEMPERATURE, device=model.device)
         u = torch.tensor(u, device=model.device)
@@ -84,11 +84,11 @@ def measure(args: argparse.Namespace) -> dict:
     dtype = torch.bfloat16 if bf16_pays(device) else torch.float32
     model, tokenizer = load_model(args.model, device, dtype), load_tokenizer(args.model)
     prompts = make_prompts(tokenizer, args.prompts)
-    sampler = ours if args.only == "ours" else plain
-    sampler(model, tokenizer, prompts[:2], args.length, args.batch_size)  # warm up
+    sampler, size = (ours, args.sample_tokens) if args.only == "ours" else (plain, args.batch_size)
+    sampler(model, tokenizer, prompts[:2], args.length, size)  # warm up
     torch.manual_seed(0)
     started = time.perf_counter()
-    lengths = sampler(model, tokenizer, prompts, args.length, args.batch_size)
+    lengths = sampler(model, tokenizer, prompts, args.length, size)
     seconds = time.perf_counter() - started
     tokens = sum(map(sum, lengths))
     # A forward pass is a third of training's operations.
@@ -105,7 +105,8 @@ def main() -> None:
     cli.add_argument("--model", default="models/smollm2", help="a folder")
     cli.add_argument("--prompts", type=natural, default=64)
     cli.add_argument("--length", type=natural, default=128, help="limit of a response in tokens")
-    cli.add_argument("--batch-size", type=natural, default=64, help="responses")
+    cli.add_argument("--batch-size", type=natural, default=64, help="responses, of plain")
+    cli.add_argument("--sample-tokens", type=natural, default=131072, help="tokens, of ours")
     cli.add_argument("--only", choices=["ours", "plain"], help="one line, in this process")
     args = cli.parse_args()
     if args.only:

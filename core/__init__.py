@@ -34,7 +34,7 @@ def end_in_one_line(kind: type[BaseException], error: BaseException,
     elif isinstance(error, OSError):
         line = f"{error.strerror or error}: cannot write; nothing finished is lost"
     elif is_out_of_memory(error):
-        line = ("out of memory; lower --micro-tokens, --sample-tokens or --batch-size, or see "
+        line = ("out of memory; lower --micro-tokens or --sample-tokens, or see "
                 f"--gradient-checkpointing ({error})")
     if not line:
         return sys.__excepthook__(kind, error, trace)

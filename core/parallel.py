@@ -9,8 +9,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -73,6 +71,8 @@ def distribute(net: torch.nn.Module, shard: bool, recompute: bool) -> torch.nn.M
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if shard:
+        # A second of imports.
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         for part in (*layers, net):
             hand_out(part, device)
             fully_shard(part)
@@ -92,6 +92,7 @@ def distribute(net: torch.nn.Module, shard: bool, recompute: bool) -> torch.nn.M
 def hand_out(part: torch.nn.Module, device: torch.device) -> None:
     """Give every process what process 0 holds of a part of the model: no other has read weights.
     What is sharded already stays as it is."""
+    from torch.distributed.tensor import DTensor
     given = {}  # tied weights are one
     for module in part.modules():
         for table in (module._parameters, module._buffers):

@@ -166,22 +166,20 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
     return responses
 
 
-def batches_of(lengths: list[int], allowed: list[int], n: int, most: int,
-               budget: float) -> list[list[int]]:
-    """Prompts that are sampled together, longest first: at most `most` responses, whose prompts and
-    new tokens, padded, are at most `budget` tokens. `allowed`: the new tokens that each prompt's
-    responses may have; in a batch they are the same.
+def batches_of(lengths: list[int], allowed: list[int], n: int, budget: float) -> list[list[int]]:
+    """Prompts that are sampled together, longest first: at most `budget` tokens, of prompts and new
+    ones, padded. `allowed`: the new tokens that each prompt's responses may have; in a batch they
+    are the same.
 
     Keys and values grow with tokens, not with responses. The responses to one prompt stay together,
-    so a prompt beyond a limit is a batch of its own.
+    so a prompt beyond the limit is a batch of its own.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-allowed[i], -lengths[i])):
         if batches:
             first = batches[-1][0]
-            rows = (len(batches[-1]) + 1) * n
-            fits = rows <= most and rows * (lengths[first] + allowed[first]) <= budget
-            if fits and allowed[i] == allowed[first]:
+            tokens = (len(batches[-1]) + 1) * n * (lengths[first] + allowed[first])
+            if tokens <= budget and allowed[i] == allowed[first]:
                 batches[-1].append(i)
                 continue
         batches.append([i])

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 
 from core import RANK, WORLD
 from core.chat import encode_rows, learnable_pairs, pair_of
@@ -182,7 +181,7 @@ def update(run: Run, lr: float) -> float:
     """One step of AdamW at rate `lr` on the clipped gradient, which the backward passes have left
     in the parameters. Returns the gradient's norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), CLIP)
-    if isinstance(norm, DTensor):
+    if hasattr(norm, "full_tensor"):  # a shard's share of it
         norm = norm.full_tensor()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
