@@ -7,7 +7,7 @@
 #   … worst                             the worst case, ε = 0.01
 #   … replay, repeat                    gold pairs in every round; as many of its own pairs twice
 #   … judge                             the rounds' labels by the gold judge
-#   … every, every_rays                 DPO on the gold labels of all 224 prompts, and its rays
+#   … every, every_rays                 DPO on the gold labels of all 160 prompts, and its rays
 #   … epochs6, epochs12                 the seed stage alone, for longer
 #   … fast, fast_worst                  rounds at twice the learning rate
 #   … random                            ε = 0.05, the moved fractions on random pairs
@@ -57,7 +57,7 @@ rounds() {  # what run.sh has no setting for: other pairs, or a rate that is not
   share "$spa" "$run" eval/init.jsonl eval/seed.jsonl "${labels[@]}"
   for t in 1 2; do
     round=$run/round$t
-    train=(--lam "$(( t == 1 ? 50 : 25 ))e-2" --lr 1.5e-5)
+    train=(--lam "$(( t == 1 ? 50 : 25 ))e-2" --lr 1.2e-5)
     sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n 6
     "$python" label.py --model "$policy" --reference-model $init --out "$round/labelled.jsonl" \
       --responses "$round/responses.jsonl"
@@ -70,9 +70,9 @@ rounds() {  # what run.sh has no setting for: other pairs, or a rate that is not
           --scored "$round/gold.jsonl" --out "$round/joined.jsonl"
         pairs=$round/joined.jsonl ;;
       repeat)
-        "$python" bench/replay.py --pairs "$pairs" --repeat 128 --out "$round/joined.jsonl"
+        "$python" bench/replay.py --pairs "$pairs" --repeat 96 --out "$round/joined.jsonl"
         pairs=$round/joined.jsonl ;;
-      fast | fast_worst) train+=(--lr 3e-5) ;;
+      fast | fast_worst) train+=(--lr 2.4e-5) ;;
     esac
     local epsilon=0
     [[ $arm != fast_worst ]] || epsilon=0.01
@@ -129,7 +129,7 @@ for number in "${@:2}"; do
       demo METHOD=spa JUDGE=vader ;;
     every)
       share "$spa" "$run" eval/init.jsonl
-      demo METHOD=spa SEED_SIZE=224 ROUNDS= ;;
+      demo METHOD=spa SEED_SIZE=160 ROUNDS= ;;
     epochs*)
       share "$spa" "$run" "${gold[@]}"
       demo METHOD=spa ROUNDS= SEED_EPOCHS="${arm#epochs}" ;;

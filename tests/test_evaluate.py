@@ -482,8 +482,8 @@ def test_the_stage_against_plain_loops(tmp_path):
 
     stats = json.loads((tmp_path / "run/report.md.stats.json").read_text())
     judge_of = SentimentIntensityAnalyzer().polarity_scores
-    scores_of = [[judge_of(text)["compound"] for text in row] for row in TEXTS]
-    fine = judge_of("Fine.")["compound"]
+    scores_of = [[judge_of(text)["pos"] - judge_of(text)["neg"] for text in row] for row in TEXTS]
+    fine = judge_of("Fine.")["pos"]
     expected = [[(s > fine) + 0.5 * (s == fine) for s in row] for row in scores_of]
     p = stats["policies"]["round1"]
     assert p["score"] == pytest.approx(np.mean(scores_of)) and p["preferences"] == expected
