@@ -31,7 +31,7 @@ CLEAN = {
     "ε = 0.05 on random pairs": ("random", "round2"),
     "seed at 6 epochs": ("epochs6", "seed"),
     "seed at 12 epochs": ("epochs12", "seed"),
-    "DPO on the gold labels of all 224 prompts": ("every", "seed"),
+    "DPO on the gold labels of all 160 prompts": ("every", "seed"),
 }
 TABLES = {"Clean seed labels": CLEAN,
           "25 % of the seed labels flipped":
