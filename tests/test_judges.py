@@ -256,7 +256,7 @@ def test_pairrm_against_a_plain_computation(pairrm_folder, capsys):
     assert list(found) == pytest.approx([ranker_preference(pairrm_folder, *each) for each in read],
                                         abs=1e-6)
     assert "2 of 8 comparisons are longer" in capsys.readouterr().err
-    exchanged = judges.pairrm(args, [(turns, b, a) for turns, a, b in asked])
+    exchanged = judges.pairrm(args, [(turns, b, a) for turns, a, b in asked[:4]])
     assert max(abs(one + other - 1) for one, other in zip(found, exchanged)) > 1e-4
 
 
