@@ -160,7 +160,8 @@ def test_who_may_import_whom(name):
     tree = modules()[name]
     assert [other for other in imports(tree) if not may_import(name, other)] == []
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    assert [other for function in functions for other in imports(function)] == []
+    late = [other for function in functions for other in imports(function)]
+    assert late == (["judges.pairrm"] if name == "judges.judge" else [])  # its encoder is slow
     assert "sys.path" not in ast.unparse(tree)
 
 
