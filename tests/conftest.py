@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: no test waits fo
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,26 +52,35 @@ def pytest_collection_modifyitems(config, items):
 CORPUS = PROMPTS
 
 
+SIZES = dict(
+    vocab_size=384,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    initializer_range=0.2,
+)
+
+
 def make_model(
     config=transformers.LlamaConfig, seed: int = 0, **changes
 ) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
     return transformers.AutoModelForCausalLM.from_config(
-        config(**{**settings, **changes}), dtype=torch.float32
+        config(**{**SIZES, **changes}), dtype=torch.float32
     ).eval()
+
+
+def saved(path, *parts) -> str:
+    """The folder of a model and its tokenizer."""
+    for part in parts:
+        part.save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -80,10 +90,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, tokenizer) -> str:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    make_model(tie_word_embeddings=True).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return saved(tmp_path_factory.mktemp("tiny"), make_model(tie_word_embeddings=True), tokenizer)
 
 
 @pytest.fixture(scope="session", params=["bytes", "sentencepiece"])
@@ -95,52 +102,35 @@ def any_tokenizer(request):
 @pytest.fixture(scope="session")
 def any_folder(tmp_path_factory, any_tokenizer) -> str:
     """The tiny model with each kind of tokenizer."""
-    path = tmp_path_factory.mktemp("model") / "any"
-    make_model(tie_word_embeddings=True).save_pretrained(path)
-    any_tokenizer.save_pretrained(path)
-    return str(path)
+    model = make_model(tie_word_embeddings=True)
+    return saved(tmp_path_factory.mktemp("any"), model, any_tokenizer)
 
 
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory, tokenizer) -> str:
     """A second policy: the same weights, moved a little."""
-    path = tmp_path_factory.mktemp("model") / "other"
     model = make_model(tie_word_embeddings=True)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return saved(tmp_path_factory.mktemp("other"), model, tokenizer)
 
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory, tokenizer) -> str:
     """A model whose context takes a judge's prompt."""
-    path = tmp_path_factory.mktemp("model") / "wide"
-    make_model(max_position_embeddings=4096).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    model = make_model(max_position_embeddings=4096)
+    return saved(tmp_path_factory.mktemp("wide"), model, tokenizer)
 
 
 @pytest.fixture(scope="session")
 def ranker(tmp_path_factory, tokenizer) -> str:
     """A random reward model: one logit from the last token."""
-    path = tmp_path_factory.mktemp("model") / "ranker"
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    transformers.LlamaForSequenceClassification(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    config = transformers.LlamaConfig(num_labels=1, **SIZES | {"max_position_embeddings": 2048})
+    model = transformers.LlamaForSequenceClassification(config)
+    return saved(tmp_path_factory.mktemp("ranker"), model, tokenizer)
 
 
 def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
@@ -217,6 +207,13 @@ def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     return done
 
 
+def one_line(done: subprocess.CompletedProcess, *words: str) -> None:
+    """The stage refused, with one line that has these words in it."""
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
 def jsonl(path) -> list[dict]:
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
@@ -236,6 +233,20 @@ def pair_rows(path) -> list[dict]:
 def dump(path, rows: list) -> str:
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
+
+
+def stats_of(out) -> dict:
+    return json.load(open(f"{out}.stats.json"))
+
+
+def weights_of(path) -> dict[str, torch.Tensor]:
+    return load_file(Path(path, "model.safetensors"))
+
+
+def plain_logp(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """The plain way: whole logits of `prompt response`."""
+    logps = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+    return sum(logps[len(prompt) + j - 1, token] for j, token in enumerate(response))
 
 
 def gold_rows(count: int) -> list[dict]:

@@ -1,11 +1,10 @@
 """The follower: closed form, linear program and dual against one another and against a brute-force
 transport problem."""
-import json
 import math
 
 import numpy as np
 import pytest
-from conftest import dump, jsonl, ok, run
+from conftest import dump, jsonl, ok, one_line, run, stats_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -114,32 +113,23 @@ def test_a_curved_loss_is_attained_bounded_and_sandwiched(xi, epsilon, name):
     exact = exact_of(xi, loss, epsilon)
     assert gap(exact.value, exact.dual) < 1e-10
     check(exact, xi, loss, epsilon, 1e-10)
-    widths = []
-    for pieces in (4, 16, 64):
-        knots = np.linspace(0, 1, pieces)
-        low, high = [exact_of(xi, lambda x: maximum_of(*lines, x), epsilon).value
-                     for lines in (tangents_of(name, knots), chords_of(loss, knots))]
-        assert low <= exact.value + 1e-9
-        assert exact.value <= high + 1e-9
-        widths.append(high - low)
-    assert widths[2] <= widths[0] + 1e-9
+    knots = np.linspace(0, 1, 64)
+    low, high = [exact_of(xi, lambda x: maximum_of(*lines, x), epsilon).value
+                 for lines in (tangents_of(name, knots), chords_of(loss, knots))]
+    assert low - 1e-9 <= exact.value <= high + 1e-9 and high - low < 0.01
 
 
-@pytest.mark.parametrize("pieces", [1, 5, 6, 7, 50])
+@pytest.mark.parametrize("pieces", [1, 5, 6, 50])
 def test_tangents_lie_under_loss_star_and_touch_it(pieces):
     x = np.linspace(1e-3, 1, 2000)
     knots = np.arange(1, pieces + 1) / pieces
     slopes, intercepts = tangents(pieces)
     np.testing.assert_allclose(slopes, -pieces / np.arange(1, pieces + 1))  # s_k = −K/k
     np.testing.assert_allclose(intercepts, 1 - np.log(knots), atol=1e-12)   # c_k = 1 − log(k/K)
-    below, star = surrogate(pieces)(x), loss_star(x, pieces)
     np.testing.assert_allclose(surrogate(pieces)(knots), -np.log(knots), atol=1e-12)
-    assert surrogate(pieces)(0.0) == pytest.approx(1 + math.log(pieces))
-    above = x >= 1 / pieces
-    np.testing.assert_allclose(star[above], -np.log(x[above]))
-    chords = maximum_of(*chords_of(lambda x: loss_star(x, pieces), np.r_[0, knots]), x)
-    for low, high in ((below, -np.log(x)), (below, star), (star, chords)):
-        assert (low <= high + 1e-12).all()
+    star = loss_star(x, pieces)
+    assert (surrogate(pieces)(x) <= star + 1e-12).all() and (star <= -np.log(x) + 1e-12).all()
+    np.testing.assert_allclose(star[x >= 1 / pieces], -np.log(x[x >= 1 / pieces]))
 
 
 @settings(max_examples=100, deadline=None)
@@ -175,74 +165,45 @@ def labelled(margins) -> list[dict]:
                                    ["--epsilon", "0"]])
 def test_stage(tmp_path, solver, extra):
     rows = labelled(np.random.default_rng(1).exponential(1, 40))
-    rows[3]["chosen"] = answer_turn('a "quoted" line\nand }')
-    pairs = dump(tmp_path / "labelled.jsonl", rows)
     out = tmp_path / "worst.jsonl"
     command = ["--epsilon", "0.02", "--solver", solver, *extra]
-    ok(run("dro.py", "--pairs", pairs, "--out", out, *command))
-    stats = json.load(open(f"{out}.stats.json"))
-    worst = jsonl(out)
+    ok(run("dro.py", "--pairs", dump(tmp_path / "l.jsonl", rows), "--out", out, *command))
+    stats, worst = stats_of(out), jsonl(out)
     added = ("xi", "atoms", "pieces")
     assert [{k: v for k, v in row.items() if k not in added} for row in worst] == rows
-    epsilon = stats["settings"]["epsilon"]
+    epsilon, pieces = (stats["settings"][key] for key in ("epsilon", "pieces"))
     assert (stats["n"], stats["transport"]) == (40, pytest.approx(epsilon, abs=1e-9))
-    assert abs(stats["gap"]) < 1e-8
-    assert (stats["moved"] == 0) == (epsilon == 0)
-    assert {row["pieces"] for row in worst} == {stats["settings"]["pieces"]}
+    assert abs(stats["gap"]) < 1e-8 and (stats["moved"] == 0) == (epsilon == 0)
+    under_star = 0.0
     for row in worst:
-        assert row["xi"] == pytest.approx(1 / (1 + math.exp(-row["margin"])))
-        assert sum(weight for weight, _ in row["atoms"]) == pytest.approx(1)
-    under_star = stats["worst_case_loss_star"]
+        assert row["xi"] == pytest.approx(expit(row["margin"])) and row["pieces"] == pieces
+        under_star += sum(weight * loss_star(np.float64(row["xi"] - shift), pieces) / len(worst)
+                          for weight, shift in row["atoms"])
     assert stats["empirical_loss"] <= stats["worst_case_loss"] + 1e-9
-    assert stats["worst_case_loss"] <= under_star + 1e-9
-    if solver == "exact":
-        under_atoms = [weight * loss_star(np.float64(row["xi"] - shift), row["pieces"])
-                       for row in worst for weight, shift in row["atoms"]]
-        assert under_star == pytest.approx(sum(under_atoms) / len(worst))
+    assert stats["worst_case_loss"] <= stats["worst_case_loss_star"] + 1e-9
+    assert solver == "lp" or stats["worst_case_loss_star"] == pytest.approx(under_star)
     # its own output is fine as input
     ok(run("dro.py", "--pairs", out, "--out", tmp_path / "again.jsonl", *command))
     assert jsonl(tmp_path / "again.jsonl") == worst
 
 
-def refused(pairs, out, *flags) -> str:
-    """The one line with which the stage refuses its input."""
-    done = run("dro.py", "--pairs", pairs, "--out", out, *flags)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    return line
+@pytest.mark.parametrize("margin, flags, words", [
+    (0.5, ["--epsilon", "-0.1"], "at least 0"), (0.5, ["--epsilon", "nan"], "--epsilon"),
+    (0.5, ["--pieces", "0"], "at least 1"), (0.5, ["--group", "0"], "--group"),
+    *((margin, [], "1: 'margin' must be \"number ≥ 0\"")
+      for margin in (math.nan, math.inf, -0.5, "1", True, None))])
+def test_bad_flags_and_margins(tmp_path, margin, flags, words):
+    pairs = dump(tmp_path / "labelled.jsonl", labelled([margin]))
+    one_line(run("dro.py", "--pairs", pairs, "--out", tmp_path / "worst.jsonl", *flags), words)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--epsilon", "-0.1"], "at least 0"), (["--epsilon", "nan"], "--epsilon"),
-    (["--epsilon", "inf"], "--epsilon"), (["--pieces", "0"], "at least 1"),
-    (["--group", "0"], "--group")])
-def test_bad_flags(tmp_path, flags, words):
-    pairs = dump(tmp_path / "labelled.jsonl", labelled([0.5]))
-    assert words in refused(pairs, tmp_path / "worst.jsonl", *flags)
-
-
-@pytest.mark.parametrize("margin", ["NaN", "Infinity", "-0.5", '"1"', "true", "null"])
-def test_bad_margins(tmp_path, margin):
-    path = tmp_path / "labelled.jsonl"
-    first, second = map(json.dumps, labelled([0.5, 0.25]))
-    path.write_text(f"{first}\n{second.replace('0.25', margin)}\n")
-    said = refused(path, tmp_path / "worst.jsonl")
-    assert f"{path}:2: 'margin' must be \"number ≥ 0\", found {margin[:4]}" in said
-
-
-@pytest.mark.parametrize("key, value", [("judge", "vader"), ("reference", "none"),
-                                        ("reference", "previous"), ("length_penalty", 0.01)])
-def test_margins_that_are_not_against_init_are_refused_where_they_are_used(tmp_path, key, value):
-    """D10: with ε > 0 in one line that names the key; with ε = 0 nothing uses them. Rows that say
-    nothing are counted."""
-    of = {"judge": "implicit", "reference": "init", "beta": 0.1, "length_penalty": 0, "policy": "x"}
-    rows = [{**row, "margin_of": of} for row in labelled([0.1, 0.2, 0.3])]
-    rows[1]["margin_of"] = {**of, key: value}
+def test_margins_that_are_not_against_init_are_refused_where_they_are_used(tmp_path):
+    """D10: with ε > 0; with ε = 0 nothing uses them. Rows that say nothing are counted."""
+    of = {"judge": "implicit", "reference": "previous", "beta": 0.1, "length_penalty": 0}
+    rows = [{**row, "margin_of": of} for row in labelled([0.1, 0.2])]
+    command = ["dro.py", "--out", tmp_path / "w.jsonl", "--pairs"]
     pairs = dump(tmp_path / "l.jsonl", rows)
-    out = tmp_path / "w.jsonl"
-    said = refused(pairs, out)
-    assert key in said and "id '1'" in said
-    ok(run("dro.py", "--pairs", pairs, "--out", out, "--epsilon", "0"))
-    undeclared = dump(tmp_path / "s.jsonl", labelled([0.1, 0.2]))
-    done = ok(run("dro.py", "--pairs", undeclared, "--out", tmp_path / "v.jsonl"))
+    one_line(run(*command, pairs), "reference", "id '0'")
+    ok(run(*command, pairs, "--epsilon", "0"))
+    done = ok(run(*command, dump(tmp_path / "s.jsonl", labelled([0.1, 0.2]))))
     assert "2 margins taken as against π_init" in done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import dump, gold_rows, run
+from conftest import dump, gold_rows, one_line, run
 from safetensors.torch import load_file, save_file
 
 from core import flags, folder, stage
@@ -52,51 +52,30 @@ def test_a_copy_or_a_touch_is_the_same_content(model, tmp_path):
     (model / ".cache/weights.metadata").write_text("times")
     assert folder.fingerprint(str(model)) == folder.fingerprint(f"{tmp_path / 'copy'}/") == digest
     assert sorted(os.listdir(tmp_path)) == ["copy", "model"]
-    (tmp_path / "copy/config.json").write_text("[]")
-    assert folder.fingerprint(str(tmp_path / "copy")) != digest
-    (model / "config.json").rename(model / "config")
-    assert folder.fingerprint(str(model)) != digest
 
 
-@pytest.mark.parametrize("name", ["a", "b"])
-def test_a_step_of_an_optimizer_is_seen(model, name):
-    """At a learning rate of 1e-7, in one tensor; so is another header over the same bytes."""
-    digest = folder.fingerprint(str(model))
-    weights = load_file(model / "model.safetensors")
-    weight = torch.nn.Parameter(weights[name])
+def step_of_an_optimizer(path: Path) -> None:
+    weights = load_file(path)
+    weight = torch.nn.Parameter(weights["b"])
     weight.grad = torch.randn_like(weight)
     torch.optim.AdamW([weight], lr=1e-7).step()
-    save_file(weights | {name: weight.detach()}, model / "model.safetensors", {"format": "pt"})
-    assert folder.fingerprint(str(model)) != digest
+    save_file(weights | {"b": weight.detach()}, path, {"format": "pt"})
 
 
-def test_the_header_and_the_size_are_a_part_of_the_content(model):
-    digest = folder.fingerprint(str(model))
-    data = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(data.replace(b'"a"', b'"c"'))
-    assert folder.fingerprint(str(model)) != digest
-    (model / "model.safetensors").write_bytes(data[:-1])
-    assert folder.fingerprint(str(model)) != digest
-
-
-def test_rows_edited_at_equal_length_are_others(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(3_000_000 * "a" + "b")
-    digest = folder.fingerprint(str(path))
-    path.write_text(3_000_000 * "a" + "c")
-    assert folder.fingerprint(str(path)) != digest
-
-
-def test_a_large_folder_takes_no_time(tmp_path):
-    save_file({str(i): torch.zeros(500_000) for i in range(270)}, tmp_path / "model.safetensors")
-    assert os.path.getsize(tmp_path / "model.safetensors") > 540e6
-    times = []
-    for _ in range(5):
-        started = time.process_time()
-        folder.fingerprint(str(tmp_path))
-        times.append(time.process_time() - started)
-    assert min(times) < 0.05
-    shutil.rmtree(tmp_path)
+@pytest.mark.parametrize("name, change", [
+    ("config.json", lambda path: path.write_text("[]")),
+    ("config.json", lambda path: path.rename(path.with_name("config"))),
+    ("rows.jsonl", lambda path: path.write_text(3_000_000 * "a" + "c")),  # at equal length
+    ("model.safetensors", step_of_an_optimizer),
+    ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    ("model.safetensors", lambda path: path.write_bytes(
+        path.read_bytes().replace(b'"a"', b'"c"')))])  # another header over the same bytes
+def test_a_change_is_seen(model, name, change):
+    (model / "rows.jsonl").write_text(3_000_000 * "a" + "b")
+    place = str(model / name if name == "rows.jsonl" else model)
+    digest = folder.fingerprint(place)
+    change(model / name)
+    assert folder.fingerprint(place) != digest
 
 
 @pytest.fixture
@@ -192,59 +171,45 @@ def test_checkpoints_take_room_while_a_model_is_trained(model, tmp_path, monkeyp
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
-@pytest.mark.parametrize(
-    "files, words",
-    [
-        ({"model.safetensors": POINTER}, "git lfs pull"),
-        ({"model.safetensors": "{}"}, "cut short or broken"),
-        ({"config.json": None}, "config.json"),
-        ({"config.json": "{"}, "cut short or broken"),
-        ({"model.safetensors": None}, "weights (*.safetensors)"),
-        ({"model.safetensors": None, "pytorch_model.bin": "x"}, "convert"),
-        ({"model.safetensors": None, "model-q4.gguf": "x"}, "GGUF"),
-        ({"model.safetensors": None, "config.json": None, "adapter_model.safetensors": "x",
-          "adapter_config.json": "{}"}, "merge"),
-    ],
-)
-def test_what_is_no_model_is_one_line_with_the_remedy(model, capsys, files, words):
+NAMED = '{"chat_template": [{"name": "%s", "template": "x"}]}'
+
+
+@pytest.mark.parametrize("check, files, words", [
+    ("model", {"model.safetensors": POINTER}, "git lfs pull"),
+    ("model", {"model.safetensors": "{}"}, "cut short or broken"),
+    ("model", {"config.json": None}, "config.json"),
+    ("model", {"config.json": "{"}, "cut short or broken"),
+    ("model", {"model.safetensors": None}, "weights (*.safetensors)"),
+    ("model", {"model.safetensors": None, "pytorch_model.bin": "x"}, "convert"),
+    ("model", {"model.safetensors": None, "model-q4.gguf": "x"}, "GGUF"),
+    ("model", {"model.safetensors": None, "config.json": None, "adapter_model.safetensors": "x",
+               "adapter_config.json": "{}"}, "merge"),
+    ("tokenizer", {"tokenizer.json": None, "tokenizer_config.json": None}, "no tokenizer"),
+    ("tokenizer", {"tokenizer.json": POINTER}, "git lfs pull"),
+    ("tokenizer", {"tokenizer_config.json": POINTER, "chat_template.jinja": "x"}, "git lfs pull"),
+    ("tokenizer", {"tokenizer.json": None, "tokenizer.model": POINTER}, "git lfs pull"),
+    ("tokenizer", {"chat_template.jinja": ""}, "no chat template"),
+    ("tokenizer", {"tokenizer_config.json": None}, "no chat template"),
+    ("tokenizer", {"tokenizer_config.json": "{}"}, "no chat template"),
+    ("tokenizer", {"chat_template.jinja": "{% if x %}"}, "cannot be parsed"),
+    ("tokenizer", {"tokenizer_config.json": NAMED % "rag"}, "none of them is the default"),
+    ("tokenizer", {"tokenizer_config.json": NAMED % "default"}, None),
+    ("tokenizer", {"chat_template.jinja": "{% for x in y %}{% generation %}{%- endgeneration -%}"
+                   "{% break %}{% endfor %}"}, None)])
+def test_what_is_no_model_is_one_line_with_the_remedy(model, capsys, check, files, words):
     for name, text in files.items():
         (model / name).unlink() if text is None else (model / name).write_text(text)
-    assert words in refused(capsys, folder.check_model, model)
-
-
-def test_a_file_or_nothing_is_no_model(cache, tmp_path, capsys):
-    (tmp_path / "m.gguf").write_text("GGUF")
-    assert "GGUF" in refused(capsys, folder.check_model, tmp_path / "m.gguf")
-    assert "no such model folder" in refused(capsys, folder.check_model, tmp_path / "none")
-    assert "asked" in refused(capsys, folder.check_model, "some/model")
-
-
-@pytest.mark.parametrize(
-    "files, words",
-    [
-        ({"tokenizer.json": None, "tokenizer_config.json": None}, "no tokenizer"),
-        ({"tokenizer.json": POINTER}, "git lfs pull"),
-        ({"tokenizer_config.json": POINTER, "chat_template.jinja": "x"}, "git lfs pull"),
-        ({"tokenizer.json": None, "tokenizer.model": POINTER}, "git lfs pull"),
-        ({"chat_template.jinja": ""}, "no chat template"),
-        ({"tokenizer_config.json": None}, "no chat template"),
-        ({"tokenizer_config.json": "{}"}, "no chat template"),
-        ({"chat_template.jinja": "{% if x %}"}, "cannot be parsed"),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "rag", "template": ""}]}'},
-         "none of them is the default"),
-        ({"chat_template.jinja": "{% for x in y %}{% generation %}{%- endgeneration -%}"
-          "{% break %}{% endfor %}"}, None),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "x"}]}'},
-         None),
-    ],
-)
-def test_a_tokenizer_needs_a_template(model, capsys, files, words):
-    for name, text in files.items():
-        (model / name).unlink() if text is None else (model / name).write_text(text)
+    look = {"model": folder.check_model, "tokenizer": folder.check_tokenizer}[check]
     if words is None:
-        folder.check_tokenizer(str(model))
+        look(str(model))
     else:
-        assert words in refused(capsys, folder.check_tokenizer, model)
+        assert words in refused(capsys, look, model)
+
+
+def test_a_file_or_nothing_is_no_model(cache, model, capsys):
+    for path, words in ((model / "config.json", "config.json"), (model / "a.gguf", "no such model"),
+                        ("some/model", "asked")):
+        assert words in refused(capsys, folder.check_model, path)
 
 
 def test_an_unreachable_hub_is_one_line_in_seconds(tmp_path, monkeypatch, capfd):
@@ -262,11 +227,8 @@ def test_an_unreachable_hub_is_one_line_in_seconds(tmp_path, monkeypatch, capfd)
         "no-such/model": ["seed_dpo.py", "--pairs", pairs, "--model"],
         "no-such/data": ["data/prepare.py", "--data"],
     }.items():
-        done = run(*command, name, "--out", tmp_path / "out")
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {name}: ")
-        assert done.stderr.count("\n") == 1
-        for word in ("http://127.0.0.1:9", "Connection refused", "HF_ENDPOINT", "local path"):
-            assert word in done.stderr
+        one_line(run(*command, name, "--out", tmp_path / "out"), f"error: {name}: ",
+                 "http://127.0.0.1:9", "Connection refused", "HF_ENDPOINT", "local path")
     assert time.monotonic() - started < 5 and not any(capfd.readouterr())
     # What was downloaded before goes on, without asking again.
     assert huggingface_hub.is_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "1"

@@ -1,19 +1,16 @@
 """Labelling: implicit reward, best against worst, what is left out and why, other judges."""
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import dump, gold_rows, jsonl, ok, pair_rows, run
+from conftest import dump, gold_rows, jsonl, ok, one_line, pair_rows, plain_logp, run, stats_of
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from core.chat import encode_prompt, encode_response
+from core.chat import answered, encode_prompt, encode_response
 from core.models import load_model, load_tokenizer
-from core.policy import ResponseLogps, score
 from core.rows import scored_digest
 from core.stage import fingerprint
-from judges.judge import vader
 from label import best_and_worst, implicit_reward
 
 ASK = [{"role": "user", "content": "Write."}]
@@ -50,10 +47,10 @@ def logps(folder, other_folder):
     """log π of the three answers by policy and reference, each sequence scored alone."""
     scored = []
     for path in (other_folder, folder):
-        net, tokenizer = ResponseLogps(load_model(path, CPU)), load_tokenizer(path)
+        model, tokenizer = load_model(path, CPU), load_tokenizer(path)
         prompt = encode_prompt(tokenizer, ASK)
-        scored.append([score(net, [(prompt, [encode_response(tokenizer, ASK, *answer)])],
-                             "fp32")[0][0] for answer in TEXTS])
+        scored.append([plain_logp(model, prompt, encode_response(tokenizer, ASK, *answer)).item()
+                       for answer in TEXTS])
     return np.array(scored)
 
 
@@ -78,11 +75,10 @@ def test_label_stage_by_hand(folder, other_folder, responses, logps, tmp_path, p
         "policy": fingerprint(other_folder), "precision": "fp32",
         "scored": scored_digest({"prompt": ASK, "chosen": row["chosen"],
                                  "rejected": row["rejected"], **ids})}
-    stats = json.load(open(f"{out}.stats.json"))
-    assert (stats["prompts"], stats["labelled"], stats["ties"], stats["identical"]) == (4, 1, 0, 1)
-    assert (stats["fewer_than_two"], stats["empty"]) == (2, 4)
-    words = "4 empty responses left out, 2 rows with fewer than two responses left out, 1 rows of"
-    assert words in done.stdout and "ties" not in done.stdout
+    counts = {"prompts": 4, "labelled": 1, "ties": 0, "identical": 1, "fewer_than_two": 2,
+              "empty": 4}
+    assert counts.items() <= stats_of(out).items()
+    assert "2 rows with fewer than two" in done.stdout and "ties" not in done.stdout
 
 
 @pytest.mark.parametrize("flags, weights, penalty", [
@@ -103,16 +99,13 @@ def test_other_rewards(folder, other_folder, tokenizer, responses, logps, tmp_pa
 
 
 def test_ties_are_ties_alone(tmp_path):
-    rows = [{"id": "tie", "prompt": ASK, "responses": ["Good.", "Good day."]},
+    rows = [{"id": "tie", "prompt": ASK, "responses": ["Good.", "Great."]},
             {"id": "pair", "prompt": ASK, "responses": ["Good.", "Terrible!"]}]
-    responses = dump(tmp_path / "r.jsonl", rows)
-    done = ok(run("label.py", "--judge", "vader", "--responses", responses, "--out",
-                  tmp_path / "l.jsonl"))
+    command = ["label.py", "--judge", "vader", "--out", tmp_path / "l.jsonl", "--responses"]
+    done = ok(run(*command, dump(tmp_path / "r.jsonl", rows)))
     assert "1 pairs by vader, 1 ties left out, median" in done.stdout
-    dump(tmp_path / "r.jsonl", [{"id": "1", "prompt": ASK, "responses": ["Good."]}])
-    done = run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "m")
-    assert done.returncode == 2
-    assert "two responses to compare, 1 rows with fewer than two" in done.stderr
+    alone = [{"id": "1", "prompt": ASK, "responses": ["Good."]}]
+    one_line(run(*command, dump(tmp_path / "r.jsonl", alone)), "1 rows with fewer than two")
 
 
 def test_a_new_label_takes_the_old_ones_place(tmp_path):
@@ -134,15 +127,11 @@ def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path)
     pair are ours, and its first loss is ln 2."""
     trl = pytest.importorskip("trl")
     import datasets
-    gold, drawn = tmp_path / "data/seed.jsonl", tmp_path / "drawn.jsonl"
-    labelled, worst = tmp_path / "labelled.jsonl", tmp_path / "worst.jsonl"
-    raw = dump(tmp_path / "raw.jsonl", gold_rows(9))
-    parts = ["--out", gold.parent, "--seed-size", "4", "--rounds", "4"]
-    ok(run("data/prepare.py", "--data", raw, *parts))
-    prompts = ["--prompts", gold.parent / "prompts_1.jsonl", "-n", "4", "--max-new-tokens", "8"]
-    ok(run("generate.py", "--model", folder, *prompts, "--out", drawn))
-    judge = ["--model", folder, "--reference-model", other_folder]
-    ok(run("label.py", *judge, "--responses", drawn, "--out", labelled))
+    gold, labelled, worst = (tmp_path / f"{name}.jsonl" for name in ("gold", "labelled", "worst"))
+    rows = [row | {side: [{"role": "assistant", "content": row[side]}]
+                   for side in ("chosen", "rejected")} for row in gold_rows(4)]
+    ok(run("label.py", "--model", folder, "--reference-model", other_folder, "--out", labelled,
+           "--pairs", dump(gold, rows)))
     ok(run("dro.py", "--pairs", labelled, "--epsilon", "0.1", "--out", worst))
     assert any(len(row["atoms"]) == 2 for row in jsonl(worst))
     for path in (gold, labelled, worst):
@@ -158,25 +147,22 @@ def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
         for row, theirs in zip(pair_rows(path), trainer.train_dataset):
             assert theirs["prompt_ids"] == encode_prompt(tokenizer, row["prompt"])
-            if path == gold:
-                ids = encode_response(tokenizer, row["prompt"], row["chosen"])
-                assert theirs["chosen_ids"][:len(ids)] == ids
+            ids = encode_response(tokenizer, row["prompt"], row["chosen"])
+            assert theirs["chosen_ids"][:len(ids)] == ids
 
 
 def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
-    good, bad = "What a wonderful, lovely day.", "A terrible, awful mess."
-    ((high, low),) = vader(None, [{"responses": [good, bad]}])
-    assert high > 0.5 > -0.5 > low
-    responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": [bad, good]}])
-    ok(run("label.py", "--judge", "vader", "--responses", responses, "--out", tmp_path / "v.jsonl"))
-    assert pair_rows(tmp_path / "v.jsonl")[0]["chosen"] == good
-    ok(run("label.py", "--judge", "reward-model", "--judge-model", ranker, "--responses", responses,
-           "--out", tmp_path / "m.jsonl", "--precision", "fp32"))
+    texts = ["A terrible, awful mess.", "What a wonderful, lovely day."]
+    responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": texts}])
+    command = ["label.py", "--responses", responses, "--out", tmp_path / "l.jsonl", "--judge"]
+    ok(run(*command, "vader"))
+    (row,) = pair_rows(tmp_path / "l.jsonl")
+    assert row["chosen"] == texts[1] and row["margin"] > 1
+    ok(run(*command, "reward-model", "--judge-model", ranker, "--precision", "fp32"))
     model, logits = LlamaForSequenceClassification.from_pretrained(ranker), []
-    for text in (bad, good):
-        turns = [*ASK, {"role": "assistant", "content": text}]
-        ids = tokenizer.apply_chat_template(turns, return_dict=False)
+    for text in texts:
+        ids = tokenizer.apply_chat_template(answered(ASK, text), return_dict=False)
         logits.append(model(torch.tensor([ids])).logits.item())
-    row = pair_rows(tmp_path / "m.jsonl")[0]
+    (row,) = pair_rows(tmp_path / "l.jsonl")
     assert row["margin"] == pytest.approx(abs(logits[0] - logits[1]), abs=1e-4)
-    assert row["chosen"] == (bad, good)[int(np.argmax(logits))]
+    assert row["chosen"] == texts[np.argmax(logits)]

@@ -27,7 +27,7 @@ def refused(capsys, read, *given) -> str:
     {"xi": None}, {"pieces": None}, {"atoms": None}, {"margin": 0.5}, {"xi": XI + 1e-5},
     {"xi": True}, {"pieces": True}, {"pieces": 0}, {"atoms": [[1, -5]]}, {"atoms": [[1, 0.7]]},
     {"atoms": []}, {"atoms": [[0.5, 0.0]]}, {"atoms": [[1.5, 0], [-0.5, 0]]},
-    {"atoms": [[1.0, math.inf]]}, {"atoms": [[True, 0]]}, {"atoms": "x"}, {"atoms": [1.0]}])
+    {"atoms": [[1.0, math.inf]]}, {"atoms": [[True, 0]]}, {"atoms": "x"}])
 def test_a_worst_case_is_one(tmp_path, capsys, change):
     """xi, pieces and atoms: all or none, ξ = σ(margin), weights ≥ 0 that sum to 1, 0 ≤ shift ≤ ξ;
     one line with the file and the row."""
@@ -45,6 +45,39 @@ def test_a_key_stands_once(tmp_path, capsys):
     assert "twice" in refused(capsys, read_rows, str(path), "labelled")
     path.write_text('[{"output": "a", "output": "b"}]')
     assert "twice" in refused(capsys, read_json_list, str(path), "output")
+
+
+GOOD = json.dumps(ROW)
+ASK = {"id": "b", "prompt": ROW["prompt"]}
+ANSWERED = ASK | {"responses": ["a", "b"]}
+MESSAGES = [*ROW["prompt"], {"role": "assistant", "content": "y"}]
+
+
+@pytest.mark.parametrize("kind, line, message", [
+    ("preferences", '{"id": "a", ', "not JSON"),
+    ("preferences", b'{"id": "\xff"}', "not JSON in UTF-8"),
+    ("preferences", GOOD.replace("yes", "\\ud800"), "surrogates not allowed"),
+    ("preferences", "[" * 100000, "not JSON"),
+    ("preferences", "[1]", "expected an object"),
+    ("preferences", {"id": "b", "chosen": "x", "rejected": "y"}, "key 'prompt' is missing"),
+    ("preferences", ROW | {"prompt": "x"}, "'prompt' must be"),
+    ("preferences", GOOD.replace('"id"', '"name"'), "run python -m data.prepare"),
+    ("preferences", ROW | {"chosen": ""}, "'chosen' must be \"text or one message of"),
+    ("preferences", ROW | {"chosen": MESSAGES}, "run python -m data.prepare on raw data first"),
+    ("preferences", ROW | {"chosen": ROW["prompt"]}, "one message of the assistant's"),
+    ("preferences", GOOD, "stands on line 1 too"),
+    ("responses", ANSWERED | {"response_ids": [[1], [-1]]}, "'response_ids' must be"),
+    ("responses", ANSWERED | {"response_ids": [[1], []]}, "'response_ids' must be"),
+    ("responses", ANSWERED | {"ended": [True]}, "'ended' must hold a value for each of its 2"),
+    ("responses", ANSWERED | {"vocabulary": 7}, "'vocabulary' must be \"text\"")])
+def test_bad_rows_are_named(kind, line, message, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps(line) if isinstance(line, dict) else line
+    line = line if isinstance(line, bytes) else line.encode()
+    first = json.dumps(ROW | ANSWERED | {"id": "a"})
+    path.write_bytes(first.encode() + b"\n" + line + b"\n")
+    said = refused(capsys, read_rows, str(path), kind)
+    assert f"{path}:2:" in said and message in said
 
 
 def labelled(**margin_of) -> dict:

@@ -1,7 +1,6 @@
 """What a stage remembers of its inputs, what makes it work again, and how it publishes."""
 
 import argparse
-import gzip
 import importlib
 import json
 import os
@@ -14,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, gpus_for, warm_python
+from conftest import ROOT, gpus_for, one_line, warm_python
 
-from core import rows, stage
+from core import stage
 from judges.flags import JUDGES
 from judges.judge import RANKERS, SCORERS
 
@@ -108,14 +107,27 @@ def listing(folder) -> list[str]:
 # ------------------------------------------------------------------------------------ settings
 
 
-def test_what_decides_no_output_is_no_setting(tmp_path):
-    """Places and memory."""
-    places = {"out": str(tmp_path / "out"), "base_url": "b"}
-    memory = {"micro_tokens": 1, "sample_tokens": 1, "shard": False, "save_every": 1.0,
-              "gradient_checkpointing": False}
-    args = argparse.Namespace(lr=1.0, **places, **memory)
-    stage.start(args, constants={"clip": 1.0})
-    assert args.settings == {"lr": 1.0, "clip": 1.0} and args.inputs == {}
+def test_settings_are_what_decides_the_output(tmp_path, monkeypatch):
+    """The digests of what came in, a table's value by value, but no places nor memory; in `about`
+    stand the names, the command and the card where there is one."""
+    (pairs := tmp_path / "pairs.jsonl").write_text("{}")
+    digest = stage.fingerprint(str(pairs))
+    unused = {"base_url": "b", "micro_tokens": 1, "sample_tokens": 1, "shard": False,
+              "save_every": 1.0, "gradient_checkpointing": False}
+    args = argparse.Namespace(lr=1.0, pairs=str(pairs), answers={"mine": str(pairs)}, model=None,
+                              out=str(tmp_path / "out"), **unused)
+    stage.start(args, ["model"], ["pairs", "answers"], constants={"clip": 1.0})
+    settings = {"lr": 1.0, "clip": 1.0, "pairs": digest, "answers mine": digest, "model": None}
+    assert args.settings == settings
+    cuda = argparse.Namespace(is_initialized=lambda: True, get_device_name=lambda: "a card")
+    monkeypatch.setitem(sys.modules, "torch", argparse.Namespace(cuda=cuda))
+    monkeypatch.setattr("sys.argv", [f"{ROOT}/data/prepare.py", "--out", "a b"])
+    stage.publish(args, {}, os.mkdir)
+    stats = json.loads((tmp_path / "out.stats.json").read_text())
+    about = stats["about"]
+    assert about["inputs"] == {"pairs": str(pairs), "answers mine": str(pairs)}
+    assert stats["settings"] == settings and about["command"] == "-m data.prepare --out 'a b'"
+    assert about["machine"].endswith(" cores, a card")
 
 
 @pytest.mark.parametrize("command, other, same", [
@@ -132,78 +144,37 @@ def test_what_decides_no_output_is_no_setting(tmp_path):
     ("train --model rows --pairs rows", "--lam 2", False),
     ("data.prepare --data rows", "--max-new-tokens 5", True)])
 def test_what_a_stage_does_not_use_redoes_nothing(tmp_path, monkeypatch, command, other, same):
-    (tmp_path / "rows").write_text("{}")
     monkeypatch.chdir(tmp_path)
+    Path("rows").write_text("{}")
     found = []
     monkeypatch.setattr(stage, "exit_if_complete",
                         lambda out, settings, beside: found.append(settings) or sys.exit())
     for more in ("", other):
-        name, *flags = f"{command} --out out {more}".split()
-        monkeypatch.setattr(sys, "argv", [name, *flags])
+        monkeypatch.setattr(sys, "argv", f"{command} --out out {more}".split())
         with pytest.raises(SystemExit):
-            importlib.import_module(name).flags()
+            importlib.import_module(sys.argv[0]).flags()
     assert (found[0] == found[1]) == same
-
-
-def test_what_came_in_stands_by_name_beside_its_digest(tmp_path, monkeypatch):
-    """In `about`, with the card where there is one; settings, which decide, have the digest alone;
-    a table's, value by value."""
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("{}")
-    args = argparse.Namespace(lr=1.0, pairs=str(pairs), answers={"mine": str(pairs)}, model=None,
-                              out=str(tmp_path / "out"))
-    stage.start(args, ["model"], ["pairs", "answers"])
-    digest = stage.fingerprint(str(pairs))
-    settings = {"lr": 1.0, "pairs": digest, "answers mine": digest, "model": None}
-    assert args.settings == settings
-    cuda = argparse.Namespace(is_initialized=lambda: True, get_device_name=lambda: "a card")
-    monkeypatch.setitem(sys.modules, "torch", argparse.Namespace(cuda=cuda))
-    stage.publish(args, {}, os.mkdir)
-    for argv, command in (
-        ([f"{ROOT}/train.py", "--out", "a b"], "train.py --out 'a b'"),
-        ([f"{ROOT}/data/prepare.py", "--rounds"], "-m data.prepare --rounds"),
-    ):
-        monkeypatch.setattr("sys.argv", argv)
-        assert stage.about({})["command"] == command
-    stats = json.loads((tmp_path / "out.stats.json").read_text())
-    assert stats["about"]["inputs"] == {"pairs": str(pairs), "answers mine": str(pairs)}
-    assert stats["settings"] == settings
-    assert stats["about"]["machine"].endswith(" cores, a card")
 
 
 # ------------------------------------------------------------------------- whether there is work
 
 
-def test_a_complete_stage_is_never_replaced_unasked(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("harm, wrong", [
+    ("out/weights", "weights 3 bytes → 1"), ("out/weights gone", "weights 3 bytes → missing"),
+    ("report.png gone", "report.png 3 bytes → missing")])
+def test_a_damaged_output_is_not_complete(tmp_path, monkeypatch, capsys, harm, wrong):
     monkeypatch.delenv("REDO", raising=False)
     out = tmp_path / "out"
-    assert ends(capsys, out, {"lr": 1.0})[0] is None  # nothing there yet
-    publish(out, {"lr": 1.0})
-    status, text = ends(capsys, out, {"lr": 1.0})
-    assert status == 0 and "complete, skipped" in text
-    status, text = ends(capsys, out, {"lr": 2.0})
-    assert status == 2 and "lr 1.0 → 2.0" in text and "REDO=yes" in text
-    monkeypatch.setenv("REDO", "yes")
-    assert ends(capsys, out, {"lr": 2.0})[0] is None and out.read_text() == "new"
-
-
-@pytest.mark.parametrize("harm", ["truncated", "emptied", "picture"])
-def test_a_damaged_output_is_not_complete(tmp_path, monkeypatch, capsys, harm):
-    monkeypatch.delenv("REDO", raising=False)
-    out = tmp_path / "out"
-    publish(out, folder=harm == "emptied", beside=["report.png"])
-    if harm == "truncated":
-        out.write_text("n")
-    elif harm == "emptied":
-        (out / "weights").rename(out / "else")
-    else:
-        (tmp_path / "report.png").unlink()
-    wrong = {"truncated": "out 3 bytes → 1", "emptied": "weights 3 bytes → missing"}
+    publish(out, folder=True, beside=["report.png"])
+    harmed = tmp_path / harm.removesuffix(" gone")
+    harmed.write_text("n")
+    if harm.endswith("gone"):
+        harmed.rename(harmed.with_name("else"))
     status, text = ends(capsys, out)
-    assert status == 2 and wrong.get(harm, "report.png 3 bytes → missing") in text
+    assert status == 2 and wrong in text
     monkeypatch.setenv("REDO", "yes")
     assert ends(capsys, out)[0] is None
-    publish(out, folder=harm == "emptied", beside=["report.png"])
+    publish(out, folder=True, beside=["report.png"])
     assert ends(capsys, out)[0] == 0
 
 
@@ -268,29 +239,23 @@ def test_room_on_the_disk_is_looked_at_with_what_comes_before(tmp_path, program)
     there = f"{tmp_path / 'pairs.jsonl'}\t{free}\n"
     assert start(*command, LOOK="yes", PROMISED=there).returncode == stage.WORK
     done = start(*command, LOOK="yes", PROMISED=f"{there}{tmp_path / 'seed'}\t{free * 3}\n")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    one_line(done, "make room")
     needed = float(re.search(r"needs (\S+) GB", done.stderr)[1])
-    assert needed == pytest.approx(3.5 * free / 1e9, rel=0.01) and "make room" in done.stderr
+    assert needed == pytest.approx(3.5 * free / 1e9, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "out, words",
-    [
-        ("pairs.jsonl/seed", "pairs.jsonl is no folder"),
-        ("new/rows.jsonl.gz", "unpacked"),
-        (".", "name of its own"),
-        ("new/" + 250 * "x", "too long"),
-        ("new/" + os.fsdecode(b"\xff"), "surrogates not allowed"),
-    ],
-)
-def test_a_place_that_takes_no_output_is_refused_before_any_work(tmp_path, program, out, words):
+@pytest.mark.parametrize("out, words", [
+    ("pairs.jsonl/seed", "pairs.jsonl is no folder"), ("new/rows.jsonl.gz", "unpacked"),
+    (".", "name of its own"), ("new/" + 250 * "x", "too long"),
+    ("new/" + os.fsdecode(b"\xff"), "surrogates not allowed")])
+@pytest.mark.parametrize("look", ["yes", "no"])
+def test_a_place_that_takes_no_output_is_refused_before_any_work(
+    tmp_path, program, out, words, look
+):
+    (tmp_path / "empty").mkdir()
     before = listing(tmp_path)
-    for look in ("yes", "no"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        cwd = tmp_path / "empty" if out == "." else tmp_path
-        done = start(program, "--out", out, cwd=cwd, LOOK=look)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
-        (tmp_path / "empty").rmdir()
+    cwd = tmp_path / "empty" if out == "." else tmp_path
+    one_line(start(program, "--out", out, cwd=cwd, LOOK=look), words)
     assert listing(tmp_path) == before
 
 
@@ -303,7 +268,7 @@ CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.mov
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_kill_at_any_step_of_publishing_loses_nothing(tmp_path, monkeypatch, capsys, folder):
     """SIGKILL before each call that may change the disk: the old output stands, or the next start
-    has the new one in its place, each with the picture beside it."""
+    has the new one in its place, each with the picture beside it; its own work alone is gone."""
     monkeypatch.delenv("REDO", raising=False)
     outcomes = []
     finished = False
@@ -330,14 +295,14 @@ def test_a_kill_at_any_step_of_publishing_loses_nothing(tmp_path, monkeypatch, c
         finished = os.waitpid(pid, 0)[1] == signal.SIGTERM
         status, text = ends(capsys, out, {"lr": 2})
         if status:
-            assert "lr 1 → 2" in text and ends(capsys, out, {"lr": 1})[0] == 0
+            assert "lr 1 → 2" in text and "REDO=yes" in text
+            assert ends(capsys, out, {"lr": 1})[0] == 0
         content = (out / "weights" if folder else out).read_text()
         assert content == (place / "report.png").read_text() == ("old" if status else "new")
-        assert work.exists() == bool(status) and (other / "checkpoint").exists()
         outcomes.append(status)
-        left = {"out", "out.stats.json", "report.png", "out/weights"}
-        assert {name for name in listing(place) if "unfinished" not in name} <= left
-        assert {path.name for path in work.parent.iterdir()} <= {work.name, other.name}
+        left = {"out", "out.stats.json", "report.png", "out.unfinished"}
+        assert {path.name for path in place.iterdir()} == left
+        assert set(work.parent.iterdir()) == ({work, other} if status else {other})
     assert outcomes == sorted(outcomes, reverse=True)
     assert outcomes.count(2) > 5 and outcomes.count(0) > 5
 
@@ -352,18 +317,15 @@ def test_what_cannot_be_put_in_place_stays_and_is_put_there_later(tmp_path, monk
             raise OSError(39, "Directory not empty", target)
         real(source, target)
 
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(SystemExit) as end:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "replace", refuse)
         publish(out, {"lr": 2}, "new", folder=True)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1
-    assert "Directory not empty" in error and str(tmp_path / "out.unfinished") in error
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Directory not empty" in line and str(tmp_path / "out.unfinished") in line
     stage.release()
-    monkeypatch.undo()
-    monkeypatch.setenv("LOOK", "yes")
-    assert ends(capsys, out, {"lr": 2})[0] == stage.WORK
-    monkeypatch.setenv("LOOK", "no")
-    assert ends(capsys, out, {"lr": 2})[0] == 0
+    for look, status in (("yes", stage.WORK), ("no", 0)):
+        monkeypatch.setenv("LOOK", look)
+        assert ends(capsys, out, {"lr": 2})[0] == status
     assert listing(tmp_path) == ["out", "out.stats.json", "out/weights"]
     assert (out / "weights").read_text() == "new"
 
@@ -387,9 +349,7 @@ def test_two_programs_never_write_one_output(tmp_path, program):
     command = [sys.executable, program, "--out", out]
     first = subprocess.Popen([*command, "--busy", "60"], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "working\n"
-    second = start(*command[1:])
-    assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert "another program is writing it" in second.stderr
+    one_line(start(*command[1:]), "another program is writing it")
     assert start(*command[1:], LOOK="yes").returncode == stage.WORK
     first.kill()
     first.wait()
@@ -478,13 +438,9 @@ def test_stopping_a_stage_that_still_loads_its_libraries_is_one_line(tmp_path, p
 def test_a_missing_package_is_one_line(package):
     """Another program's Python has none of them; a module of ours that is missing is a bug."""
     code = f"import sys; sys.modules[{package!r}] = None\nimport core.rows, torch"
-    done = start("-c", code)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert package in done.stderr and "source .venv/bin/activate" in done.stderr
-    done = start("-c", "import core; open('none')")
-    assert (done.returncode, done.stderr) == (2, "error: none: No such file or directory\n")
-    done = start("-c", "import core.rows, core.none")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    one_line(start("-c", code), package, "source .venv/bin/activate")
+    one_line(start("-c", "import core; open('none')"), "none: No such file or directory")
+    assert "Traceback" in start("-c", "import core.rows, core.none").stderr
 
 
 PROGRAMS = ["seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"]
@@ -504,28 +460,16 @@ def test_flags_are_read_before_anything_heavy_is_loaded(program):
     done = start("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage") and done.stdout.splitlines()[-1] == "LOADED"
+    assert "python " in done.stdout and "--out" in done.stdout
 
 
 def test_the_judges_of_the_flags_are_those_there_are():
     assert sorted(JUDGES) == sorted([*SCORERS, *RANKERS])
 
 
-def test_openmp_waits_without_spinning():
+@pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])
+def test_openmp_waits_without_spinning(policy, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    given = {"OMP_WAIT_POLICY": policy} if policy == "ACTIVE" else {}
     code = "import os, core.stage; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        plain = {key: text for key, text in os.environ.items() if key != "OMP_WAIT_POLICY"}
-        command = [sys.executable, "-c", code]
-        text = subprocess.check_output(command, cwd=ROOT, text=True, env=plain | given)
-        assert text.strip() == policy
-
-
-def test_an_unpacked_and_a_broken_gzip(tmp_path):
-    """Rows come out of a whole one; one whose bytes are wrong is refused like one that is cut."""
-    packed = gzip.compress(b'{"id": "a", "prompt": [{"role": "user", "content": "x"}]}\n' * 50)
-    path = tmp_path / "p.jsonl.gz"
-    path.write_bytes(packed[:30] + bytes(9) + packed[39:])
-    with pytest.raises(SystemExit) as end:
-        list(rows.read_json_lines(str(path)))
-    assert end.value.code == 2
-    path.write_bytes(packed)
-    assert len(list(rows.read_json_lines(str(path)))) == 50
+    assert start("-c", code, **given).stdout == f"{policy}\n"
