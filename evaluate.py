@@ -29,10 +29,9 @@ import math
 import os
 from pathlib import Path
 
-from core import RANK
 from core.rows import fail, read_json_list, read_rows
-from core.stage import exit_if_looking, parser, publish, run_stage, start
-from judges.flags import check_judge, files_by_name, judge_flags, judge_models
+from core.stage import exit_if_looking, parser, publish, run_stage
+from judges.flags import files_by_name, judge_flags, start_judging
 
 
 def flags() -> argparse.Namespace:
@@ -53,8 +52,7 @@ def flags() -> argparse.Namespace:
     if unknown := set(args.labels) - set(args.answers):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --answers does not")
     args.out = f"{args.out}/report.md"
-    start(args, judge_models(args), ["answers", "labels"], beside=["report.png"])
-    check_judge(args)
+    start_judging(args, [], ["answers", "labels"], beside=["report.png"])
     exit_if_looking(args.out, writes=1_000_000)
     return args
 
@@ -168,8 +166,6 @@ def main(args: argparse.Namespace) -> None:
     if args.judge != "none":
         labels = {name: judge_labels(args, path, trainings[name][0])
                   for name, path in args.labels.items()}
-    if RANK > 0:
-        return
 
     judge = args.judge_model or args.judge
     text = page(os.path.dirname(args.out), judge, answers, policies, labels, trainings, args.inputs)

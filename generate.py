@@ -209,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
     work = work_folder(args)
     before = finished_rows(work)
     todo = [batch for batch in batches if any(rows[i]["id"] not in before for i in batch)]
-    if RANK == 0 and before:
+    if before:
         print(f"generate: {len(before)} of {len(rows)} prompts were done before; going on")
     # Nobody writes until everybody has read.
     if WORLD > 1:

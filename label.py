@@ -27,11 +27,10 @@ import argparse
 import math
 import os
 
-from core import RANK
 from core.folder import size_of
 from core.rows import fail
-from core.stage import exit_if_looking, parser, positive, publish, ranged, run_stage, start
-from judges.flags import check_judge, judge_flags, judge_models
+from core.stage import exit_if_looking, parser, positive, publish, ranged, run_stage
+from judges.flags import judge_flags, start_judging
 
 
 def flags() -> argparse.Namespace:
@@ -60,8 +59,7 @@ def flags() -> argparse.Namespace:
         fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
     if not implicit:
         args.beta = None
-    start(args, ["model", "reference_model", *judge_models(args)], ["responses", "pairs"])
-    check_judge(args)
+    start_judging(args, ["model", "reference_model"], ["responses", "pairs"])
     exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))
     return args
 
@@ -223,8 +221,6 @@ def main(args: argparse.Namespace) -> None:
     if not labelled:
         verdicts = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
         fail(f"{path}: no row has two responses of different reward{verdicts}")
-    if RANK > 0:
-        return
 
     margins = sorted(row["margin"] for row in labelled)
     stats = {"prompts": prompts, "labelled": len(labelled), **left_out,

@@ -20,7 +20,6 @@ import argparse
 import math
 import time
 
-from core import RANK
 from core.flags import start_training, training_flags
 from core.stage import run_stage
 
@@ -110,10 +109,9 @@ def main(args: argparse.Namespace) -> None:
         record_step(run, log, batch, pairs, lr, norm, started)
 
     stats = save_policy(run, log, log[0]["loss"] if is_judge else math.log(2))
-    if RANK == 0:
-        print(f"seed_dpo: {len(run.rows)} {'letters' if is_judge else 'gold pairs'}, "
-              f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
-              f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
+    print(f"seed_dpo: {len(run.rows)} {'letters' if is_judge else 'gold pairs'}, "
+          f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
+          f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
 
 
 if __name__ == "__main__":

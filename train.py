@@ -20,7 +20,6 @@ import argparse
 import math
 import time
 
-from core import RANK
 from core.flags import start_training, training_flags
 from core.stage import ranged, run_stage
 
@@ -191,14 +190,12 @@ def main(args: argparse.Namespace) -> None:
     untrained = leader_loss(margin_init, torch.zeros_like(margin_init), weight, shift, 0.0, pieces)
     stats = save_policy(run, log, untrained.mean().item(), anchor=args.anchor, flagged=flagged,
                         margins_taken_as_against_init=unstated)
-    if RANK == 0:
-        taken = ""
-        if unstated and args.anchor == "init":
-            taken = f", {unstated} margins taken as against π_init"
-        print(f"train: {len(run.rows)} pairs, {len(log)} steps, anchor "
-              f"{args.anchor}; last epoch: accuracy {stats['accuracy']:.2f}, margin "
-              f"{stats['margin']:.3f}; {flagged} labels flagged as noise{taken}"
-              f"{stats['diverged']} → {args.out}")
+    taken = ""
+    if unstated and args.anchor == "init":
+        taken = f", {unstated} margins taken as against π_init"
+    print(f"train: {len(run.rows)} pairs, {len(log)} steps, anchor {args.anchor}; last epoch: "
+          f"accuracy {stats['accuracy']:.2f}, margin {stats['margin']:.3f}; {flagged} labels "
+          f"flagged as noise{taken}{stats['diverged']} → {args.out}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ through the very functions that the stage uses and through a plain `model(ids).l
 by more than rounding, and whatever raises, is one line.
 """
 import itertools
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +14,7 @@ from core import RANK
 from core.models import load_model
 from core.parallel import autocast, in_bf16
 from core.policy import ResponseLogps, score_share, shares_prompt
-from core.rows import fail, in_one_line
+from core.rows import fail, in_one_line, note
 from core.sampling import sample
 
 # Rounding, in nats a token. fp32: sums in another order were seen to differ by up to 1e-5 a token.
@@ -43,7 +42,7 @@ def load_scorer(path: str, device: torch.device, encoded: list, precision: str):
         check_tokens(path, model, encoded)
         check_scores(path, model, encoded, precision)
         if not shares_prompt(model, encoded):
-            print(f"note: {path}: one sequence a response, prompts are not shared", file=sys.stderr)
+            note(f"{path}: one sequence a response, prompts are not shared")
     return model
 
 

@@ -65,6 +65,9 @@ for stream in (sys.stdout, sys.stderr):
     # Whoever started this may have put something else there.
     with contextlib.suppress(AttributeError, OSError):
         stream.reconfigure(errors="backslashreplace")
+# Process 0 says for all what a stage has to say; an error, on stderr, is anybody's.
+if RANK > 0:
+    sys.stdout = open(os.devnull, "w")
 
 # The exit status of a stage that has looked and has work.
 WORK = 3
@@ -258,18 +261,17 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> di
         if is_looking():
             print_look("follows" if follows else "complete", out, size_of(out))
             raise SystemExit(WORK if follows else 0)
-        if RANK == 0:
-            if os.path.exists(unfinished(out)):
-                hold(out)
-                release()
-            print(f"{out}: complete, skipped")
+        if RANK == 0 and os.path.exists(unfinished(out)):
+            hold(out)
+            release()
+        print(f"{out}: complete, skipped")
         raise SystemExit(0)
     if os.environ.get("REDO") != "yes":
         if is_looking():
             print_look("changed", out, size_of(out))
         fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
              "replaces it and all that follows from it; another --out (RUN) keeps both")
-    if RANK == 0 and not is_looking():
+    if not is_looking():
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
     return record
 
@@ -360,12 +362,14 @@ def release() -> None:
 
 def publish(args: argparse.Namespace, stats: dict, write: Callable[[str], None]) -> None:
     """Put at `args.out` what `write(tmp)` writes, and beside it what that writes beside tmp; then
-    OUT.stats.json: `stats`, and what `start` found out.
+    OUT.stats.json: `stats`, and what `start` found out. Process 0 does it for all.
 
     A reader may find the old output, the new one or, for an instant, none: after a kill between the
     renames, the next stage that works on OUT goes on with them. What was there before is removed
     when the new output stands. Where that cannot be put in place, it stays in OUT.unfinished.
     """
+    if RANK > 0:
+        return
     out = args.out
     hold(out)
     work = unfinished(out)

@@ -283,6 +283,5 @@ def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> di
     if stats["loss"] > 2 * untrained_loss:
         stats["diverged"] = (f"; DIVERGED: its loss is {stats['loss']:.3g}, that of a policy that "
                              f"learnt nothing {untrained_loss:.3g}; lower --lr (LR)")
-    if RANK == 0:
-        publish(args, stats, write)
+    publish(args, stats, write)
     return stats

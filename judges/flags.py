@@ -6,10 +6,11 @@ import importlib.util
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 
 from core.folder import check_tokenizer, folder_of, read_json
 from core.rows import fail
-from core.stage import natural
+from core.stage import natural, start
 
 JUDGES = ("vader", "reward-model", "pairrm", "llm", "openai")  # who they are: judges/judge.py
 PACKAGES = {"vader": "vaderSentiment", "openai": "openai"}
@@ -48,15 +49,18 @@ def refuse_existing(out: str) -> None:
         fail(f"{out}: is there, and is not replaced: move it away, or name another --out")
 
 
-def judge_models(args: argparse.Namespace) -> list[str]:
-    """The flags that name a judging model to load, for `start`; that of an endpoint is a name. What
-    the stage does not use with this judge becomes None."""
+def start_judging(args: argparse.Namespace, models: list[str], files: list[str],
+                  beside: Iterable[str] = ()) -> None:
+    """`start` of a stage that has a judge, with a look at the judge. What the stage does not use
+    with this judge becomes None."""
     if args.judge in ("vader", "openai", "none") and not vars(args).get("model"):
         args.precision = None
-    if args.judge == "openai":
-        return []
-    args.judge_tokens = None
-    return ["judge_model"]
+    # That of an endpoint is a name, and nothing to load.
+    if args.judge != "openai":
+        args.judge_tokens = None
+        models = [*models, "judge_model"]
+    start(args, models, files, beside=beside)
+    check_judge(args)
 
 
 def check_judge(args: argparse.Namespace) -> None:

@@ -524,7 +524,7 @@ def test_outputs_of_other_models_and_no_verdicts(folder, tmp_path, monkeypatch):
     nan = math.nan
     verdicts = [1.0, nan, nan, 1.0, 0.0, 0.0, 0.0, nan, 0.0, 0.0, nan, 1.0]
     monkeypatch.setitem(judge.RANKERS, "llm", lambda args, asked, *place: verdicts)
-    monkeypatch.setattr("evaluate.check_judge", lambda args: None)
+    monkeypatch.setattr("judges.flags.check_judge", lambda args: None)
     command = ["evaluate.py", "--judge", "llm", "--judge-model", folder, "--out", tmp_path / "run",
                "--answers", f"gpt={tmp_path / 'gpt.json'}"]
     done = ok(run(*command, f"mine={mine}"))
