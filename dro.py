@@ -32,7 +32,6 @@ Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5
     python dro.py --pairs labelled.jsonl --out worst.jsonl --epsilon 0.01 --pieces 6
 """
 import argparse
-import os
 from typing import NamedTuple
 
 from core.folder import size_of
@@ -41,9 +40,8 @@ from core.stage import exit_if_looking, natural, parser, publish, ranged, run_st
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="worst-case rows (JSONL)")
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
     cli.add_argument("--epsilon", type=ranged(float, 0, 1), default=0.01,
                      help="radius of the ball (papers: 0.01; also 0 to 0.1)")
     cli.add_argument("--pieces", type=natural, default=6,

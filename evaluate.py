@@ -36,13 +36,11 @@ from judges.flags import files_by_name, judge_flags, start_judging
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the report is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="folder for report.md and what belongs to it")
     cli.add_argument("--answers", nargs="+", required=True, metavar="NAME=FILE",
                      help="what each policy answered; the first is the baseline")
     cli.add_argument("--labels", nargs="*", default=[], metavar="NAME=FILE",
                      help="rows that the policy NAME was trained on")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder for report.md and what belongs to it")
     judge_flags(cli, ["none"], "none")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of a judging model's matrix products")

@@ -46,10 +46,9 @@ VLLM_TOKENS = 2 ** 22
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="response rows (JSONL)")
     cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="response rows (JSONL)")
     cli.add_argument("--fit", action="store_true",
                      help="a prompt too long for its answer loses its first tokens, and the answer "
                      "gets what the context leaves (MT-Bench's second turns, as in FastChat)")

@@ -25,7 +25,6 @@ often the judge agrees with them.
 """
 import argparse
 import math
-import os
 
 from core.folder import size_of
 from core.rows import fail
@@ -35,11 +34,10 @@ from judges.flags import judge_flags, start_judging
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="labelled rows (JSONL)")
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
     source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="labelled rows (JSONL)")
     judge_flags(cli, ["implicit"], "implicit")
     cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
     cli.add_argument("--reference", choices=["init", "previous", "none"], default="init",

@@ -1,7 +1,6 @@
 """Flags that both training stages share, and what they look at before any work. Needs no torch: a
 stage reads its flags before it loads it."""
 import argparse
-import os
 
 from core.folder import policy_bytes, size_of
 from core.stage import exit_if_looking, natural, parser, positive, ranged, start, work_folder
@@ -13,12 +12,10 @@ CLIP = 1.0
 
 def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
     """A parser with the flags that seed_dpo.py and train.py share; `doc` heads its help."""
-    cli = parser(doc)
+    cli = parser(doc, out="folder of the trained policy")
     cli.add_argument("--model", required=True,
                      help="where training starts, and the reference: a folder or hub id")
     cli.add_argument("--pairs", required=True, help="rows with chosen and rejected (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder of the trained policy")
     cli.add_argument("--beta", type=positive, default=0.1,
                      help="weight of the KL term (papers: 0.1; LLaMA-3 0.01 or 0.05)")
     cli.add_argument("--lr", type=positive, default=5e-7,

@@ -87,13 +87,15 @@ lock = None
 # ------------------------------------------------------------------------------------------- flags
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+def parser(doc: str, out: str = "") -> argparse.ArgumentParser:
     """An argument parser whose --help is the module's docstring, then every flag with its default;
-    an error is one line."""
+    an error is one line. `out` says what will lie at --out, where there is that flag."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
     cli = argparse.ArgumentParser(description=doc, formatter_class=Help)
     cli.error = lambda message: fail(f"{message} (see {cli.prog} --help)")
+    if out:
+        cli.add_argument("--out", type=os.path.normpath, required=True, help=out)
     return cli
 
 

@@ -45,8 +45,7 @@ def fetch(folder: str) -> Path:
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="model folder")
+    cli = parser(__doc__, out="model folder")
     args = cli.parse_args()
     start(args, constants={"wheel": WHEEL, "sha256": SHA256, "full_stops": FULL_STOPS})
     exit_if_looking(args.out, writes=BYTES)

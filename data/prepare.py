@@ -101,11 +101,9 @@ FEW_PAIRS = 32
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
     cli.add_argument("--data", required=True, help="JSONL, JSON, CSV, TSV or text file (also .gz), "
                      "or hub id, folder or parquet file for `datasets`")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
     cli.add_argument("--prompts-alone", action="store_true",
                      help="there are no preferences, or none to use: read the prompts alone")
     size = cli.add_mutually_exclusive_group()

@@ -38,12 +38,10 @@ TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, 
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where something stands at the output."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="JSONL; the name of the model in it is the file's")
     cli.add_argument("--folder", required=True, help="FastChat's files of MT-Bench")
     cli.add_argument("--answers", nargs="+", default=[], metavar="FILE",
                      help="rows of generate.py: of the first turn, or of both")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="JSONL; the name of the model in it is the file's")
     endpoint_flags(cli, 2048)
     args = cli.parse_args()
     if len(args.answers) > 2 or args.judge_model and len(args.answers) < 2:
