@@ -20,8 +20,7 @@ import argparse
 import math
 import time
 
-from core.flags import start_training, training_flags
-from core.stage import ranged, run_stage
+from core.stage import ranged, run_stage, start_training, training_flags
 
 
 def flags() -> argparse.Namespace:

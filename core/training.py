@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from core import RANK, WORLD
 from core.chat import encode_rows, learnable_pairs, pair_of
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.flags import CLIP
 from core.models import (
     check_copy,
     copy_tokenizer,
@@ -43,7 +42,7 @@ from core.parallel import (
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
 from core.rows import fail, in_one_line, write_rows
-from core.stage import publish, work_folder
+from core.stage import CLIP, publish, work_folder
 
 
 class Run(NamedTuple):
