@@ -2,7 +2,8 @@
 
 Reads a file (.jsonl, .json, .csv, .tsv, or .txt with a prompt a line; each may be packed as .gz),
 whose texts stay texts (`NA`, `007` and dates too), or whatever `datasets` loads (a hub id, a
-folder, parquet). Layouts, found by the names of the columns, in any case:
+folder, parquet), which takes `NA` in a table for an empty cell. Layouts, found by the names of the
+columns, in any case:
 
     prompt + chosen + rejected        each a text, or a list of {role, content}, in tables as JSON
     chosen + rejected                 lists of {role, content}, or Anthropic hh-rlhf transcripts
@@ -47,7 +48,6 @@ from collections.abc import Iterable, Iterator
 
 from core.folder import check_context, hub_trouble, is_looking, is_promised
 from core.rows import (
-    BROKEN_GZIP,
     SIDES,
     answer_turn,
     check_scored,
@@ -66,6 +66,8 @@ from core.stage import exit_if_looking, natural, parser, publish, ranged, run_st
 
 # Files that are read here, without `datasets`.
 TEXT_FILE = re.compile(r"\.(jsonl|json|csv|tsv|txt)(\.gz)?$")
+# What of `datasets` reads another file, by the end of its name.
+LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 # The columns that may hold the prompt; the first that does is it.
 PROMPTS = ["prompt", "instruction", "question"]
 ROLES = ["system", "developer", "user", "assistant", "tool"]
@@ -91,7 +93,7 @@ REASONS = {
     "same_opening": "whose opening user turn is another row's",
     "surplus": "beyond --eval-size",
 }
-# Rows that a look reads.
+# Rows that a look reads of what `datasets` loads.
 LOOK_ROWS = 1000
 # Tokens of the question that an LLM judge is asked, beside the prompt and the answers.
 QUESTION = 64
@@ -156,11 +158,10 @@ def load_any(source: str, most: int | None = None) -> Iterator[tuple[str, dict]]
     """(where it stands, row) for every row of a file, or of the training split of whatever else
     `datasets` loads; of the latter the first `most` alone, where it is given."""
     if is_local_text(source):
-        yield from read_texts(source, source)
+        yield from read_texts(source)
         return
-    kind = "parquet" if source.endswith(".parquet") else "text"
-    is_file = kind == "parquet" or TEXT_FILE.search(source)
-    if os.path.isfile(source) and not is_file:
+    kind = LOADERS.get(os.path.splitext(source.removesuffix(".gz"))[1])
+    if os.path.isfile(source) and not kind:
         fail(f"{source}: the name of a file must end in .jsonl, .json, .csv, .tsv or .txt, packed "
              "as .gz or not, or in .parquet")
 
@@ -170,48 +171,36 @@ def load_any(source: str, most: int | None = None) -> Iterator[tuple[str, dict]]
     huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    what = {"path": kind, "data_files": source} if is_file else {"path": source}
-    trouble = "" if is_file or os.path.exists(source) else hub_trouble()
+    what = {"path": kind, "data_files": source} if kind else {"path": source}
+    trouble = "" if kind or os.path.exists(source) else hub_trouble()
     with in_one_line(f"{source}: cannot be loaded{trouble and f' ({trouble})'}"):
         files = datasets.load_dataset_builder(**what).config.data_files
         split = next((name for name in ("train_prefs", "train") if name in files), [*files][0])
-        names = list(files[split])[:most]
-        # From these `datasets` would take NA for a null, and a date for a number.
-        are_texts = all(map(TEXT_FILE.search, names))
-        if are_texts:
-            paths = datasets.DownloadManager().download_and_extract(names)
-        else:
-            rows = datasets.load_dataset(**what, split=split, streaming=most is not None)
-            rows = rows if most is None else list(rows.take(most))
-    if are_texts:
-        for name, path in zip(names, paths):
-            yield from read_texts(name, path)
-        return
+        rows = datasets.load_dataset(**what, split=split, streaming=most is not None)
+        rows = rows if most is None else list(rows.take(most))
     for number, row in enumerate(rows, 1):
         yield f"{source} ({split}), row {number}", row
 
 
-def read_texts(name: str, path: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands in the file called `name`, row) of the JSON, table or text at `path`."""
-    kind = TEXT_FILE.search(name)[1]
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if kind == "json" and file.read(64).lstrip().startswith("["):
-                for number, row in enumerate(read_json_list(path), 1):
-                    yield f"{name}, entry {number}", row
-            elif kind in ("json", "jsonl"):
-                for number, row in read_json_lines(path):
-                    yield f"{name}:{number}", row
-            elif kind == "txt":
-                for number, line in enumerate(file, 1):
-                    yield f"{name}:{number}", {"prompt": line.strip()}
-            else:
-                yield from read_table(name, file)
-    except (ValueError, csv.Error, *BROKEN_GZIP) as error:
-        fail(f"{name}: not {kind.upper()} in UTF-8 ({error})")
+def read_texts(path: str) -> Iterator[tuple[str, dict]]:
+    """(where it stands, row) for every row of a file with JSON, a table or text."""
+    kind = TEXT_FILE.search(path)[1]
+    what = f"{path}: not {kind.upper()} in UTF-8"
+    with in_one_line(what), opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if kind == "json" and file.read(64).lstrip().startswith("["):
+            for number, row in enumerate(read_json_list(path), 1):
+                yield f"{path}, entry {number}", row
+        elif kind in ("json", "jsonl"):
+            for number, row in read_json_lines(path):
+                yield f"{path}:{number}", row
+        elif kind == "txt":
+            for number, line in enumerate(file, 1):
+                yield f"{path}:{number}", {"prompt": line.strip()}
+        else:
+            yield from read_table(path, file)
 
 
-def read_table(name: str, file: Iterator[str]) -> Iterator[tuple[str, dict]]:
+def read_table(path: str, file: Iterator[str]) -> Iterator[tuple[str, dict]]:
     """(where it stands, row) of a table; its first line names the columns, and shows by what they
     are separated."""
     # A response may be longer than csv's 128 kB.
@@ -219,9 +208,9 @@ def read_table(name: str, file: Iterator[str]) -> Iterator[tuple[str, dict]]:
     first = next(file, "")
     separator = max(",;\t", key=first.count)
     table = csv.reader(itertools.chain([first], file), delimiter=separator, strict=True)
-    header = column_names(f"{name}:1", next(table, []))
+    header = column_names(f"{path}:1", next(table, []))
     for cells in filter(None, table):
-        where = f"{name}:{table.line_num}"
+        where = f"{path}:{table.line_num}"
         if len(cells) != len(header):
             fail(f"{where}: {len(cells)} cells, where the first line names {len(header)} columns")
         yield where, dict(zip(header, cells))
@@ -410,13 +399,11 @@ def summary(left: Counter) -> str:
 
 
 def look(args: argparse.Namespace) -> None:
-    """Ends the program where the first rows cannot be read. Of a file that is read here the others
-    are counted: too few end it too."""
-    source = load_any(args.data, most=LOOK_ROWS)
-    rows, left, _ = collect(itertools.islice(source, LOOK_ROWS), args.prompts_alone)
+    """Ends the program where the rows of a file cannot be read, or are too few; of what `datasets`
+    loads, where the first cannot be read."""
+    rows, left, _ = collect(load_any(args.data, most=LOOK_ROWS), args.prompts_alone)
     if is_local_text(args.data):
-        count = len(rows) + sum(1 for _ in source)
-        seed_size_of(args, count, left)
+        seed_size_of(args, len(rows), left)
 
 
 if __name__ == "__main__":
