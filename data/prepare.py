@@ -14,9 +14,9 @@ columns, in any case:
 
 A column `system` is a system turn. A conversation under chosen and rejected ends with the response,
 and the turns before it are the prompt; a column `prompt` must be among them, or come before them.
-A row that cannot be used is left out and counted under its reason, and columns that are not used
-are named. A row that contradicts itself or fits no layout ends the program, and so does one without
-chosen and rejected, unless --prompts-alone is given.
+A row that cannot be used is left out and counted under its reason. A row that contradicts itself
+or fits no layout ends the program, and so does one without chosen and rejected, unless
+--prompts-alone is given.
 
 With `--model`, rows that do not fit its context or spell one of its control tokens are left out.
 `--select farthest` takes as the seed the prompts that differ most: each next one the farthest, by
@@ -275,9 +275,9 @@ def take_prompt(where: str, row: dict) -> list[dict]:
     key = next((key for key in PROMPTS if row.get(key) is not None), None)
     if key is None:
         return []
-    value = row.pop(key)
+    value = row[key]
     if key == "instruction" and isinstance(value, str) and row.get("input"):
-        value = f"{value}\n\n{row.pop('input')}"
+        value = f"{value}\n\n{row['input']}"
     prompt = messages_of(where, key, value, "user")
     # A transcript may end with "… \n\nAssistant:".
     asks = prompt[-1:] == [{"role": "assistant", "content": ""}]
@@ -286,7 +286,7 @@ def take_prompt(where: str, row: dict) -> list[dict]:
 
 def take_sides(where: str, row: dict) -> tuple[list[dict], list[str]]:
     """(the turns before the response in both sides, the two responses)."""
-    values = [row.pop(side) for side in SIDES]
+    values = [row[side] for side in SIDES]
     if None in values or [] in values:
         raise LeftOut("empty_response")
     chosen, rejected = (messages_of(where, *item, "assistant") for item in zip(SIDES, values))
@@ -319,8 +319,7 @@ def join(where: str, prompt: list[dict], before: list[dict]) -> list[dict]:
 
 
 def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
-    """{prompt, chosen?, rejected?: messages} of a row in any known layout; the columns that it
-    uses are taken out of `row`.
+    """{prompt, chosen?, rejected?: messages} of a row in any known layout.
 
     Raises LeftOut where it cannot be used. What fits no layout ends the program.
     """
@@ -333,9 +332,9 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
 
     before, answers = ([], []) if prompts_alone else take_sides(where, row)
     prompt = join(where, take_prompt(where, row), before)
-    # A conversation's own system turn goes before the column, which is then one that is not used.
+    # A conversation's own system turn goes before the column.
     if row.get("system") and prompt and prompt[0]["role"] != "system":
-        prompt = messages_of(where, "system", row.pop("system"), "system") + prompt
+        prompt = messages_of(where, "system", row["system"], "system") + prompt
     if not any(turn["role"] != "system" and turn["content"].strip() for turn in prompt):
         raise LeftOut("empty_prompt")
     if not all(answer.strip() for answer in answers):
@@ -345,27 +344,24 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
     pair = {"prompt": prompt, **dict(zip(SIDES, map(answer_turn, answers)))}
     for keys in OF_PAIRS:
         if answers and all(row.get(key) is not None for key in keys):
-            pair |= {key: row.pop(key) for key in keys}
+            pair |= {key: row[key] for key in keys}
     return pair
 
 
 def collect(source: Iterable[tuple[str, dict]],
-            prompts_alone: bool = False) -> tuple[list[dict], Counter, list[str]]:
+            prompts_alone: bool = False) -> tuple[list[dict], Counter]:
     """(rows in the order of the source, of those with the same opening user turn the first alone;
-    how many were left out for which of REASONS; columns that were not used)."""
+    how many were left out for which of REASONS)."""
     rows = {}
     left = Counter()
-    unused = {}
     for where, raw in source:
         raw = dict(zip(column_names(where, raw), raw.values()))
         check_scored(raw, where)
-        raw.pop("id", None)
         try:
             row = normalise(where, raw, prompts_alone)
         except LeftOut as reason:
             left[str(reason)] += 1
             continue
-        unused |= {key: None for key, value in raw.items() if value not in (None, "")}
         prompt = row["prompt"]
         identity = hashlib.sha256("\n".join(words_of(prompt)).encode()).hexdigest()[:16]
         users = [turn for turn in prompt if turn["role"] == "user"]
@@ -374,7 +370,7 @@ def collect(source: Iterable[tuple[str, dict]],
             rows[opening] = {"id": identity, **row}
         else:
             left["repeated" if rows[opening]["id"] == identity else "same_opening"] += 1
-    return list(rows.values()), left, list(unused)
+    return list(rows.values()), left
 
 
 def seed_size_of(args: argparse.Namespace, count: int, left: Counter) -> int:
@@ -401,7 +397,7 @@ def summary(left: Counter) -> str:
 def look(args: argparse.Namespace) -> None:
     """Ends the program where the rows of a file cannot be read, or are too few; of what `datasets`
     loads, where the first cannot be read."""
-    rows, left, _ = collect(load_any(args.data, most=LOOK_ROWS), args.prompts_alone)
+    rows, left = collect(load_any(args.data, most=LOOK_ROWS), args.prompts_alone)
     if is_local_text(args.data):
         seed_size_of(args, len(rows), left)
 
@@ -488,7 +484,7 @@ def flip(row: dict) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    rows, left, unused = collect(load_any(args.data), args.prompts_alone)
+    rows, left = collect(load_any(args.data), args.prompts_alone)
     if args.model:
         rows, unfit = fitting(rows, args)
         left += unfit
@@ -521,17 +517,13 @@ def main(args: argparse.Namespace) -> None:
             write_rows(f"{tmp}/{name}.jsonl", part)
 
     counts = {name: len(part) for name, part in parts.items()}
-    stats = {**counts, "flipped": len(flipped), **{key: left[key] for key in REASONS},
-             "unused_columns": unused}
+    stats = {**counts, "flipped": len(flipped), **{key: left[key] for key in REASONS}}
     publish(args, stats, write)
     line = f"read as {'prompts alone' if args.prompts_alone else 'pairs'}: "
     line += ", ".join(f"{name} {count}" for name, count in counts.items())
     if flipped:
         line += f" ({len(flipped)} labels of the seed flipped)"
-    line += f"; {summary(left)} left out"
-    if unused:
-        line += f"; columns not used: {', '.join(unused)}"
-    print(f"prepare: {line} → {args.out}")
+    print(f"prepare: {line}; {summary(left)} left out → {args.out}")
     if 0 < len(pairs) < FEW_PAIRS:
         print(f"warning: {len(pairs)} gold pairs are few (papers: 2 000)", file=sys.stderr)
 

@@ -65,7 +65,7 @@ def test_of_an_opening_user_turn_the_first_row_alone_is_kept(groups):
                         {"role": "user", "content": [f"Ask {g}", f" ask  {g}"][i % 2]},
                         {"role": "user", "content": f"and {i}"}]}
             for i, g in enumerate(groups)]
-    kept, left, _ = collect(((f"row {i}", row) for i, row in enumerate(rows)), prompts_alone=True)
+    kept, left = collect(((f"row {i}", row) for i, row in enumerate(rows)), prompts_alone=True)
     first = [groups.index(g) for g in dict.fromkeys(groups)]
     assert [row["prompt"] for row in kept] == [rows[i]["prompt"] for i in first]
     assert left == {"same_opening": len(rows) - len(kept)} or len(kept) == len(rows)
@@ -77,12 +77,12 @@ def test_of_an_opening_user_turn_the_first_row_alone_is_kept(groups):
     "Äpfel Soße\U000e0001", "Äpfel\u00a0Soße", "Äpfel Ｓoße"])
 def test_twins_are_one_prompt(twin):
     rows = [("1", {"prompt": "Äpfel Soße"}), ("2", {"prompt": twin}), ("3", {"prompt": "Apfel"})]
-    kept, left, _ = collect(rows, prompts_alone=True)
+    kept, left = collect(rows, prompts_alone=True)
     assert [row["prompt"][0]["content"] for row in kept] == ["Äpfel Soße", "Apfel"]
     assert left == {"repeated": 1}
 
 
-def test_flips_and_unused_columns_are_said(tmp_path):
+def test_flips_are_said(tmp_path):
     rows = [{**row, "completion": "C", "label": True, "chosen_ended": True, "rejected_ended": False,
              "nothing": None} for row in plain(9)]
     done = ok(prepare(dump(tmp_path / "p.jsonl", rows), tmp_path / "out",
@@ -93,7 +93,6 @@ def test_flips_and_unused_columns_are_said(tmp_path):
     assert all(set(row) == {"id", "prompt"} for row in jsonl(tmp_path / "out/prompts_1.jsonl"))
     assert done.stdout.startswith("prepare: read as pairs: seed 4")
     assert "2 labels of the seed flipped" in done.stdout and "nothing left out" in done.stdout
-    assert "columns not used: completion, label →" in done.stdout
     assert "4 gold pairs are few" in done.stderr
 
 
@@ -249,7 +248,6 @@ def test_preferences_are_left_aside_where_that_is_asked_for(tmp_path):
     done = ok(prepare(dump(tmp_path / "p.jsonl", rows), tmp_path / "out",
                       "--seed-size", "3", "--rounds", "4", "--prompts-alone"))
     assert done.stdout.startswith("prepare: read as prompts alone: seed 3, prompts_1 4")
-    assert "columns not used: chosen, rejected, rating →" in done.stdout
     assert all(row.keys() == {"id", "prompt"} for row in jsonl(tmp_path / "out/seed.jsonl"))
     body = dump(tmp_path / "b.jsonl", [{"body": "Q"}])
     one_line(prepare(body, tmp_path / "x", "--prompts-alone"), "columns body: a prompt is read")
