@@ -66,7 +66,6 @@ from judges.judge import SCORERS, compare
 from judges.measures import (
     label_quality,
     mean_and_error,
-    settled,
     text_measures,
     win_measures,
     wins,
@@ -130,12 +129,10 @@ def judge_policies(args, answers: dict[str, list[dict]]) -> dict[str, dict]:
                      for mine, theirs in zip(row["responses"], other["responses"])]
             verdicts, behaviour = compare(args, sides)
             preference = verdicts.reshape(len(rows), -1)
-            scores[name] = settled(preference)
             p |= behaviour
         lengths = [np.array([[len(text) for text in row["responses"]] for row in side])
                    for side in (baseline, rows)]
         p |= win_measures(preference, previous_preference, lengths[0] - lengths[1])
-        p["worst"] = np.argsort(scores[name].mean(1), kind="stable").tolist()
         p["preferences"] = np.where(np.isnan(preference), None, preference).tolist()
         previous_preference = preference
     return policies

@@ -394,10 +394,6 @@ def test_mt_bench_in_two_turns(wide, tmp_path, monkeypatch):
         "single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
     again = mt_bench_step(bench, judgements, "--answers", *answers, *judge_by)
     assert again.returncode == 2 and "mine.jsonl: is there" in again.stderr
-    ok(mt_bench_step(bench, tmp_path / "model_answer/mine.jsonl", "--answers", *answers))
-    row, _ = jsonl(tmp_path / "model_answer/mine.jsonl")
-    assert (row["question_id"], row["model_id"]) == (1, "mine")
-    assert row["choices"] == [{"index": 0, "turns": [one, two]}]
     done = mt_bench_step(bench, tmp_path / "x.jsonl", "--answers", answers[1])
     assert done.returncode == 2
     assert "needs one answer (generate.py -n 1) to '1 turn 1'" in done.stderr
@@ -494,10 +490,8 @@ def test_the_stage_against_plain_loops(tmp_path):
     text = (tmp_path / "run/report.md").read_text()
     assert text.split("\n\n")[1] in printed and "| round1 |" in printed
     assert "Round 1 DIVERGED: its loss is 648." in text
-    assert "--nproc_per_node 2 train.py --out policy\n" in text and "anchor init, lr 5.0" in text
+    assert "--nproc_per_node 2 train.py --out policy\n" in text and "policy: 2 s" in text
     assert (tmp_path / "run/report.png").stat().st_size > 10_000
-    worst = text.partition("does worst by the judge")[2]
-    assert re.findall(r"[*][*]say (\d)[*][*]", worst)[:2] == ["2", "4"]
     assert "complete, skipped" in ok(run(*command)).stdout
 
 
@@ -576,9 +570,9 @@ def test_answers_as_a_reader_notices_them():
     prompt = [{"role": "user", "content": "say"}]
     rows = [{"prompt": prompt, "responses": [text]} for text in ("a\nb", "c")]
     cut = [{**row, "ended": [ended]} for row, ended in zip(rows, (True, False))]
-    text = report.side_by_side({"file": rows, "mine": cut}, [1, 0])
-    assert text.splitlines()[2:4] == ["- **file**: c", "- **mine**: c ✂"]
-    assert text.splitlines()[-1] == "- **mine**: a b"
+    text = report.side_by_side({"file": rows, "mine": cut}, 2)
+    assert text.splitlines()[2:4] == ["- **file**: a b", "- **mine**: a b"]
+    assert text.splitlines()[-1] == "- **mine**: c ✂"
 
 
 def test_how_a_run_came_about(tmp_path):
