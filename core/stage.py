@@ -26,7 +26,6 @@ status, and what run.sh does then:
 import argparse
 import contextlib
 import fcntl
-import glob
 import hashlib
 import json
 import math
@@ -53,7 +52,7 @@ from core.folder import (
     promises,
     size_of,
 )
-from core.rows import fail, note, remove
+from core.rows import fail, remove
 
 STARTED = time.time()
 
@@ -213,17 +212,9 @@ def unfinished(out: str) -> str:
 
 
 def work_folder(args: argparse.Namespace) -> str:
-    """Where a stage keeps what it goes on from after a kill. No other settings find it, and it goes
-    when the output stands."""
+    """Where a stage keeps what it goes on from after a kill. It goes when the output stands; no
+    other settings find it, and theirs is kept beside it."""
     return f"{unfinished(args.out)}/{digest_of(args.settings)}"
-
-
-def name_others(args: argparse.Namespace) -> None:
-    """Say what other settings have left unfinished: it is neither used nor removed."""
-    folders = glob.glob(f"{glob.escape(unfinished(args.out))}/{DIGEST}")
-    others = sorted(set(folders) - {work_folder(args)})
-    if others:
-        note(f"kept, of other settings: {', '.join(others)}")
 
 
 def digest_of(settings: dict) -> str:
@@ -496,7 +487,6 @@ def run_stage(main: Callable[..., None], *given: argparse.Namespace) -> None:
                 hold(args.out)
                 if record_of(args.out) != args.record:
                     fail(f"{args.out}: another program has just written it; the same command again")
-                name_others(args)
         main(*given)
     finally:
         release()

@@ -116,9 +116,7 @@ def check_model_of(judge: str, model: str) -> None:
             fail(f"{model}: its config.json has no {', '.join(MARKERS)}; --judge pairrm reads "
                  "llm-blender/PairRM-hf and what is laid out like it")
         return
-    kinds = config.get("architectures") or []
-    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        fail(f"{model}: a reward model is a sequence classifier; this is {', '.join(kinds)}")
+    # Of no sequence classifier transformers takes two.
     logits = len(config.get("id2label") or range(config.get("num_labels", 2)))
     if logits != 1:
-        fail(f"{model}: a reward model needs one logit; found {logits}")
+        fail(f"{model}: a reward model is a sequence classifier of one logit; found {logits}")

@@ -516,7 +516,7 @@ def test_a_judge_is_looked_at_before_any_work(
 
     check_judge(namespace(judge="reward-model", judge_model=ranker))
     check_judge(namespace(judge="llm", judge_model=folder))
-    assert "LlamaForCausalLM" in trouble("reward-model", folder)
+    assert "sequence classifier" in trouble("reward-model", folder)
     config = transformers.AutoConfig.from_pretrained(ranker, num_labels=2)
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
     assert "no tokenizer" in trouble("reward-model", tmp_path / "two")

@@ -188,8 +188,6 @@ def test_seed_stage_learns_and_one_process_equals_two(folder, command, tmp_path)
     log = jsonl(tmp_path / "one20/log.jsonl")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert log[-1]["loss"] < log[0]["loss"]
-    for row in log:
-        assert row["confidence"] == sorted(row["confidence"])
 
 
 def test_a_vision_tower_is_left_alone(command, tokenizer, tmp_path):

@@ -476,15 +476,13 @@ def test_stopping_a_stage_that_still_loads_its_libraries_is_one_line(tmp_path, p
 
 @pytest.mark.parametrize("package", ["numpy", "torch"])
 def test_a_missing_package_is_one_line(package):
-    """Another program's Python has none of them; a module of ours that is missing is a bug."""
+    """Another program's Python has none of them."""
     code = f"import sys; sys.modules[{package!r}] = None\nimport core.rows, torch"
     done = start("-c", code)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert package in done.stderr and "source .venv/bin/activate" in done.stderr
     done = start("-c", "import core; open('none')")
     assert (done.returncode, done.stderr) == (2, "error: none: No such file or directory\n")
-    done = start("-c", "import core.rows, core.none")
-    assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 PROGRAMS = ["seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"]
