@@ -126,7 +126,8 @@ def check_copy(source: str) -> None:
     """End the program, before any work, where a copy of a model's tokenizer, beside its config as
     transformers saves it, reads a conversation as other tokens."""
     turns = [{"role": "user", "content": "Hello\n you"}, {"role": "assistant", "content": "Gladly"}]
-    with tempfile.TemporaryDirectory() as copy:
+    name = f"{source}: a copy of its tokenizer cannot be used"
+    with in_one_line(name), tempfile.TemporaryDirectory() as copy:
         load_config(source).save_pretrained(copy)
         copy_tokenizer(source, copy)
         ours, theirs = (load_tokenizer(path).apply_chat_template(turns, return_dict=False)

@@ -430,15 +430,15 @@ def fitting(rows: list[dict], args: argparse.Namespace) -> tuple[list[dict], Cou
         prompt = row["prompt"]
         answers = [text_of(row[side]) for side in SIDES if side in row]
         texts = [turn["content"] for turn in prompt] + answers
-        if any(spells_control(tokenizer, text) for text in texts):
-            left["control_token"] += 1
-            continue
         with in_one_line(f"{args.data}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): the "
                          f"chat template of {args.model} refuses this prompt"):
+            spells = any(spells_control(tokenizer, text) for text in texts)
             lengths = [len(encode_response(tokenizer, prompt, answer)) for answer in answers]
             asked = len(encode_prompt(tokenizer, prompt))
         longest = max([args.max_new_tokens, *lengths])
-        if asked + longest > limit or asked + QUESTION + 2 * longest > judge_limit:
+        if spells:
+            left["control_token"] += 1
+        elif asked + longest > limit or asked + QUESTION + 2 * longest > judge_limit:
             left["too_long"] += 1
         else:
             kept.append(row)

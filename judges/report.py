@@ -186,17 +186,16 @@ def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
 
 def plot_measures(axis, title: str, lines: dict[str, dict], kinds: dict[str, str]) -> None:
     """Measures of the names that have them, with 95 % bars where their errors are known."""
-    names = list(lines)
     for key, text in kinds.items():
-        known = [k for k, name in enumerate(names) if lines[name].get(key) is not None]
-        values = [lines[names[k]][key] for k in known]
-        errors = [lines[names[k]].get(f"{key}_error", 0.0) for k in known]
-        if known:
-            axis.errorbar(known, values, 1.96 * np.nan_to_num(errors), marker="o", capsize=3,
-                          clip_on=False, label=text)
+        # NaN, which is not drawn, where a name has none.
+        values, errors = np.array([[measures.get(key), measures.get(f"{key}_error")]
+                                   for measures in lines.values()], float).T
+        if not np.isnan(values).all():
+            axis.errorbar(range(len(lines)), values, 1.96 * np.nan_to_num(errors), marker="o",
+                          capsize=3, clip_on=False, label=text)
     if "win_rate" in kinds:
         axis.axhline(0.5, color="gray", lw=0.8, ls=":", label="as good")
-    axis.set(title=title, xticks=range(len(names)), xticklabels=names, ylabel="mean, bars: 95 %")
+    axis.set(title=title, xticks=range(len(lines)), xticklabels=lines, ylabel="mean, bars: 95 %")
     axis.margins(x=0.1, y=0.1)
 
 
