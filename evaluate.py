@@ -41,7 +41,7 @@ def flags() -> argparse.Namespace:
                      help="what each policy answered; the first is the baseline")
     cli.add_argument("--labels", nargs="*", default=[], metavar="NAME=FILE",
                      help="rows that the policy NAME was trained on")
-    judge_flags(cli, ["none"], "none")
+    judge_flags(cli, "none")
     cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                      help="of a judging model's matrix products")
     args = cli.parse_args()

@@ -38,7 +38,7 @@ def flags() -> argparse.Namespace:
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
     source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
-    judge_flags(cli, ["implicit"], "implicit")
+    judge_flags(cli, "implicit")
     cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
     cli.add_argument("--reference", choices=["init", "previous", "none"], default="init",
                      help="of the judgement (SPA, Table 7)")

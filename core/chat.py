@@ -11,7 +11,6 @@ import json
 import re
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 
 from core.models import context_of
@@ -56,12 +55,12 @@ def apply_template(tokenizer, messages: list[dict], closed: bool) -> str:
 
 @functools.cache
 def control_tokens(tokenizer) -> dict[str, int]:
-    """Text → id of the added tokens that are special or that the template can write.
+    """Text → id of the added tokens that are special or that stand in the template or in what it
+    writes.
 
     Others are part of the text: runs of blanks, say, or tags of HTML.
     """
-    template = jinja2.Environment().lex(tokenizer.chat_template)
-    written = [part for _, kind, part in template if kind in ("data", "string")]
+    written = [tokenizer.chat_template]
     turns = [{"role": role, "content": "?"} for role in ("system", "user", "assistant")]
     # Tokens that the template puts together from roles.
     for messages in (turns, turns[1:]):

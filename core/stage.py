@@ -272,11 +272,6 @@ def print_look(state: str, out: str, count: int) -> None:
     print(state, out, count, sep="\t")
 
 
-def is_same(old: object, new: object) -> bool:
-    """Whether a setting is what it was. What is not there yet counts as unchanged."""
-    return new in (old, ABSENT)
-
-
 def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> dict | None:
     """Ends the program where `out` is complete from these very settings; else returns the record of
     what stands there, if that is ours.
@@ -291,8 +286,9 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> di
     if record is None or is_empty(out) and not pending:
         return record
     old = record["settings"]
+    # What is not there yet counts as unchanged.
     changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
-               if not is_same(old.get(key), settings.get(key))]
+               if settings.get(key) not in (old.get(key), ABSENT)]
     if not pending:
         changed += damage(out, record)
     if not changed:

@@ -140,7 +140,10 @@ def flags() -> argparse.Namespace:
         check_context(args.judge_model, 2 * args.max_new_tokens)
     # What an earlier stage has yet to write cannot be looked at.
     if is_looking() and not is_promised(args.data):
-        look(args)
+        # Of what `datasets` loads the first rows alone.
+        rows, left = collect(load_any(args.data, most=LOOK_ROWS), args.prompts_alone)
+        if is_local_text(args.data):
+            seed_size_of(args, len(rows), left)
     # A prompt and two responses take about 4 KB.
     exit_if_looking(args.out, writes=4096 * (args.seed_size + sum(args.rounds)))
     return args
@@ -392,14 +395,6 @@ def seed_size_of(args: argparse.Namespace, count: int, left: Counter) -> int:
 def summary(left: Counter) -> str:
     """How many rows were left out, and why."""
     return ", ".join(f"{left[key]} {REASONS[key]}" for key in REASONS if left[key]) or "nothing"
-
-
-def look(args: argparse.Namespace) -> None:
-    """Ends the program where the rows of a file cannot be read, or are too few; of what `datasets`
-    loads, where the first cannot be read."""
-    rows, left = collect(load_any(args.data, most=LOOK_ROWS), args.prompts_alone)
-    if is_local_text(args.data):
-        seed_size_of(args, len(rows), left)
 
 
 if __name__ == "__main__":

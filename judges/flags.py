@@ -17,10 +17,10 @@ PACKAGES = {"vader": "vaderSentiment", "openai": "openai"}
 MARKERS = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")  # in PairRM's config.json
 
 
-def judge_flags(cli: argparse.ArgumentParser, others: list[str], default: str) -> None:
-    """The flags of label.py and evaluate.py that name a judge; `others` are the choices that the
-    stage has besides."""
-    cli.add_argument("--judge", choices=[*others, *JUDGES], default=default,
+def judge_flags(cli: argparse.ArgumentParser, default: str) -> None:
+    """The flags of label.py and evaluate.py that name a judge; `default` is what the stage does
+    without one."""
+    cli.add_argument("--judge", choices=[default, *JUDGES], default=default,
                      help="who judges (see judges/judge.py)")
     endpoint_flags(cli, 16)
 
