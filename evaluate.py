@@ -78,8 +78,8 @@ LABELS = 1000
 
 
 def read_answers(args: argparse.Namespace) -> dict[str, list[dict]]:
-    """name → rows with `prompt` and `responses`, the same prompts in the same order. Where a file
-    has one answer to each prompt and others n, it stands n times."""
+    """name → rows with `prompt` and `responses`: as many to each, and the same prompts in the same
+    order."""
     answers = {}
     for name, path in args.answers.items():
         if path.removesuffix(".gz").endswith(".json"):
@@ -90,17 +90,15 @@ def read_answers(args: argparse.Namespace) -> dict[str, list[dict]]:
             answers[name] = read_rows(path, "responses")
     first, *_ = answers.values()
     prompts = [row["prompt"] for row in first]
-    samples = max(len(rows[0]["responses"]) for rows in answers.values())
+    samples = len(first[0]["responses"])
     for name, rows in answers.items():
         path = args.answers[name]
         if [row["prompt"] for row in rows] != prompts:
             fail(f"{path}: its {len(rows)} prompts are not the {len(prompts)} of the first file; "
                  "all must answer the same prompts in the same order")
-        for row in rows:
-            if len(row["responses"]) not in (1, samples):
-                fail(f"{path}: {len(row['responses'])} samples a prompt where others have "
-                     f"{samples}; sample all with the same -n")
-            row["responses"] *= samples // len(row["responses"])
+        if {len(row["responses"]) for row in rows} != {samples}:
+            fail(f"{path}: must have {samples} samples a prompt, as the first row of "
+                 "the first file; sample all with the same -n")
     return answers
 
 

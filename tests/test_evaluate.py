@@ -451,7 +451,7 @@ def test_the_stage_against_plain_loops(tmp_path):
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     files = {
-        "init": write_answers(tmp_path / "init.jsonl", [["Fine."]] * 5),
+        "init": write_answers(tmp_path / "init.jsonl", [["Fine."] * 2] * 5),
         "round1": write_answers(tmp_path / "round1.jsonl", TEXTS, ended=[True, False]),
     }
     policy = tmp_path / "run/policy"
@@ -510,22 +510,21 @@ def test_the_report_opens_with_sentences():
 
 
 def test_outputs_of_other_models_and_no_verdicts(folder, tmp_path, monkeypatch):
-    """AlpacaEval's outputs are a baseline, one answer for all samples; a comparison without verdict
-    is null, counts ½ and is counted."""
+    """AlpacaEval's outputs are a baseline; a comparison without verdict is null, counts ½ and is
+    counted."""
     outputs = [{"instruction": f"say {i}", "output": "Fine."} for i in range(3)]
     (tmp_path / "gpt.json").write_text(json.dumps(outputs))
-    mine = write_answers(tmp_path / "mine.jsonl", TEXTS[:3])
-    nan = math.nan
-    verdicts = [1.0, nan, nan, 1.0, 0.0, 0.0, 0.0, nan, 0.0, 0.0, nan, 1.0]
+    mine = write_answers(tmp_path / "mine.jsonl", [texts[:1] for texts in TEXTS[:3]])
+    verdicts = [1.0, math.nan, 1.0, 0.0, math.nan, math.nan]
     monkeypatch.setitem(judge.RANKERS, "llm", lambda args, asked, *place: verdicts)
     monkeypatch.setattr("judges.flags.check_judge", lambda args: None)
     command = ["evaluate.py", "--judge", "llm", "--judge-model", folder, "--out", tmp_path / "run",
                "--answers", f"gpt={tmp_path / 'gpt.json'}"]
     done = ok(run(*command, f"mine={mine}"))
     p = json.loads((tmp_path / "run/report.md.stats.json").read_text())["policies"]["mine"]
-    assert p["preferences"] == [[1, None], [0.75, 1.0], [0.25, 0.0]]
-    assert p["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 1 + 0.25 + 0) / 6)
-    assert p["no_verdict"] == 4 and ", 4 without verdict" in done.stdout
+    assert p["preferences"] == [[1], [None], [0.75]]
+    assert p["win_rate"] == pytest.approx((1 + 0.5 + 0.75) / 3)
+    assert p["no_verdict"] == 3 and ", 3 without verdict" in done.stdout
     assert "| without verdict |" in (tmp_path / "run/report.md").read_text()
 
 
@@ -535,7 +534,7 @@ def test_answers_that_do_not_fit_together_are_one_line(tmp_path):
     few = write_answers(tmp_path / "few.jsonl", TEXTS[:3])
     three = write_answers(tmp_path / "three.jsonl", [texts + ["x"] for texts in TEXTS])
     for other, words in ((turned, "in the same order"), (few, "its 3 prompts are not the 5"),
-                         (three, "2 samples a prompt where others have 3")):
+                         (three, "must have 2 samples a prompt")):
         done = run("evaluate.py", "--answers", f"a={one}", f"b={other}", "--out", tmp_path / "o")
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
     for flags, words in ((["a"], "NAME=FILE"), (["a/b=x"], "without '/'"),
