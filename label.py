@@ -25,6 +25,7 @@ often the judge agrees with them.
 """
 import argparse
 import math
+from statistics import median
 
 from core.folder import size_of
 from core.rows import fail
@@ -129,7 +130,7 @@ def read_candidates(args: argparse.Namespace,
 def score_by(path: str, args: argparse.Namespace, encoded: list) -> list[list[float]]:
     """log π of every answer to every prompt by the model in `path`, which is freed again."""
     model = load_scorer(path, this_device(), encoded, args.precision)
-    return score(ResponseLogps(model), encoded, args.precision, f"score {path}")
+    return score(ResponseLogps(model), encoded, args.precision)
 
 
 def implicit_rewards(args: argparse.Namespace, tokenizer, encoded: list,
@@ -220,10 +221,8 @@ def main(args: argparse.Namespace) -> None:
         verdicts = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
         fail(f"{path}: no row has two responses of different reward{verdicts}")
 
-    margins = sorted(row["margin"] for row in labelled)
     stats = {"prompts": prompts, "labelled": len(labelled), **left_out,
-             "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
-             **behaviour}
+             "median_margin": median(row["margin"] for row in labelled), **behaviour}
     notes = ""
     if behaviour:
         notes = (f", {behaviour['order_disagreement']:.0%} decided by the order of the options, "
@@ -233,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
         notes += f", agreement with gold {stats['gold_agreement']:.3f}"
     publish(args, stats, lambda tmp: write_rows(tmp, labelled))
     print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}, median "
-          f"margin {stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
+          f"margin {stats['median_margin']:.3f}{notes} → {args.out}")
 
 
 if __name__ == "__main__":

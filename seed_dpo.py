@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
         norm = update(run, lr)                                          # θ ← θ − η∇L
         record_step(run, log, batch, pairs, lr, norm, started)
 
-    stats = save_policy(run, log, log[0]["loss"] if is_judge else math.log(2))
+    stats = save_policy(run, log)
     print(f"seed_dpo: {len(run.rows)} {'letters' if is_judge else 'gold pairs'}, "
           f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
           f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")

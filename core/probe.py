@@ -66,7 +66,7 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
     differences = []
     with in_one_line(name):
         # By this process alone.
-        ours = score_share(ResponseLogps(model), rows, precision, 0, 1, "probe")
+        ours = score_share(ResponseLogps(model), rows, precision, 0, 1)
         for i, (prompt, ys) in enumerate(rows):
             for y, logp in zip(ys, ours[i]):
                 with autocast(device, precision):

@@ -97,7 +97,7 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
 def reference_logps(run: Run) -> torch.Tensor:
     """log π_ref [N, 2] of chosen and rejected. π_ref is where training starts and never changes:
     scored once, before the first update."""
-    logps = score(run.policy, run.encoded, run.args.precision, "reference")
+    logps = score(run.policy, run.encoded, run.args.precision)
     return torch.tensor(logps, device=run.device)
 
 
@@ -252,13 +252,13 @@ def checkpoint_is_due(run: Run, seconds: float) -> bool:
     return due[0]
 
 
-def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> dict:
+def save_policy(run: Run, log: list[dict], **stats) -> dict:
     """Publish a Hugging Face folder: weights as one safetensors file in fp32, the parent's
     tokenizer, log.jsonl. Returns its stats; `loss`, `accuracy` and `margin` are means over the last
     epoch.
 
-    `untrained_loss` is that of a policy that learnt nothing. Where the loss is twice as large,
-    `diverged` says so in words; else it is empty.
+    Where the loss is twice that of the first step, when nothing was learnt, `diverged` says so in
+    words; else it is empty.
     """
     args, model = run.args, model_of(run.policy)
     on_rank_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -276,8 +276,8 @@ def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> di
     for key in ("loss", "accuracy", "margin"):
         stats[key] = sum(row[key] for row in last) / len(last)
     stats |= {"pairs": len(run.rows), "steps": len(log), "diverged": ""}
-    if stats["loss"] > 2 * untrained_loss:
+    if stats["loss"] > 2 * log[0]["loss"]:
         stats["diverged"] = (f"; DIVERGED: its loss is {stats['loss']:.3g}, that of a policy that "
-                             f"learnt nothing {untrained_loss:.3g}; lower --lr (LR)")
+                             f"learnt nothing {log[0]['loss']:.3g}; lower --lr (LR)")
     publish(args, stats, write)
     return stats

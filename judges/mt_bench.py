@@ -28,9 +28,9 @@ from judges.endpoint import chat, parse_rating
 from judges.flags import check_judge, endpoint_flags, refuse_existing
 from judges.report import markdown
 
-# As FastChat samples.
-TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0,
-               "math": 0.0, "coding": 0.0, "reasoning": 0.0}
+# As FastChat samples: 0.7 where a category does not stand here.
+TEMPERATURE = {"stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+               "reasoning": 0.0}
 
 
 def flags() -> argparse.Namespace:
