@@ -36,14 +36,13 @@ from judges.flags import files_by_name, judge_flags, start_judging
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the report is complete."""
-    cli = parser(__doc__, out="folder for report.md and what belongs to it")
+    cli = parser(__doc__, out="folder for report.md and what belongs to it",
+                 precision="of a judging model's matrix products")
     cli.add_argument("--answers", nargs="+", required=True, metavar="NAME=FILE",
                      help="what each policy answered; the first is the baseline")
     cli.add_argument("--labels", nargs="*", default=[], metavar="NAME=FILE",
                      help="rows that the policy NAME was trained on")
     judge_flags(cli, "none")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of a judging model's matrix products")
     args = cli.parse_args()
     args.answers = files_by_name(args.answers)
     args.labels = files_by_name(args.labels)

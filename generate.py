@@ -46,7 +46,7 @@ VLLM_TOKENS = 2 ** 22
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__, out="response rows (JSONL)")
+    cli = parser(__doc__, out="response rows (JSONL)", precision="of the weights while sampling")
     cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
     cli.add_argument("--fit", action="store_true",
@@ -62,8 +62,6 @@ def flags() -> argparse.Namespace:
                      help="tokens sampled together, prompts and --max-new-tokens counted: memory "
                      "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), and at most rounding "
                      "in the text; a run may go on with another")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of the weights while sampling")
     cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers",
                      help="vllm: if installed; all GPUs of one machine, no torchrun")
     cli.add_argument("--seed", type=ranged(int, 0), default=42,

@@ -35,7 +35,8 @@ from judges.flags import judge_flags, start_judging
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__, out="labelled rows (JSONL)")
+    cli = parser(__doc__, out="labelled rows (JSONL)",
+                 precision="of matrix products, as in training")
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
     source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
@@ -48,8 +49,6 @@ def flags() -> argparse.Namespace:
                      help="α of S13, a token (papers: 0.001 to 0.01)")
     cli.add_argument("--beta", type=positive, default=0.1,
                      help="scale of the implicit reward; the same as in training")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of matrix products, as in training")
     args = cli.parse_args()
     implicit = args.judge == "implicit"
     if implicit and not (args.model and (args.reference_model or args.reference == "none")):

@@ -87,15 +87,19 @@ lock = None
 # ------------------------------------------------------------------------------------------- flags
 
 
-def parser(doc: str, out: str = "") -> argparse.ArgumentParser:
+def parser(doc: str, out: str = "", precision: str = "") -> argparse.ArgumentParser:
     """An argument parser whose --help is the module's docstring, then every flag with its default;
-    an error is one line. `out` says what will lie at --out, where there is that flag."""
+    an error is one line. `out` says what will lie at --out and `precision` what --precision is of,
+    where there are these flags."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
     cli = argparse.ArgumentParser(description=doc, formatter_class=Help)
     cli.error = lambda message: fail(f"{message} (see {cli.prog} --help)")
     if out:
         cli.add_argument("--out", type=os.path.normpath, required=True, help=out)
+    if precision:
+        cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                         help=precision)
     return cli
 
 
@@ -127,7 +131,8 @@ CLIP = 1.0
 
 def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
     """A parser with the flags that seed_dpo.py and train.py share; `doc` heads its help."""
-    cli = parser(doc, out="folder of the trained policy")
+    cli = parser(doc, out="folder of the trained policy",
+                 precision="of matrix products; weights stay fp32")
     cli.add_argument("--model", required=True,
                      help="where training starts, and the reference: a folder or hub id")
     cli.add_argument("--pairs", required=True, help="rows with chosen and rejected (JSONL)")
@@ -139,8 +144,6 @@ def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
                      help=f"how often each pair is seen (papers: {epochs})")
     cli.add_argument("--batch-size", type=natural, default=32,
                      help="pairs an update, over all processes (papers: 32)")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of matrix products; weights stay fp32")
     cli.add_argument("--seed", type=ranged(int, 0), default=42,
                      help="decides the order of the pairs")
     cli.add_argument("--micro-tokens", type=natural, default=2048,
