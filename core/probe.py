@@ -13,8 +13,8 @@ import torch
 from core import RANK
 from core.models import load_model
 from core.parallel import autocast, in_bf16
-from core.policy import ResponseLogps, score_share, shares_prompt
-from core.rows import fail, in_one_line, note
+from core.policy import ResponseLogps, score_share
+from core.rows import fail, in_one_line
 from core.sampling import sample
 
 # Rounding, in nats a token. fp32: sums in another order were seen to differ by up to 1e-5 a token.
@@ -41,8 +41,6 @@ def load_scorer(path: str, device: torch.device, encoded: list, precision: str):
     if RANK == 0:
         check_tokens(path, model, encoded)
         check_scores(path, model, encoded, precision)
-        if not shares_prompt(model, encoded):
-            note(f"{path}: one sequence a response, prompts are not shared")
     return model
 
 
