@@ -4,7 +4,6 @@ What a model sampled is kept as ids, int32 arrays, and these are what is scored 
 text that came from elsewhere is tokenised (D9). Only the chat template writes control tokens: one
 that is spelled out in a message or a response is broken by a visible character.
 """
-import datetime
 import functools
 import hashlib
 import json
@@ -30,11 +29,9 @@ Encoded = tuple[np.ndarray, list[np.ndarray]]
 # What breaks a control token that a text spells: <|im_end|> becomes <·|im_end|>.
 BREAK = "·"
 
-# Templates that write today's date get this one, so that a text does not depend on the day.
-TODAY = datetime.date(2024, 7, 26)
-DATE = "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')"
-               for code in ["-d", "-m", *"aAbBdemyYHIMS"])
-DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{DATE} }}}}{{%- endmacro %}}\n"
+# Templates that write today's date get this one, as LLaMA-3's own where they know no other: a text
+# does not depend on the day.
+DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}\n"
 
 
 # ----------------------------------------------------------------- facts of a tokenizer, found once

@@ -253,9 +253,7 @@ def messages_of(where: str, key: str, value: object, role: str) -> list[dict]:
                  f"the roles {', '.join(ROLES)}; found {repr(turn)[:60]}")
         if turn.get("tool_calls") or not isinstance(turn.get("content"), str):
             raise LeftOut("not_text")
-    # Tables give every message the keys of all.
-    return [{name: part for name, part in turn.items() if name in ("role", "content") or part}
-            for turn in turns]
+    return [{key: turn[key] for key in ("role", "content")} for turn in turns]
 
 
 def spelled_messages(where: str, key: str, text: str) -> list[dict] | None:

@@ -233,10 +233,10 @@ def test_a_prompt_that_ends_in_an_assistants_turn_is_continued(any_tokenizer):
 
 def test_the_date_is_one_and_the_same(tokenizer):
     dated = copy.deepcopy(tokenizer)
-    dated.chat_template = ("{% if true %}{{ strftime_now('%d %B %Y, %Y-%m-%d') }}{% endif %}"
+    dated.chat_template = ("{% if true %}{{ strftime_now('%d %b %Y') }}{% endif %}"
                            + tokenizer.chat_template)
     text = dated.decode(encode_prompt(dated, ASK))
-    assert text.startswith("26 July 2024, 2024-07-26<|im_start|>user")
+    assert text.startswith("26 Jul 2024<|im_start|>user")
 
 
 def test_a_tokenizers_own_truncation_is_off(any_folder, any_tokenizer, tmp_path):
