@@ -13,10 +13,9 @@ columns, in any case:
                                       to label (see run.sh); other columns are left aside
 
 A column `system` is a system turn. A conversation under chosen and rejected ends with the response,
-and the turns before it are the prompt, behind a column `prompt` that is not among them where they
-go on from it. A row that cannot be used is left out and counted under its reason. A row that fits
-no layout ends the program, and so does one without chosen and rejected, unless --prompts-alone is
-given.
+and the turns before it are the prompt; where they go on from a column `prompt`, that comes before
+them. A row that cannot be used is left out and counted under its reason. A row that fits no layout
+ends the program, and so does one without chosen and rejected, unless --prompts-alone is given.
 
 With `--model`, rows that do not fit its context or spell one of its control tokens are left out.
 `--select farthest` takes as the seed the prompts that differ most: each next one the farthest, by
