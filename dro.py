@@ -32,7 +32,6 @@ Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5
     python dro.py --pairs labelled.jsonl --out worst.jsonl --epsilon 0.01 --pieces 6
 """
 import argparse
-import os
 from typing import NamedTuple
 
 from core.folder import size_of
@@ -41,9 +40,8 @@ from core.stage import exit_if_looking, natural, parser, publish, ranged, run_st
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="worst-case rows (JSONL)")
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="worst-case rows (JSONL)")
     cli.add_argument("--epsilon", type=ranged(float, 0, 1), default=0.01,
                      help="radius of the ball (papers: 0.01; also 0 to 0.1)")
     cli.add_argument("--pieces", type=natural, default=6,
@@ -213,7 +211,7 @@ def worst_rows(rows: list[dict], xi: np.ndarray, solution: WorstCase, pieces: in
 
 def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.pairs, "labelled")
-    undeclared = check_margins(
+    check_margins(
         rows, args.pairs, AGAINST_INIT if args.epsilon > 0 else {},
         "--epsilon above 0 moves confidences against π_init: label with judge implicit, reference "
         "init, or take --epsilon 0")
@@ -239,14 +237,12 @@ def main(args: argparse.Namespace) -> None:
     stats = {"n": len(xi), "empirical_loss": float(tilde.mean()),
              "worst_case_loss": solution.value, "dual": solution.dual,
              "gap": solution.dual - solution.value, "lambda": solution.price,
-             "worst_case_loss_star": float(star), "transport": solution.transport, "moved": moved,
-             "margins_taken_as_against_init": undeclared}
+             "worst_case_loss_star": float(star), "transport": solution.transport, "moved": moved}
     worst = worst_rows(rows, xi, solution, args.pieces)
     publish(args, stats, lambda tmp: write_rows(tmp, worst))
-    taken = f", {undeclared} margins taken as against π_init" if undeclared else ""
     print(f"dro: {moved} of {len(xi)} pairs moved within ε = {args.epsilon}; mean loss "
           f"{stats['empirical_loss']:.4f} → worst case {solution.value:.4f} (of the leader's ℓ*: "
-          f"{star:.4f}), duality gap {stats['gap']:.1e}{taken} → {args.out}")
+          f"{star:.4f}), duality gap {stats['gap']:.1e} → {args.out}")
 
 
 if __name__ == "__main__":

@@ -29,32 +29,27 @@ import math
 import os
 from pathlib import Path
 
-from core import RANK
 from core.rows import fail, read_json_list, read_rows
-from core.stage import exit_if_looking, parser, publish, run_stage, start
-from judges.flags import check_judge, files_by_name, judge_flags, judge_models
+from core.stage import exit_if_looking, parser, publish, run_stage
+from judges.flags import files_by_name, judge_flags, start_judging
 
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the report is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="folder for report.md and what belongs to it",
+                 precision="of a judging model's matrix products")
     cli.add_argument("--answers", nargs="+", required=True, metavar="NAME=FILE",
                      help="what each policy answered; the first is the baseline")
     cli.add_argument("--labels", nargs="*", default=[], metavar="NAME=FILE",
                      help="rows that the policy NAME was trained on")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder for report.md and what belongs to it")
-    judge_flags(cli, ["none"], "none")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of a judging model's matrix products")
+    judge_flags(cli, "none")
     args = cli.parse_args()
     args.answers = files_by_name(args.answers)
     args.labels = files_by_name(args.labels)
     if unknown := set(args.labels) - set(args.answers):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --answers does not")
     args.out = f"{args.out}/report.md"
-    start(args, judge_models(args), ["answers", "labels"], beside=["report.png"])
-    check_judge(args)
+    start_judging(args, [], ["answers", "labels"], beside=["report.png"])
     exit_if_looking(args.out, writes=1_000_000)
     return args
 
@@ -70,7 +65,6 @@ from judges.judge import SCORERS, compare
 from judges.measures import (
     label_quality,
     mean_and_error,
-    settled,
     text_measures,
     win_measures,
     wins,
@@ -83,8 +77,8 @@ LABELS = 1000
 
 
 def read_answers(args: argparse.Namespace) -> dict[str, list[dict]]:
-    """name → rows with `prompt` and `responses`, the same prompts in the same order. Where a file
-    has one answer to each prompt and others n, it stands n times."""
+    """name → rows with `prompt` and `responses`: as many to each, and the same prompts in the same
+    order."""
     answers = {}
     for name, path in args.answers.items():
         if path.removesuffix(".gz").endswith(".json"):
@@ -95,17 +89,15 @@ def read_answers(args: argparse.Namespace) -> dict[str, list[dict]]:
             answers[name] = read_rows(path, "responses")
     first, *_ = answers.values()
     prompts = [row["prompt"] for row in first]
-    samples = max(len(rows[0]["responses"]) for rows in answers.values())
+    samples = len(first[0]["responses"])
     for name, rows in answers.items():
         path = args.answers[name]
         if [row["prompt"] for row in rows] != prompts:
             fail(f"{path}: its {len(rows)} prompts are not the {len(prompts)} of the first file; "
                  "all must answer the same prompts in the same order")
-        for row in rows:
-            if len(row["responses"]) not in (1, samples):
-                fail(f"{path}: {len(row['responses'])} samples a prompt where others have "
-                     f"{samples}; sample all with the same -n")
-            row["responses"] *= samples // len(row["responses"])
+        if {len(row["responses"]) for row in rows} != {samples}:
+            fail(f"{path}: must have {samples} samples a prompt, as the first row of "
+                 "the first file; sample all with the same -n")
     return answers
 
 
@@ -134,12 +126,10 @@ def judge_policies(args, answers: dict[str, list[dict]]) -> dict[str, dict]:
                      for mine, theirs in zip(row["responses"], other["responses"])]
             verdicts, behaviour = compare(args, sides)
             preference = verdicts.reshape(len(rows), -1)
-            scores[name] = settled(preference)
             p |= behaviour
         lengths = [np.array([[len(text) for text in row["responses"]] for row in side])
                    for side in (baseline, rows)]
         p |= win_measures(preference, previous_preference, lengths[0] - lengths[1])
-        p["worst"] = np.argsort(scores[name].mean(1), kind="stable").tolist()
         p["preferences"] = np.where(np.isnan(preference), None, preference).tolist()
         previous_preference = preference
     return policies
@@ -168,8 +158,6 @@ def main(args: argparse.Namespace) -> None:
     if args.judge != "none":
         labels = {name: judge_labels(args, path, trainings[name][0])
                   for name, path in args.labels.items()}
-    if RANK > 0:
-        return
 
     judge = args.judge_model or args.judge
     text = page(os.path.dirname(args.out), judge, answers, policies, labels, trainings, args.inputs)

@@ -6,7 +6,7 @@
 A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed,
 prompt id, sample, position) alone, and batches are the same for any number of processes. So the
 text is the same on one process or eight, and after a kill: finished batches lie in OUT.unfinished,
-and the same command goes on from there; those of other settings are kept, and named. Another limit
+and the same command goes on from there; those of other settings are kept. Another limit
 of a batch or its tokens moves the text by rounding at most. How a batch is drawn is in
 core/sampling.py.
 
@@ -46,10 +46,9 @@ VLLM_TOKENS = 2 ** 22
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="response rows (JSONL)", precision="of the weights while sampling")
     cli.add_argument("--model", required=True, help="the policy: a Hugging Face folder or hub id")
     cli.add_argument("--prompts", required=True, help="prompt rows (JSONL)")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="response rows (JSONL)")
     cli.add_argument("--fit", action="store_true",
                      help="a prompt too long for its answer loses its first tokens, and the answer "
                      "gets what the context leaves (MT-Bench's second turns, as in FastChat)")
@@ -63,8 +62,6 @@ def flags() -> argparse.Namespace:
                      help="tokens sampled together, prompts and --max-new-tokens counted: memory "
                      "(0.13 MB a token for a 7 B Mistral, 0.33 MB for Phi-2), and at most rounding "
                      "in the text; a run may go on with another")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of the weights while sampling")
     cli.add_argument("--backend", choices=["transformers", "vllm"], default="transformers",
                      help="vllm: if installed; all GPUs of one machine, no torchrun")
     cli.add_argument("--seed", type=ranged(int, 0), default=42,
@@ -209,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
     work = work_folder(args)
     before = finished_rows(work)
     todo = [batch for batch in batches if any(rows[i]["id"] not in before for i in batch)]
-    if RANK == 0 and before:
+    if before:
         print(f"generate: {len(before)} of {len(rows)} prompts were done before; going on")
     # Nobody writes until everybody has read.
     if WORLD > 1:

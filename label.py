@@ -24,24 +24,22 @@ often the judge agrees with them.
         --responses responses.jsonl --out labelled.jsonl
 """
 import argparse
-import math
-import os
+from statistics import median
 
-from core import RANK
 from core.folder import size_of
 from core.rows import fail
-from core.stage import exit_if_looking, parser, positive, publish, ranged, run_stage, start
-from judges.flags import check_judge, judge_flags, judge_models
+from core.stage import exit_if_looking, parser, positive, publish, ranged, run_stage
+from judges.flags import judge_flags, start_judging
 
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="labelled rows (JSONL)",
+                 precision="of matrix products, as in training")
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
     source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="labelled rows (JSONL)")
-    judge_flags(cli, ["implicit"], "implicit")
+    judge_flags(cli, "implicit")
     cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
     cli.add_argument("--reference", choices=["init", "previous", "none"], default="init",
                      help="of the judgement (SPA, Table 7)")
@@ -50,8 +48,6 @@ def flags() -> argparse.Namespace:
                      help="α of S13, a token (papers: 0.001 to 0.01)")
     cli.add_argument("--beta", type=positive, default=0.1,
                      help="scale of the implicit reward; the same as in training")
-    cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                     help="of matrix products, as in training")
     args = cli.parse_args()
     implicit = args.judge == "implicit"
     if implicit and not (args.model and (args.reference_model or args.reference == "none")):
@@ -60,8 +56,7 @@ def flags() -> argparse.Namespace:
         fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
     if not implicit:
         args.beta = None
-    start(args, ["model", "reference_model", *judge_models(args)], ["responses", "pairs"])
-    check_judge(args)
+    start_judging(args, ["model", "reference_model"], ["responses", "pairs"])
     exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))
     return args
 
@@ -133,7 +128,7 @@ def read_candidates(args: argparse.Namespace,
 def score_by(path: str, args: argparse.Namespace, encoded: list) -> list[list[float]]:
     """log π of every answer to every prompt by the model in `path`, which is freed again."""
     model = load_scorer(path, this_device(), encoded, args.precision)
-    return score(ResponseLogps(model), encoded, args.precision, f"score {path}")
+    return score(ResponseLogps(model), encoded, args.precision)
 
 
 def implicit_rewards(args: argparse.Namespace, tokenizer, encoded: list,
@@ -195,8 +190,6 @@ def main(args: argparse.Namespace) -> None:
         judged = [row | {"responses": [answer.text for answer in answers]}
                   for row, answers in zip(rows, candidates)]
         reward, behaviour = rewards(args, judged)
-    if not all(math.isfinite(r) for each in reward for r in each):
-        fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
     # What the margin and the log-probs are (D10).
     precision = "bf16" if in_bf16(device, args.precision) else "fp32"
@@ -223,13 +216,9 @@ def main(args: argparse.Namespace) -> None:
     if not labelled:
         verdicts = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
         fail(f"{path}: no row has two responses of different reward{verdicts}")
-    if RANK > 0:
-        return
 
-    margins = sorted(row["margin"] for row in labelled)
     stats = {"prompts": prompts, "labelled": len(labelled), **left_out,
-             "margin_quartiles": [margins[len(margins) * q // 4] for q in (1, 2, 3)],
-             **behaviour}
+             "median_margin": median(row["margin"] for row in labelled), **behaviour}
     notes = ""
     if behaviour:
         notes = (f", {behaviour['order_disagreement']:.0%} decided by the order of the options, "
@@ -239,7 +228,7 @@ def main(args: argparse.Namespace) -> None:
         notes += f", agreement with gold {stats['gold_agreement']:.3f}"
     publish(args, stats, lambda tmp: write_rows(tmp, labelled))
     print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}, median "
-          f"margin {stats['margin_quartiles'][1]:.3f}{notes} → {args.out}")
+          f"margin {stats['median_margin']:.3f}{notes} → {args.out}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ import argparse
 import math
 import time
 
-from core import RANK
-from core.flags import start_training, training_flags
-from core.stage import run_stage
+from core.stage import run_stage, start_training, training_flags
 
 
 def flags() -> argparse.Namespace:
@@ -109,11 +107,10 @@ def main(args: argparse.Namespace) -> None:
         norm = update(run, lr)                                          # θ ← θ − η∇L
         record_step(run, log, batch, pairs, lr, norm, started)
 
-    stats = save_policy(run, log, log[0]["loss"] if is_judge else math.log(2))
-    if RANK == 0:
-        print(f"seed_dpo: {len(run.rows)} {'letters' if is_judge else 'gold pairs'}, "
-              f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
-              f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
+    stats = save_policy(run, log)
+    print(f"seed_dpo: {len(run.rows)} {'letters' if is_judge else 'gold pairs'}, "
+          f"{len(log)} steps; last epoch: loss {stats['loss']:.3f}, "
+          f"accuracy {stats['accuracy']:.2f}{stats['diverged']} → {args.out}")
 
 
 if __name__ == "__main__":

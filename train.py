@@ -20,9 +20,7 @@ import argparse
 import math
 import time
 
-from core import RANK
-from core.flags import start_training, training_flags
-from core.stage import ranged, run_stage
+from core.stage import ranged, run_stage, start_training, training_flags
 
 
 def flags() -> argparse.Namespace:
@@ -127,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     run = begin(args, read_rows(args.pairs, "labelled"))
     device = run.device
     needed, remedy = needed_of(args, args.settings["model"], run.precision)
-    unstated = check_margins(run.rows, args.pairs, needed, remedy)
+    check_margins(run.rows, args.pairs, needed, remedy)
     weight, shift = atoms_of(run.rows)
     if args.anchor == "previous" and bool(((shift != 0) & (weight > 0)).any()):
         fail(f"{args.pairs} has a worst case of confidences against π_init: give --anchor init; "
@@ -188,17 +186,10 @@ def main(args: argparse.Namespace) -> None:
                     p_tilde=pairs["p_tilde"] if watching else [])
 
     flagged = sum(len(row["flagged"]) for row in log)
-    untrained = leader_loss(margin_init, torch.zeros_like(margin_init), weight, shift, 0.0, pieces)
-    stats = save_policy(run, log, untrained.mean().item(), anchor=args.anchor, flagged=flagged,
-                        margins_taken_as_against_init=unstated)
-    if RANK == 0:
-        taken = ""
-        if unstated and args.anchor == "init":
-            taken = f", {unstated} margins taken as against π_init"
-        print(f"train: {len(run.rows)} pairs, {len(log)} steps, anchor "
-              f"{args.anchor}; last epoch: accuracy {stats['accuracy']:.2f}, margin "
-              f"{stats['margin']:.3f}; {flagged} labels flagged as noise{taken}"
-              f"{stats['diverged']} → {args.out}")
+    stats = save_policy(run, log, anchor=args.anchor, flagged=flagged)
+    print(f"train: {len(run.rows)} pairs, {len(log)} steps, anchor {args.anchor}; last epoch: "
+          f"accuracy {stats['accuracy']:.2f}, margin {stats['margin']:.3f}; {flagged} labels "
+          f"flagged as noise{stats['diverged']} → {args.out}")
 
 
 if __name__ == "__main__":

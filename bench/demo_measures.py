@@ -49,7 +49,7 @@ def logps_of(path: str, rows: list[dict], device: torch.device) -> np.ndarray:
     answers = [list(zip(row["responses"], row["ended"], row["response_ids"])) for row in rows]
     encoded = encode_rows(load_config(path), tokenizer, rows, answers, path)
     model = load_scorer(path, device, encoded, "fp32")
-    return np.array(score(ResponseLogps(model), encoded, "fp32", f"score {path}"))
+    return np.array(score(ResponseLogps(model), encoded, "fp32"))
 
 
 def far_and_fluent(policy: np.ndarray, init: np.ndarray, tokens: np.ndarray) -> dict[str, float]:

@@ -5,7 +5,6 @@ line each, also before a stage has loaded its libraries.
 """
 import os
 import sys
-from pathlib import Path
 from types import TracebackType
 
 # This process among those that work on one output, under torchrun, and how many they are. The first
@@ -20,16 +19,11 @@ def end_in_one_line(kind: type[BaseException], error: BaseException,
     if kind is KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130)
-    package = (getattr(error, "name", None) or "").partition(".")[0]
-    home = Path(__file__).parent.parent
-    ours = (home / package).exists() or (home / f"{package}.py").exists()
-    if kind is ModuleNotFoundError and not ours:
-        print(f"error: the package {package} is not installed for {sys.executable}; the project's "
-              "packages are in .venv, which `bash run.sh` makes once: source .venv/bin/activate",
-              file=sys.stderr)
-        raise SystemExit(2)
     line = ""
-    if isinstance(error, OSError) and error.filename:
+    if kind is ModuleNotFoundError:
+        line = (f"the package {error.name} is not installed for {sys.executable}; the project's "
+                "packages are in .venv, which `bash run.sh` makes once: source .venv/bin/activate")
+    elif isinstance(error, OSError) and error.filename:
         line = f"{error.filename}: {error.strerror}"
     elif isinstance(error, OSError):
         line = f"{error.strerror or error}: cannot write; nothing finished is lost"

@@ -4,14 +4,12 @@ What a model sampled is kept as ids, int32 arrays, and these are what is scored 
 text that came from elsewhere is tokenised (D9). Only the chat template writes control tokens: one
 that is spelled out in a message or a response is broken by a visible character.
 """
-import datetime
 import functools
 import hashlib
 import json
 import re
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 
 from core.models import context_of
@@ -31,11 +29,9 @@ Encoded = tuple[np.ndarray, list[np.ndarray]]
 # What breaks a control token that a text spells: <|im_end|> becomes <·|im_end|>.
 BREAK = "·"
 
-# Templates that write today's date get this one, so that a text does not depend on the day.
-TODAY = datetime.date(2024, 7, 26)
-DATE = "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')"
-               for code in ["-d", "-m", *"aAbBdemyYHIMS"])
-DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{DATE} }}}}{{%- endmacro %}}\n"
+# Templates that write today's date get this one, as LLaMA-3's own where they know no other: a text
+# does not depend on the day.
+DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}\n"
 
 
 # ----------------------------------------------------------------- facts of a tokenizer, found once
@@ -56,12 +52,12 @@ def apply_template(tokenizer, messages: list[dict], closed: bool) -> str:
 
 @functools.cache
 def control_tokens(tokenizer) -> dict[str, int]:
-    """Text → id of the added tokens that are special or that the template can write.
+    """Text → id of the added tokens that are special or that stand in the template or in what it
+    writes.
 
     Others are part of the text: runs of blanks, say, or tags of HTML.
     """
-    template = jinja2.Environment().lex(tokenizer.chat_template)
-    written = [part for _, kind, part in template if kind in ("data", "string")]
+    written = [tokenizer.chat_template]
     turns = [{"role": role, "content": "?"} for role in ("system", "user", "assistant")]
     # Tokens that the template puts together from roles.
     for messages in (turns, turns[1:]):
@@ -205,16 +201,14 @@ def response_in_context(tokenizer, messages: list[dict], text: str,
     return tail[:tail.index(stop) + 1] if ended else tail
 
 
-def response_alone(tokenizer, text: str, ended: bool) -> list[int]:
-    """Token ids of a response that is tokenised without its conversation."""
+def encode_response(tokenizer, messages: list[dict], text: str, ended: bool = True) -> list[int]:
+    """Token ids of a text as the response to a prompt: in its conversation; or alone, where its
+    first characters are one token with the prompt's last there, as no sampled response's are."""
+    ids = response_in_context(tokenizer, messages, text, ended)
+    if ids is not None:
+        return ids
     ids = tokenizer(as_text(tokenizer, text), add_special_tokens=False).input_ids
     return ids + [end_of_turn(tokenizer)] if ended else ids
-
-
-def encode_response(tokenizer, messages: list[dict], text: str, ended: bool = True) -> list[int]:
-    """Token ids of a text as the response to a prompt: in its conversation, or else alone."""
-    ids = response_in_context(tokenizer, messages, text, ended)
-    return response_alone(tokenizer, text, ended) if ids is None else ids
 
 
 def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
@@ -236,11 +230,6 @@ def decode_response(tokenizer, ids: list[int], ended: bool) -> str:
 # ------------------------------------------------------------------------------------- rows to ids
 
 
-def same_vocabulary(tokenizer, row: dict) -> bool:
-    """Whether the ids in a row are of this tokenizer's vocabulary."""
-    return row.get("vocabulary") == vocabulary(tokenizer)
-
-
 def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]], path: str,
                 prompt_limit: int | None = None) -> list[Encoded | None]:
     """[(prompt ids, [response ids, …]), …] of rows and the `answers` to each; None where the chat
@@ -253,7 +242,7 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
     """
     limit = context_of(config)
     encoded = []
-    alone = others = 0
+    others = 0
     for row, row_answers in zip(rows, answers, strict=True):
         if "prompt_cut" in row:  # scored after all of it, its answer would be another (D9)
             fail(f"{path}: id {row['id']!r} was answered after a prompt cut to the context "
@@ -263,14 +252,11 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
             prompt = encode_prompt(tokenizer, row["prompt"])
             responses = []
             for text, ended, ids in row_answers:
-                if ids is None or not same_vocabulary(tokenizer, row):
+                if ids is None or row.get("vocabulary") != vocabulary(tokenizer):
                     others += ids is not None
                     if not is_written(tokenizer, row["prompt"], text):
                         break
-                    ids = response_in_context(tokenizer, row["prompt"], text, ended)
-                    if ids is None:
-                        ids = response_alone(tokenizer, text, ended)
-                        alone += 1
+                    ids = encode_response(tokenizer, row["prompt"], text, ended)
                 responses.append(np.asarray(ids, np.int32))
         if len(responses) < len(row_answers):
             encoded.append(None)
@@ -286,9 +272,6 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
         encoded.append((np.array(prompt, np.int32), responses))
     if others:
         note(f"{path}: the ids of {others} responses are of another vocabulary: their text is read")
-    if alone:
-        note(f"{path}: {alone} responses are tokenised alone: in the conversation, their first "
-             "characters are one token with the prompt's last")
     return encoded
 
 

@@ -59,6 +59,5 @@ def load_checkpoint(path: str, policy: torch.nn.Module,
     set_state_dict(policy, optimizer, model_state_dict=state["weights"],
                    optim_state_dict=state["moments"],
                    options=StateDictOptions(full_state_dict=True))
-    if RANK == 0:
-        print(f"{path}: going on after step {len(log)}", flush=True)
+    print(f"{path}: going on after step {len(log)}", flush=True)
     return log

@@ -71,10 +71,9 @@ def load_weights(kind, path: str, device: torch.device, dtype: torch.dtype):
             trust_remote_code=False, output_loading_info=True)
         model = model.to(device).eval().requires_grad_(False)
     if missing := sorted(found["missing_keys"]):
-        extra = sorted(found["unexpected_keys"])
-        unused = f"; {len(extra)} fit nothing ({some(extra)})" if extra else ""
-        fail(f"{path}: {len(missing)} weights are missing ({some(missing)}){unused}; is the folder "
-             f"whole, and of a {type(model).__name__}?")
+        some = ", ".join(missing[:3])
+        fail(f"{path}: {len(missing)} weights are missing ({some}); is the folder whole, and of a "
+             f"{type(model).__name__}?")
     return model
 
 
@@ -85,11 +84,6 @@ def load_outline(path: str):
             load_config(path), dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     return model.eval().requires_grad_(False)
-
-
-def some(names: list[str]) -> str:
-    """The first three of many names."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -132,7 +126,8 @@ def check_copy(source: str) -> None:
     """End the program, before any work, where a copy of a model's tokenizer, beside its config as
     transformers saves it, reads a conversation as other tokens."""
     turns = [{"role": "user", "content": "Hello\n you"}, {"role": "assistant", "content": "Gladly"}]
-    with tempfile.TemporaryDirectory() as copy:
+    name = f"{source}: a copy of its tokenizer cannot be used"
+    with in_one_line(name), tempfile.TemporaryDirectory() as copy:
         load_config(source).save_pretrained(copy)
         copy_tokenizer(source, copy)
         ours, theirs = (load_tokenizer(path).apply_chat_template(turns, return_dict=False)

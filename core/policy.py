@@ -93,17 +93,16 @@ class ResponseLogps(torch.nn.Module):
         return sum_by_response(logp, tokens), sum_by_response(logp_tilde, tokens)
 
 
-def score(net: torch.nn.Module, encoded: list, precision: str,
-          title: str = "score") -> list[list[float]]:
+def score(net: torch.nn.Module, encoded: list, precision: str) -> list[list[float]]:
     """log-probs of every response of every row, on all processes; the rows are dealt out to
     them."""
-    logps = merge(score_share(net, encoded, precision, RANK, WORLD, title))
+    logps = merge(score_share(net, encoded, precision, RANK, WORLD))
     return [logps[i] for i in range(len(encoded))]
 
 
 @torch.no_grad()
-def score_share(net: torch.nn.Module, encoded: list, precision: str, rank: int, world: int,
-                title: str) -> dict[int, list[float]]:
+def score_share(net: torch.nn.Module, encoded: list, precision: str, rank: int,
+                world: int) -> dict[int, list[float]]:
     """Row → log-probs of its responses, for the rows that are dealt to one of `world` processes.
 
     A weight is used once a pass, so its bf16 copy is not kept: those of 14 B weights are 28 GB.
@@ -114,7 +113,7 @@ def score_share(net: torch.nn.Module, encoded: list, precision: str, rank: int, 
     budget = 16384 if device.type == "cuda" else 2048
     passes = deal(encoded, range(len(encoded)), shared, budget, world)[rank]
     mine = {}
-    for indices in progress(passes, title, "batch"):
+    for indices in progress(passes, "score", "batch"):
         with autocast(device, precision, cache=False):
             # Row 0 where a pass is empty: with sharded weights all processes take part in each.
             logp, _ = net(pack([encoded[i] for i in indices or [0]], shared, device))

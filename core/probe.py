@@ -5,7 +5,6 @@ through the very functions that the stage uses and through a plain `model(ids).l
 by more than rounding, and whatever raises, is one line.
 """
 import itertools
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from core import RANK
 from core.models import load_model
 from core.parallel import autocast, in_bf16
-from core.policy import ResponseLogps, score_share, shares_prompt
+from core.policy import ResponseLogps, score_share
 from core.rows import fail, in_one_line
 from core.sampling import sample
 
@@ -42,8 +41,6 @@ def load_scorer(path: str, device: torch.device, encoded: list, precision: str):
     if RANK == 0:
         check_tokens(path, model, encoded)
         check_scores(path, model, encoded, precision)
-        if not shares_prompt(model, encoded):
-            print(f"note: {path}: one sequence a response, prompts are not shared", file=sys.stderr)
     return model
 
 
@@ -67,7 +64,7 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
     differences = []
     with in_one_line(name):
         # By this process alone.
-        ours = score_share(ResponseLogps(model), rows, precision, 0, 1, "probe")
+        ours = score_share(ResponseLogps(model), rows, precision, 0, 1)
         for i, (prompt, ys) in enumerate(rows):
             for y, logp in zip(ys, ours[i]):
                 with autocast(device, precision):
@@ -78,9 +75,7 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
     # NaN where one of them is.
     worst = np.max(differences)
     if not worst <= TOLERANCE[dtype]:
-        shared = shares_prompt(model, rows)
-        layout = "responses share their prompt" if shared else "one sequence a response"
-        fail(f"{name}: its log-probs are {worst:.2g} nats a token off its own logits ({layout})")
+        fail(f"{name}: its log-probs are {worst:.2g} nats a token off its own logits")
 
 
 @torch.inference_mode()

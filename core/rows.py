@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -161,10 +160,6 @@ def text_of(answer: object) -> object:
 # ----------------------------------------------------------------------------------- reading files
 
 
-# What a packed file that is cut short raises.
-BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
-
-
 def opened(path: str, mode: str = "rb", **how):
     """A file opened for reading, unpacked where its name ends in .gz; `how` is open's."""
     return (gzip.open if path.endswith(".gz") else open)(path, mode, **how)
@@ -191,20 +186,15 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict]]:
     """(line number, object) for every line of a JSONL file that is not blank."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
-    number = 0
-    try:
-        with opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
+    with in_one_line(f"{path}: cannot be read"), opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            with in_one_line(f"{path}:{number}: not JSON in UTF-8, one object a line"):
                 row = parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if not isinstance(row, dict):
-                    fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
-                yield number, row
-    except BROKEN_GZIP as error:
-        fail(f"{path}: the gzip file is cut short or broken ({error})")
-    except (ValueError, RecursionError) as error:
-        fail(f"{path}:{number}: not JSON in UTF-8 ({error}); expected one object a line")
+            if not isinstance(row, dict):
+                fail(f"{path}:{number}: expected an object, found {type(row).__name__}")
+            yield number, row
 
 
 def read_appended(path: str) -> Iterator[dict]:
@@ -223,11 +213,9 @@ def read_appended(path: str) -> Iterator[dict]:
 
 def read_json_list(path: str, *keys: str) -> list[dict]:
     """A JSON file (.json or .json.gz) that is a list of objects which hold text under `keys`."""
-    try:
+    with in_one_line(f"{path}: not JSON in UTF-8"):
         with opened(path, "rt", encoding="utf-8-sig") as file:
             rows = parse(file.read())
-    except (ValueError, RecursionError, *BROKEN_GZIP) as error:
-        fail(f"{path}: not JSON in UTF-8 ({error})")
     for number, row in enumerate(rows if isinstance(rows, list) and rows else [None], 1):
         if not has_shape(row, dict.fromkeys(keys, "text")):
             fail(f"{path}: entry {number}: expected a list of objects with text under "
@@ -312,10 +300,10 @@ def check_scored(row: dict, where: str) -> None:
              "scored; take margin_of and the token ids out, and label it again")
 
 
-def check_margins(rows: list[dict], path: str, needed: dict, remedy: str) -> int:
-    """How many rows do not say what their margin and their log-probs are: they are taken as right.
-    Ends the program at the first whose `margin_of` has another value for a key of `needed`
-    (D10)."""
+def check_margins(rows: list[dict], path: str, needed: dict, remedy: str) -> None:
+    """Ends the program at the first row whose `margin_of` has another value for a key of `needed`
+    (D10). Rows that say nothing are taken as right; how many of them have their margins used is
+    said."""
     for row in rows:
         margin_of = row.get("margin_of", {})
         for key, value in needed.items():
@@ -323,7 +311,9 @@ def check_margins(rows: list[dict], path: str, needed: dict, remedy: str) -> int
             if labelled not in (None, value):
                 fail(f"{path}: id {row['id']!r}: its margin_of has {key} {labelled!r:.60}, where "
                      f"{value!r} is needed; {remedy}")
-    return sum("margin_of" not in row for row in rows)
+    unstated = sum("margin_of" not in row for row in rows)
+    if unstated and "reference" in needed:
+        print(f"{path}: {unstated} margins taken as against π_init")
 
 
 # ------------------------------------------------------------------------------------ writing files

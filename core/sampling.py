@@ -193,8 +193,5 @@ def stop_tokens(path: str, config, tokenizer) -> list[int]:
         named = transformers.GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
         named = getattr(config.get_text_config(), "eos_token_id", None)
-    if named is None:
-        named = []
-    elif not isinstance(named, list):
-        named = [named]
-    return sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *named})
+    named = named if isinstance(named, list) else [named]
+    return sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *named} - {None})

@@ -26,7 +26,6 @@ status, and what run.sh does then:
 import argparse
 import contextlib
 import fcntl
-import glob
 import hashlib
 import json
 import math
@@ -49,10 +48,11 @@ from core.folder import (
     files_of,
     fingerprint,
     is_looking,
+    policy_bytes,
     promises,
     size_of,
 )
-from core.rows import fail, note, remove
+from core.rows import fail, remove
 
 STARTED = time.time()
 
@@ -65,6 +65,9 @@ for stream in (sys.stdout, sys.stderr):
     # Whoever started this may have put something else there.
     with contextlib.suppress(AttributeError, OSError):
         stream.reconfigure(errors="backslashreplace")
+# Process 0 says for all what a stage has to say; an error, on stderr, is anybody's.
+if RANK > 0:
+    sys.stdout = open(os.devnull, "w")
 
 # The exit status of a stage that has looked and has work.
 WORK = 3
@@ -84,13 +87,19 @@ lock = None
 # ------------------------------------------------------------------------------------------- flags
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+def parser(doc: str, out: str = "", precision: str = "") -> argparse.ArgumentParser:
     """An argument parser whose --help is the module's docstring, then every flag with its default;
-    an error is one line."""
+    an error is one line. `out` says what will lie at --out and `precision` what --precision is of,
+    where there are these flags."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
     cli = argparse.ArgumentParser(description=doc, formatter_class=Help)
     cli.error = lambda message: fail(f"{message} (see {cli.prog} --help)")
+    if out:
+        cli.add_argument("--out", type=os.path.normpath, required=True, help=out)
+    if precision:
+        cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                         help=precision)
     return cli
 
 
@@ -114,6 +123,38 @@ def ranged(kind: type, low: float, high: float = math.inf,
 positive = ranged(float, 0, above=True)
 share = ranged(float, 0, 1)
 natural = ranged(int, 1)
+
+# Of the stages that train: gradients of a larger norm are scaled down to this. No flag: the papers
+# give no number, and 1.0 is TRL's default.
+CLIP = 1.0
+
+
+def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
+    """A parser with the flags that seed_dpo.py and train.py share; `doc` heads its help."""
+    cli = parser(doc, out="folder of the trained policy",
+                 precision="of matrix products; weights stay fp32")
+    cli.add_argument("--model", required=True,
+                     help="where training starts, and the reference: a folder or hub id")
+    cli.add_argument("--pairs", required=True, help="rows with chosen and rejected (JSONL)")
+    cli.add_argument("--beta", type=positive, default=0.1,
+                     help="weight of the KL term (papers: 0.1; LLaMA-3 0.01 or 0.05)")
+    cli.add_argument("--lr", type=positive, default=5e-7,
+                     help="peak learning rate (papers: 5e-7 at 7 B, 5e-6 Phi-2)")
+    cli.add_argument("--epochs", type=natural, default=epochs,
+                     help=f"how often each pair is seen (papers: {epochs})")
+    cli.add_argument("--batch-size", type=natural, default=32,
+                     help="pairs an update, over all processes (papers: 32)")
+    cli.add_argument("--seed", type=ranged(int, 0), default=42,
+                     help="decides the order of the pairs")
+    cli.add_argument("--micro-tokens", type=natural, default=2048,
+                     help="tokens a forward pass and process: memory, not mathematics")
+    cli.add_argument("--gradient-checkpointing", action="store_true",
+                     help="recompute each layer in backward: less memory, a third more work")
+    cli.add_argument("--shard", action="store_true",
+                     help="split weights, gradients and Adam over the processes (FSDP2)")
+    cli.add_argument("--save-every", type=ranged(float, 0), default=10.0,
+                     help="minutes between checkpoints to go on from after a kill; 0: none")
+    return cli
 
 
 def start(args: argparse.Namespace, models: Iterable[str] = (), files: Iterable[str] = (),
@@ -153,6 +194,18 @@ def start(args: argparse.Namespace, models: Iterable[str] = (), files: Iterable[
         check_tokenizer(args.model)
 
 
+def start_training(args: argparse.Namespace) -> None:
+    """Ends the program where the policy is complete or training could not begin, as far as files
+    show, or where LOOK=yes. The policy stays on the disk, checkpoints go again."""
+    start(args, ["model"], ["pairs"], constants={"clip": CLIP})
+    policy = policy_bytes(args.model)
+    checkpoints = 0
+    if args.save_every:
+        # Weights and Adam's two moments, and a new one is whole before the last one goes.
+        checkpoints = max(0, 6 * policy - size_of(f"{work_folder(args)}/checkpoint"))
+    exit_if_looking(args.out, writes=policy, passing=checkpoints)
+
+
 # --------------------------------------------------------------------------- whether there is work
 
 
@@ -162,17 +215,9 @@ def unfinished(out: str) -> str:
 
 
 def work_folder(args: argparse.Namespace) -> str:
-    """Where a stage keeps what it goes on from after a kill. No other settings find it, and it goes
-    when the output stands."""
+    """Where a stage keeps what it goes on from after a kill. It goes when the output stands; no
+    other settings find it, and theirs is kept beside it."""
     return f"{unfinished(args.out)}/{digest_of(args.settings)}"
-
-
-def name_others(args: argparse.Namespace) -> None:
-    """Say what other settings have left unfinished: it is neither used nor removed."""
-    folders = glob.glob(f"{glob.escape(unfinished(args.out))}/{DIGEST}")
-    others = sorted(set(folders) - {work_folder(args)})
-    if others:
-        note(f"kept, of other settings: {', '.join(others)}")
 
 
 def digest_of(settings: dict) -> str:
@@ -230,11 +275,6 @@ def print_look(state: str, out: str, count: int) -> None:
     print(state, out, count, sep="\t")
 
 
-def is_same(old: object, new: object) -> bool:
-    """Whether a setting is what it was. What is not there yet counts as unchanged."""
-    return new in (old, ABSENT)
-
-
 def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> dict | None:
     """Ends the program where `out` is complete from these very settings; else returns the record of
     what stands there, if that is ours.
@@ -249,8 +289,9 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> di
     if record is None or is_empty(out) and not pending:
         return record
     old = record["settings"]
+    # What is not there yet counts as unchanged.
     changed = [f"{key} {old.get(key)!r} → {settings.get(key)!r}" for key in {**old, **settings}
-               if not is_same(old.get(key), settings.get(key))]
+               if settings.get(key) not in (old.get(key), ABSENT)]
     if not pending:
         changed += damage(out, record)
     if not changed:
@@ -258,18 +299,17 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> di
         if is_looking():
             print_look("follows" if follows else "complete", out, size_of(out))
             raise SystemExit(WORK if follows else 0)
-        if RANK == 0:
-            if os.path.exists(unfinished(out)):
-                hold(out)
-                release()
-            print(f"{out}: complete, skipped")
+        if RANK == 0 and os.path.exists(unfinished(out)):
+            hold(out)
+            release()
+        print(f"{out}: complete, skipped")
         raise SystemExit(0)
     if os.environ.get("REDO") != "yes":
         if is_looking():
             print_look("changed", out, size_of(out))
         fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
              "replaces it and all that follows from it; another --out (RUN) keeps both")
-    if RANK == 0 and not is_looking():
+    if not is_looking():
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
     return record
 
@@ -360,12 +400,14 @@ def release() -> None:
 
 def publish(args: argparse.Namespace, stats: dict, write: Callable[[str], None]) -> None:
     """Put at `args.out` what `write(tmp)` writes, and beside it what that writes beside tmp; then
-    OUT.stats.json: `stats`, and what `start` found out.
+    OUT.stats.json: `stats`, and what `start` found out. Process 0 does it for all.
 
     A reader may find the old output, the new one or, for an instant, none: after a kill between the
     renames, the next stage that works on OUT goes on with them. What was there before is removed
     when the new output stands. Where that cannot be put in place, it stays in OUT.unfinished.
     """
+    if RANK > 0:
+        return
     out = args.out
     hold(out)
     work = unfinished(out)
@@ -444,7 +486,6 @@ def run_stage(main: Callable[..., None], *given: argparse.Namespace) -> None:
                 hold(args.out)
                 if record_of(args.out) != args.record:
                     fail(f"{args.out}: another program has just written it; the same command again")
-                name_others(args)
         main(*given)
     finally:
         release()

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from core import RANK, WORLD
 from core.chat import encode_rows, learnable_pairs, pair_of
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.flags import CLIP
 from core.models import (
     check_copy,
     copy_tokenizer,
@@ -43,7 +42,7 @@ from core.parallel import (
 from core.policy import ResponseLogps, deal, pack, score, shares_prompt, tokens_of
 from core.probe import load_scorer
 from core.rows import fail, in_one_line, write_rows
-from core.stage import publish, work_folder
+from core.stage import CLIP, publish, work_folder
 
 
 class Run(NamedTuple):
@@ -98,7 +97,7 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
 def reference_logps(run: Run) -> torch.Tensor:
     """log π_ref [N, 2] of chosen and rejected. π_ref is where training starts and never changes:
     scored once, before the first update."""
-    logps = score(run.policy, run.encoded, run.args.precision, "reference")
+    logps = score(run.policy, run.encoded, run.args.precision)
     return torch.tensor(logps, device=run.device)
 
 
@@ -227,15 +226,12 @@ def log_row(run: Run, step: int, indices: list[int], pairs: dict, lr: float, nor
         torch.cuda.synchronize(run.device)
     seconds = time.perf_counter() - started
     tokens = sum(tokens_of(run.encoded[i], run.shared) for i in indices)
-    margin = torch.tensor(pairs["margin"], dtype=torch.float64)
-    confidence = torch.sigmoid(margin)
     round_margin = np.array(pairs["round_margin"])
     return {
         "step": step + 1,
         "loss": sum(pairs["loss"]) / len(indices),
         "accuracy": float(((round_margin > 0) + 0.5 * (round_margin == 0)).mean()),
-        "margin": margin.mean().item(),
-        "confidence": np.quantile(confidence, [0.1, 0.5, 0.9]).tolist(),
+        "margin": float(np.mean(pairs["margin"])),
         "gradient_norm": norm,
         "lr": lr,
         "seconds": seconds,
@@ -256,13 +252,13 @@ def checkpoint_is_due(run: Run, seconds: float) -> bool:
     return due[0]
 
 
-def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> dict:
+def save_policy(run: Run, log: list[dict], **stats) -> dict:
     """Publish a Hugging Face folder: weights as one safetensors file in fp32, the parent's
     tokenizer, log.jsonl. Returns its stats; `loss`, `accuracy` and `margin` are means over the last
     epoch.
 
-    `untrained_loss` is that of a policy that learnt nothing. Where the loss is twice as large,
-    `diverged` says so in words; else it is empty.
+    Where the loss is twice that of the first step, when nothing was learnt, `diverged` says so in
+    words; else it is empty.
     """
     args, model = run.args, model_of(run.policy)
     on_rank_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -280,9 +276,8 @@ def save_policy(run: Run, log: list[dict], untrained_loss: float, **stats) -> di
     for key in ("loss", "accuracy", "margin"):
         stats[key] = sum(row[key] for row in last) / len(last)
     stats |= {"pairs": len(run.rows), "steps": len(log), "diverged": ""}
-    if stats["loss"] > 2 * untrained_loss:
+    if stats["loss"] > 2 * log[0]["loss"]:
         stats["diverged"] = (f"; DIVERGED: its loss is {stats['loss']:.3g}, that of a policy that "
-                             f"learnt nothing {untrained_loss:.3g}; lower --lr (LR)")
-    if RANK == 0:
-        publish(args, stats, write)
+                             f"learnt nothing {log[0]['loss']:.3g}; lower --lr (LR)")
+    publish(args, stats, write)
     return stats

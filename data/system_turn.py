@@ -19,9 +19,8 @@ from core.stage import exit_if_looking, parser, publish, run_stage, start
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="folder of the model")
     cli.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
-    cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the model")
     args = cli.parse_args()
     start(args, ["model"])
     exit_if_looking(args.out, writes=policy_bytes(args.model))

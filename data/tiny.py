@@ -8,7 +8,6 @@ OUT/model, OUT/base (other weights, no chat template) and OUT/pairs.jsonl are wr
 """
 import argparse
 import json
-import os
 from pathlib import Path
 
 from core.stage import exit_if_looking, parser, publish, run_stage, start
@@ -19,11 +18,9 @@ FAMILIES = ("llama", "mistral", "phi", "phi3")
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="folder for model/, base/ and pairs.jsonl")
     cli.add_argument("--architecture", choices=FAMILIES, required=True,
                      help="model_type of transformers")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="folder for model/, base/ and pairs.jsonl")
     args = cli.parse_args()
     start(args)
     exit_if_looking(args.out, writes=1 << 20)

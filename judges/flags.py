@@ -6,20 +6,21 @@ import importlib.util
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 
 from core.folder import check_tokenizer, folder_of, read_json
 from core.rows import fail
-from core.stage import natural
+from core.stage import natural, start
 
 JUDGES = ("vader", "reward-model", "pairrm", "llm", "openai")  # who they are: judges/judge.py
 PACKAGES = {"vader": "vaderSentiment", "openai": "openai"}
 MARKERS = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")  # in PairRM's config.json
 
 
-def judge_flags(cli: argparse.ArgumentParser, others: list[str], default: str) -> None:
-    """The flags of label.py and evaluate.py that name a judge; `others` are the choices that the
-    stage has besides."""
-    cli.add_argument("--judge", choices=[*others, *JUDGES], default=default,
+def judge_flags(cli: argparse.ArgumentParser, default: str) -> None:
+    """The flags of label.py and evaluate.py that name a judge; `default` is what the stage does
+    without one."""
+    cli.add_argument("--judge", choices=[default, *JUDGES], default=default,
                      help="who judges (see judges/judge.py)")
     endpoint_flags(cli, 16)
 
@@ -48,15 +49,18 @@ def refuse_existing(out: str) -> None:
         fail(f"{out}: is there, and is not replaced: move it away, or name another --out")
 
 
-def judge_models(args: argparse.Namespace) -> list[str]:
-    """The flags that name a judging model to load, for `start`; that of an endpoint is a name. What
-    the stage does not use with this judge becomes None."""
+def start_judging(args: argparse.Namespace, models: list[str], files: list[str],
+                  beside: Iterable[str] = ()) -> None:
+    """`start` of a stage that has a judge, with a look at the judge. What the stage does not use
+    with this judge becomes None."""
     if args.judge in ("vader", "openai", "none") and not vars(args).get("model"):
         args.precision = None
-    if args.judge == "openai":
-        return []
-    args.judge_tokens = None
-    return ["judge_model"]
+    # That of an endpoint is a name, and nothing to load.
+    if args.judge != "openai":
+        args.judge_tokens = None
+        models = [*models, "judge_model"]
+    start(args, models, files, beside=beside)
+    check_judge(args)
 
 
 def check_judge(args: argparse.Namespace) -> None:
@@ -112,9 +116,7 @@ def check_model_of(judge: str, model: str) -> None:
             fail(f"{model}: its config.json has no {', '.join(MARKERS)}; --judge pairrm reads "
                  "llm-blender/PairRM-hf and what is laid out like it")
         return
-    kinds = config.get("architectures") or []
-    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        fail(f"{model}: a reward model is a sequence classifier; this is {', '.join(kinds)}")
+    # Of no sequence classifier transformers takes two.
     logits = len(config.get("id2label") or range(config.get("num_labels", 2)))
     if logits != 1:
-        fail(f"{model}: a reward model needs one logit; found {logits}")
+        fail(f"{model}: a reward model is a sequence classifier of one logit; found {logits}")

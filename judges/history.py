@@ -43,8 +43,6 @@ def history(folder: str) -> list[dict]:
 def command_of(about: dict) -> str:
     """A stage's command, as it runs from the repository's folder."""
     python = sys.executable
-    if python.startswith(os.getcwd() + os.sep):
-        python = os.path.relpath(python)
     if about["processes"] > 1:
         python += f" -m torch.distributed.run --standalone --nproc_per_node {about['processes']}"
     return f"{python} {about['command']}"

@@ -105,7 +105,7 @@ def llm(args, comparisons: list[Comparison]) -> list[float]:
         if len(a) != len(b) or (a[:-1] != b[:-1]).any() or a[-1] == b[-1]:
             fail(f"{path}: its tokenizer does not write A and B as one token each")
     model = load_scorer(path, this_device(), encoded, args.precision)
-    logps = score(ResponseLogps(model), encoded, args.precision, "judge")
+    logps = score(ResponseLogps(model), encoded, args.precision)
     return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in logps]
 
 

@@ -11,8 +11,6 @@ pi_3; 1 024 new tokens are FastChat's.
     python generate.py --model pi_3 --prompts turn2.prompts.jsonl --out turn2.jsonl \\
         -n 1 --max-new-tokens 1024 --fit
     python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl turn2.jsonl \\
-        --out model_answer/mine.jsonl                         for FastChat's own judging
-    python -m judges.mt_bench --folder FOLDER --answers turn1.jsonl turn2.jsonl \\
         --judge-model NAME --base-url URL --out mine.jsonl    judgements; prints their means
 
 A second turn's prompt holds the first answer, so nobody knows its length before: --fit cuts what
@@ -22,7 +20,6 @@ cut`. The rating is the first one in a judgement; one without is counted as unra
 import argparse
 import math
 import os
-import time
 from pathlib import Path
 
 from core.rows import fail, in_one_line, read_json_lines, read_rows, write_rows
@@ -31,23 +28,21 @@ from judges.endpoint import chat, parse_rating
 from judges.flags import check_judge, endpoint_flags, refuse_existing
 from judges.report import markdown
 
-# As FastChat samples.
-TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0,
-               "math": 0.0, "coding": 0.0, "reasoning": 0.0}
+# As FastChat samples: 0.7 where a category does not stand here.
+TEMPERATURE = {"stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+               "reasoning": 0.0}
 
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where something stands at the output."""
-    cli = parser(__doc__)
+    cli = parser(__doc__, out="JSONL; the name of the model in it is the file's")
     cli.add_argument("--folder", required=True, help="FastChat's files of MT-Bench")
     cli.add_argument("--answers", nargs="+", default=[], metavar="FILE",
                      help="rows of generate.py: of the first turn, or of both")
-    cli.add_argument("--out", type=os.path.normpath, required=True,
-                     help="JSONL; the name of the model in it is the file's")
     endpoint_flags(cli, 2048)
     args = cli.parse_args()
-    if len(args.answers) > 2 or args.judge_model and len(args.answers) < 2:
-        fail("--answers takes one file a turn; --judge-model judges both")
+    if len(args.answers) > 2 or bool(args.judge_model) != (len(args.answers) == 2):
+        fail("--answers takes one file a turn; --judge-model judges both, and only both")
     args.judge = "openai" if args.judge_model else "none"
     check_judge(args)
     refuse_existing(args.out)
@@ -89,14 +84,6 @@ def read_answers(questions: list[dict], paths: list[str]) -> tuple[list[list[str
             cuts["prompts cut"] += "prompt_cut" in row
             cuts["answers cut"] += "answer_cut" in row
     return answers, cuts
-
-
-def model_answers(questions: list[dict], answers: list[list[str]], model: str) -> list[dict]:
-    """The answers as FastChat's own judging reads them."""
-    return [{"question_id": question["question_id"],
-             "answer_id": f"{model}-{question['question_id']}", "model_id": model,
-             "choices": [{"index": 0, "turns": given}], "tstamp": time.time()}
-            for question, given in zip(questions, answers)]
 
 
 # -------------------------------------------------------------------------------------- judgements
@@ -150,14 +137,11 @@ def mean_scores(judgements: list[dict]) -> dict[str, float]:
 
 
 def main(args: argparse.Namespace) -> None:
-    model = Path(args.out).stem
     with in_one_line(f"{args.folder}: not FastChat's files of MT-Bench"):
         questions = [row for _, row in read_json_lines(f"{args.folder}/question.jsonl")]
         answers, cuts = read_answers(questions, args.answers)
         if args.judge_model:
             rows, chats = to_judge(args, questions, answers)
-        elif len(args.answers) == 2:
-            rows = model_answers(questions, answers, model)
         else:
             rows = prompt_rows(questions, answers)
     table = ""
@@ -165,8 +149,8 @@ def main(args: argparse.Namespace) -> None:
         for row, text in zip(rows, chat(args, chats)):
             rating = parse_rating(text)
             row |= {"judgment": text, "score": -1 if math.isnan(rating) else rating}
-        scores = mean_scores(rows) | cuts
-        table = "\n\n" + markdown(["MT-Bench", model], [list(item) for item in scores.items()])
+        scores = [list(item) for item in (mean_scores(rows) | cuts).items()]
+        table = "\n\n" + markdown(["MT-Bench", rows[0]["model"]], scores)
     write_rows(args.out, rows)
     print(f"mt_bench: {len(rows)} rows → {args.out}{table}")
 

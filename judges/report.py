@@ -9,7 +9,7 @@ import numpy as np
 from core.stage import about
 from judges.history import command_of, history
 
-SIDE_BY_SIDE = 3  # prompts shown from the top, and as many of the last policy's worst
+SIDE_BY_SIDE = 3  # prompts shown
 
 # The columns of the tables: measure → heading.
 OF_POLICIES = {
@@ -111,28 +111,23 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
     return " ".join(f"{text[0].upper()}{text[1:].removesuffix('.')}." for text in sentences)
 
 
-def came_about(stages: list[dict]) -> list[str]:
-    """Every stage with its settings and wall time, and its command."""
-    rows = []
+def came_about(stages: list[dict]) -> str:
+    """The command of every stage, under what it wrote, its wall time, commit and machine."""
+    commands = []
     for stage in stages:
         made = stage["about"]
-        settings = [f"{key} {value}" for key, value in stage["settings"].items()
-                    if key not in made["inputs"] and value not in (None, False, "")]
-        rows.append([stage["out"], ", ".join(settings), round(made["seconds"]), made["processes"],
-                     made["commit"], made["machine"]])
-    rows.append(["all", None, sum(row[2] for row in rows), None, None, None])
-    commands = "\n".join(command_of(stage["about"]) for stage in stages)
-    table = markdown(["wrote", "settings", "seconds", "processes", "commit", "machine"], rows)
-    return [table, f"```\n{commands}\n```"]
+        commands.append(f"# {stage['out']}: {made['seconds']:.0f} s, commit {made['commit']}, "
+                        f"{made['machine']}\n{command_of(made)}")
+    return "```bash\n{}\n```".format("\n".join(commands))
 
 
-def side_by_side(answers: dict[str, list[dict]], prompts: list[int]) -> str:
-    """Prompts by their numbers, each with the first sample of every policy; ✂ where the length
+def side_by_side(answers: dict[str, list[dict]], most: int) -> str:
+    """The first `most` prompts, each with the first sample of every policy; ✂ where the length
     limit cut it."""
     parts = []
     some = next(iter(answers.values()))
-    for i in prompts:
-        lines = [f"**{' '.join(some[i]['prompt'][-1]['content'].split())}**\n"]
+    for i, row in enumerate(some[:most]):
+        lines = [f"**{' '.join(row['prompt'][-1]['content'].split())}**\n"]
         for name, rows in answers.items():
             cut = "" if rows[i].get("ended", [True])[0] else " ✂"
             lines.append(f"- **{name}**: {' '.join(rows[i]['responses'][0].split())}{cut}")
@@ -144,20 +139,16 @@ def page(out: str, judge: str, answers: dict[str, list[dict]], policies: dict[st
          labels: dict[str, dict], trainings: dict[str, tuple], inputs: dict[str, str]) -> str:
     """The report in the folder `out`; `inputs` are the files that it is made of."""
     rows = next(iter(answers.values()))
-    last = list(policies)[-1]
     parts = [f"# Run `{os.path.basename(os.path.abspath(out))}`",
              opening(policies, labels, trainings),
              table("policy", policies, OF_POLICIES | OF_JUDGES),
              *([table("self-labels of", labels, OF_LABELS | OF_JUDGES)] if labels else []),
              "![win rates, scores, lengths, labels, training](report.png)",
              f"{len(rows)} held-out prompts × {len(rows[0]['responses'])} samples, judge: {judge}.",
-             COLUMNS, "## Responses side by side",
-             side_by_side(answers, list(range(len(rows)))[:SIDE_BY_SIDE])]
-    if worst := policies[last].get("worst"):
-        parts += [f"## The prompts where `{last}` does worst by the judge",
-                  side_by_side(answers, worst[:SIDE_BY_SIDE])]
-    this = {"out": "this report", "settings": {}, "about": about(inputs)}
-    return "\n\n".join([*parts, "## How it came about", *came_about([*history(out), this])]) + "\n"
+             COLUMNS, "## Responses side by side", side_by_side(answers, SIDE_BY_SIDE),
+             "## How it came about",
+             came_about([*history(out), {"out": "this report", "about": about(inputs)}])]
+    return "\n\n".join(parts) + "\n"
 
 
 # ----------------------------------------------------------------------------------------- picture
@@ -195,17 +186,16 @@ def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
 
 def plot_measures(axis, title: str, lines: dict[str, dict], kinds: dict[str, str]) -> None:
     """Measures of the names that have them, with 95 % bars where their errors are known."""
-    names = list(lines)
     for key, text in kinds.items():
-        known = [k for k, name in enumerate(names) if lines[name].get(key) is not None]
-        values = [lines[names[k]][key] for k in known]
-        errors = [lines[names[k]].get(f"{key}_error", 0.0) for k in known]
-        if known:
-            axis.errorbar(known, values, 1.96 * np.nan_to_num(errors), marker="o", capsize=3,
-                          clip_on=False, label=text)
+        # NaN, which is not drawn, where a name has none.
+        values, errors = np.array([[measures.get(key), measures.get(f"{key}_error")]
+                                   for measures in lines.values()], float).T
+        if not np.isnan(values).all():
+            axis.errorbar(range(len(lines)), values, 1.96 * np.nan_to_num(errors), marker="o",
+                          capsize=3, clip_on=False, label=text)
     if "win_rate" in kinds:
         axis.axhline(0.5, color="gray", lw=0.8, ls=":", label="as good")
-    axis.set(title=title, xticks=range(len(names)), xticklabels=names, ylabel="mean, bars: 95 %")
+    axis.set(title=title, xticks=range(len(lines)), xticklabels=lines, ylabel="mean, bars: 95 %")
     axis.margins(x=0.1, y=0.1)
 
 

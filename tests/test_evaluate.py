@@ -381,15 +381,14 @@ def test_the_report_opens_with_sentences():
 
 
 def test_outputs_of_other_models_and_no_verdicts(folder, tmp_path, monkeypatch):
-    """AlpacaEval's outputs are a baseline, one answer for all samples; a comparison without verdict
-    is null, counts ½ and is counted."""
+    """AlpacaEval's outputs are a baseline; a comparison without verdict is null, counts ½ and is
+    counted."""
     outputs = [{"instruction": f"say {i}", "output": "Fine."} for i in range(3)]
     (tmp_path / "gpt.json").write_text(json.dumps(outputs))
-    mine = write_answers(tmp_path / "mine.jsonl", TEXTS[:3])
-    nan = math.nan
-    verdicts = [1.0, nan, nan, 1.0, 0.0, 0.0, 0.0, nan, 0.0, 0.0, nan, 1.0]
+    mine = write_answers(tmp_path / "mine.jsonl", [texts[:1] for texts in TEXTS[:3]])
+    verdicts = [1.0, math.nan, 1.0, 0.0, math.nan, math.nan]
     monkeypatch.setitem(judge.RANKERS, "llm", lambda args, asked, *place: verdicts)
-    monkeypatch.setattr("evaluate.check_judge", lambda args: None)
+    monkeypatch.setattr("judges.flags.check_judge", lambda args: None)
     command = ["evaluate.py", "--judge", "llm", "--judge-model", folder, "--out", tmp_path / "run",
                "--answers", f"gpt={tmp_path / 'gpt.json'}"]
     done = ok(run(*command, f"mine={mine}"))

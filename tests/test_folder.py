@@ -14,7 +14,7 @@ import torch
 from conftest import dump, gold_rows, one_line, run
 from safetensors.torch import load_file, save_file
 
-from core import flags, folder, stage
+from core import folder, stage
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -158,12 +158,12 @@ def test_checkpoints_take_room_while_a_model_is_trained(model, tmp_path, monkeyp
     given = dict(model=str(model), pairs=None, out=str(tmp_path / "out"), save_every=1)
     args = argparse.Namespace(**given)
     seen = []
-    monkeypatch.setattr(flags, "exit_if_looking", lambda out, **bytes: seen.append(bytes))
-    flags.start_training(args)
+    monkeypatch.setattr(stage, "exit_if_looking", lambda out, **bytes: seen.append(bytes))
+    stage.start_training(args)
     work = Path(stage.work_folder(args))
     work.mkdir(parents=True)
     (work / "checkpoint").write_bytes(bytes(1000))
-    flags.start_training(argparse.Namespace(**given))
+    stage.start_training(argparse.Namespace(**given))
     assert [each["writes"] for each in seen] == [480_000] * 2
     assert [each["passing"] for each in seen] == [24 * 120_000, 24 * 120_000 - 1000]
 

@@ -64,7 +64,7 @@ def test_of_an_opening_user_turn_the_first_row_alone_is_kept(groups):
                         {"role": "user", "content": [f"Ask {g}", f" ask  {g}"][i % 2]},
                         {"role": "user", "content": f"and {i}"}]}
             for i, g in enumerate(groups)]
-    kept, left, _ = collect(((f"row {i}", row) for i, row in enumerate(rows)), prompts_alone=True)
+    kept, left = collect(((f"row {i}", row) for i, row in enumerate(rows)), prompts_alone=True)
     first = [groups.index(g) for g in dict.fromkeys(groups)]
     assert [row["prompt"] for row in kept] == [rows[i]["prompt"] for i in first]
     assert left == {"same_opening": len(rows) - len(kept)} or len(kept) == len(rows)
@@ -76,7 +76,7 @@ def test_of_an_opening_user_turn_the_first_row_alone_is_kept(groups):
     "Äpfel Soße\U000e0001", "Äpfel\u00a0Soße", "Äpfel Ｓoße"])
 def test_twins_are_one_prompt(twin):
     rows = [("1", {"prompt": "Äpfel Soße"}), ("2", {"prompt": twin}), ("3", {"prompt": "Apfel"})]
-    kept, left, _ = collect(rows, prompts_alone=True)
+    kept, left = collect(rows, prompts_alone=True)
     assert [row["prompt"][0]["content"] for row in kept] == ["Äpfel Soße", "Apfel"]
     assert left == {"repeated": 1}
 
@@ -188,8 +188,6 @@ def test_rows_left_out_are_counted_under_their_own_reason(reason, tmp_path):
 
 
 REFUSED = {
-    "another question": ({"prompt": "What is 2 + 2?", **sides("u: Name a city. | ")},
-                         "'prompt' is not in the conversation"),
     "number": ({"prompt": "Q", "chosen": 7, "rejected": "B"}, "'chosen' must be a text"),
     "one side": ({"prompt": "Q", "chosen": "A"}, "columns prompt, chosen: preferences are read"),
     "a prompt alone": ({"prompt": "Q"}, "PROMPTS_ALONE=yes (--prompts-alone)"),

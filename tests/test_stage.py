@@ -436,7 +436,7 @@ def test_stopping_a_stage_that_still_loads_its_libraries_is_one_line(tmp_path, p
 
 @pytest.mark.parametrize("package", ["numpy", "torch"])
 def test_a_missing_package_is_one_line(package):
-    """Another program's Python has none of them; a module of ours that is missing is a bug."""
+    """Another program's Python has none of them."""
     code = f"import sys; sys.modules[{package!r}] = None\nimport core.rows, torch"
     one_line(start("-c", code), package, "source .venv/bin/activate")
     one_line(start("-c", "import core; open('none')"), "none: No such file or directory")

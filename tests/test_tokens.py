@@ -209,10 +209,10 @@ def test_a_prompt_that_ends_in_an_assistants_turn_is_continued(any_tokenizer):
 
 def test_the_date_is_one_and_the_same(tokenizer):
     dated = copy.deepcopy(tokenizer)
-    dated.chat_template = ("{% if true %}{{ strftime_now('%d %B %Y, %Y-%m-%d') }}{% endif %}"
+    dated.chat_template = ("{% if true %}{{ strftime_now('%d %b %Y') }}{% endif %}"
                            + tokenizer.chat_template)
     text = dated.decode(encode_prompt(dated, ASK))
-    assert text.startswith("26 July 2024, 2024-07-26<|im_start|>user")
+    assert text.startswith("26 Jul 2024<|im_start|>user")
 
 
 def test_a_tokenizers_own_truncation_is_off(any_folder, any_tokenizer, tmp_path):
@@ -226,7 +226,7 @@ def test_a_tokenizers_own_truncation_is_off(any_folder, any_tokenizer, tmp_path)
     assert encode_prompt(tokenizer, ASK) == encode_prompt(any_tokenizer, ASK)
 
 
-def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
+def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer):
     """Where prompt ids are no prefix of the conversation's."""
     merging = copy.deepcopy(tokenizer)
     merging.add_tokens([transformers.AddedToken("\n\n", special=False, normalized=False)])
@@ -234,7 +234,6 @@ def test_a_leading_newline_that_merges_is_tokenised_alone(tokenizer, capsys):
     ((prompt, (alone, within)),) = encoded_of(merging, rows)
     assert alone.tolist() == merging("\nHello").input_ids + [2] and prompt[-1] == alone[0]
     assert within.tolist() == merging("Hello").input_ids + [2]
-    assert "file: 1 responses are tokenised alone" in capsys.readouterr().err
 
 
 def test_a_character_cut_in_half_does_not_enter_the_text(any_tokenizer):
