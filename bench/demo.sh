@@ -3,7 +3,7 @@
 #
 #   bash bench/demo.sh spa 1 2 3        SPA, which the other arms share π_0 and data with
 #   bash bench/demo.sh rays 1 2 3       π_init + c (π_0 − π_init), without any round; one of them at
-#                                       the KL of SPA's last round
+#                                       the KL of SPA's last round; RAYS='2 4' gives the others' c
 #   … worst                             the worst case, ε = 0.01
 #   … replay, repeat                    gold pairs in every round; as many of its own pairs twice
 #   … judge                             the rounds' labels by the gold judge
@@ -133,7 +133,7 @@ for number in "${@:2}"; do
     epochs*)
       share "$spa" "$run" "${gold[@]}"
       demo METHOD=spa ROUNDS= SEED_EPOCHS="${arm#epochs}" ;;
-    rays) rays "$spa" 1.5 2 3 4 6 ;;
+    rays) rays "$spa" ${RAYS:-1.5 2 3 4 6} ;;
     every_rays) rays "$base/${1%"$arm"}every" 1.5 2 3 ;;
     replay | repeat | random | fast | fast_worst) rounds ;;
     *)

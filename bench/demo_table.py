@@ -20,9 +20,11 @@ from judges.report import cell, markdown  # noqa: E402
 CLEAN = {
     "SFT (π_init)": ("spa", "init"),
     "DPO on the gold seed (π_0)": ("spa", "seed"),
+    "SPA, round 1": ("spa", "round1"),
     "SPA": ("spa", "round2"),
     "ray at SPA's KL": ("rays", "match"),
-    "worst case, ε = 0.01": ("worst", "round2"),
+    "worst case (ε = 0.01), round 1": ("worst", "round1"),
+    "worst case": ("worst", "round2"),
     "gold pairs replayed": ("replay", "round2"),
     "as many self-labelled pairs repeated": ("repeat", "round2"),
     "SPA, labels by the gold judge": ("judge", "round2"),
@@ -31,16 +33,19 @@ CLEAN = {
     "ε = 0.05 on random pairs": ("random", "round2"),
     "seed at 6 epochs": ("epochs6", "seed"),
     "seed at 12 epochs": ("epochs12", "seed"),
-    "DPO on the gold labels of all 224 prompts": ("every", "seed"),
+    "DPO on the gold labels of all 160 prompts": ("every", "seed"),
 }
 TABLES = {"Clean seed labels": CLEAN,
           "25 % of the seed labels flipped":
               {name: (f"flip_{arm}", policy) for name, (arm, policy) in CLEAN.items()}}
 # what a row is compared with; SPA without an entry
-BASES = {"DPO on the gold seed (π_0)": "SFT (π_init)", "SPA": "DPO on the gold seed (π_0)"}
+BASES = {"DPO on the gold seed (π_0)": "SFT (π_init)", "SPA": "DPO on the gold seed (π_0)",
+         "SPA, round 1": "DPO on the gold seed (π_0)",
+         "worst case (ε = 0.01), round 1": "SPA, round 1"}
 # measure → its head; of the report, and of demo_measures.py
 MEASURES = {"score": "gold score", "second_score": "second lexicon", "ended": "ended",
-            "openings": "openings", "win_rate": "win rate against SFT", "kl": "KL to π_init",
+            "openings": "openings", "characters": "characters",
+            "win_rate": "win rate against SFT", "kl": "KL to π_init",
             "fluency": "fluency"}
 
 

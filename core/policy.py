@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from core import RANK, WORLD
@@ -121,8 +120,8 @@ def score_share(net: torch.nn.Module, encoded: list, precision: str, rank: int, 
             logp, _ = net(pack([encoded[i] for i in indices or [0]], shared, device))
         values = iter(logp.tolist())
         mine.update({i: [next(values) for _ in encoded[i][1]] for i in indices})
-    if isinstance(net, FSDPModule):
-        # What the last forward pass gathered.
+    if hasattr(net, "reshard"):
+        # In shards: what the last forward pass gathered.
         net.reshard()
     return mine
 

@@ -30,7 +30,6 @@ from judges.comparisons import option_prompt
 from judges.endpoint import chat, parse_choice
 from judges.flags import check_model_of
 from judges.measures import settled, wins
-from judges.pairrm import LENGTH, encode_comparison, load_pairrm
 
 Comparison = tuple[list[dict], str, str]
 
@@ -112,6 +111,7 @@ def llm(args, comparisons: list[Comparison]) -> list[float]:
 
 def pairrm(args, comparisons: list[Comparison]) -> list[float]:
     """P(first is better) by PairRM; it reads the beginning of what is too long for it."""
+    from judges.pairrm import LENGTH, encode_comparison, load_pairrm  # seconds to load
     model, tokenizer = load_pairrm(args.judge_model, this_device())
     encoded = [encode_comparison(model.config, tokenizer, *comparison)
                for comparison in comparisons]
