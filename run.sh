@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Adversarial preference optimisation: seed → T × (generate, label, dro, train) → evaluate.
 #
-#   bash run.sh                        the demo: a 135 M model on two cores → runs/demo/report.md
+#   bash run.sh                        configs/demo.env: a small model, two CPU cores → runs/demo
 #   bash run.sh configs/NAME.env       another setting: what differs from the papers' values
 #   bash run.sh [CONFIG] NAME=VALUE …  settings by hand: they win over the config
 #   bash run.sh METHOD=spa             SPA; with ALPHA=0 as well, iterative DPO on self-labels
@@ -14,14 +14,13 @@
 
 set -euo pipefail
 [[ $0 -ef run.sh ]] || { echo "error: call it where it lies: cd '$(dirname "$0")'" >&2; exit 2; }
-# Settings, the interpreter, and how a stage starts: `stage` on one process, `launch` on all of
-# them, `sampling` on all or in vLLM.
+# Settings, the interpreter, and how a stage starts: `stage` on one process, `launch` on all.
 source configs/settings.sh "$@"
 
 algorithm() {  # runs twice: in the first pass every stage only looks, in the second it works
-  local init=$MODEL policy=$RUN/seed gold=$RUN/data/seed.jsonl judge=$JUDGE_MODEL
-  local before='' reference round name from anchor=init t=0
-  local lams=($LAMS) policies=() labels=() answers=()
+  local init=$MODEL policy=${SEED_POLICY:-$RUN/seed} gold=$RUN/data/seed.jsonl judge=$JUDGE_MODEL
+  local reference t round name from anchor=init
+  local rounds=($ROUNDS) lams=($LAMS) policies=(start="$policy") labels=() answers=()
 
   # Flags that need a thought, or that several stages share.
   [[ $METHOD != spa ]] || anchor=previous  # D6a
@@ -33,9 +32,9 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
   [[ $SHARD == no ]] || train+=(--gradient-checkpointing --shard)
   local sample=(--max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED" --precision "$PRECISION"
     --sample-tokens "$SAMPLE_TOKENS" --backend "$BACKEND")
-  local ask=(--judge-tokens "$JUDGE_TOKENS" ${BASE_URL:+--base-url "$BASE_URL"})
-  local gold_judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"} "${ask[@]}"
+  local ask=(--judge-tokens "$JUDGE_TOKENS" ${BASE_URL:+--base-url "$BASE_URL"}
     --precision "$PRECISION")
+  local gold_judge=(--judge "$GOLD" ${GOLD_MODEL:+--judge-model "$GOLD_MODEL"} "${ask[@]}")
 
   # 0. The model, and the data: a gold seed, unlabelled prompts for each round, and for evaluation.
   [[ -z $tiny ]] || stage -m data.tiny --architecture "$ARCHITECTURE" --out "$RUN/tiny"
@@ -52,8 +51,9 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
 
   # Prompts without preferences: the model answers, the gold judge labels, once.
   if [[ $PROMPTS_ALONE == yes && -z $SEED_POLICY ]]; then
-    sampling generate.py --model "$init" --prompts "$RUN/data/seed.jsonl" \
-      --out "$RUN/gold/responses.jsonl" -n "$GOLD_N" --temperature "$TEMPERATURE" "${sample[@]}"
+    launch generate.py --model "$init" --prompts "$RUN/data/seed.jsonl" \
+      --out "$RUN/gold/responses.jsonl" -n "${GOLD_N:-$N}" --temperature "$TEMPERATURE" \
+      "${sample[@]}"
     launch label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
       "${gold_judge[@]}"
     stage -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" \
@@ -66,19 +66,14 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     policies=(init="$init" seed="$policy")
     launch seed_dpo.py --model "$init" --pairs "$gold" --out "$policy" --epochs "$SEED_EPOCHS" \
       --lr "$LR" "${train[@]}"
-  else
-    policy=$SEED_POLICY
-    policies=(start="$policy")
   fi
 
   # 2. Rounds: π_{t−1} answers and judges; the follower finds the worst case; π_t learns under it.
-  for _ in $ROUNDS; do
-    t=$((t + 1))
+  reference=$init
+  for t in $(seq "${#rounds[@]}"); do
     round=$RUN/round$t
-    reference=$init
-    [[ $REFERENCE != previous || $t == 1 ]] || reference=$before
     # y_1 … y_n ~ π_{t−1}(· | x)
-    sampling generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" \
+    launch generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" \
       --out "$round/responses.jsonl" -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
     # r(y) = β(log π_{t−1} − log π_init); best against worst becomes a pair                  S7, S8
     if [[ $JUDGE-$JUDGE_MODEL == llm- && ( $t == 1 || $JUDGE_START == previous ) ]]; then
@@ -91,15 +86,15 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     launch label.py --model "$policy" --responses "$round/responses.jsonl" \
       --out "$round/labelled.jsonl" --judge "$JUDGE" ${judge:+--judge-model "$judge"} \
       --reference "$REFERENCE" --reference-model "$reference" --beta "$BETA" \
-      --length-penalty "$LENGTH_PENALTY" "${ask[@]}" --precision "$PRECISION"
+      --length-penalty "$LENGTH_PENALTY" "${ask[@]}"
     # the worst distribution of the confidences within W₁ ≤ ε                           T2-2 … T2-5
     stage dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" \
       --epsilon "$EPSILON" --pieces "$PIECES" ${GROUP:+--group "$GROUP"}
     # π_t: noise-refined labels under that worst case                                      S9 … S12
     launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
-      --anchor "$anchor" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[-1]}}" \
+      --anchor "$anchor" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[@]: -1}}" \
       --percentile "$PERCENTILE" --lr "$LR" "${train[@]}"
-    before=$policy
+    [[ $REFERENCE != previous ]] || reference=$policy
     policy=$round/policy
     policies+=(round$t="$policy")
     labels+=(round$t="$round/worst.jsonl")
@@ -107,7 +102,7 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
 
   # 3. Evaluate: every policy answers prompts that nothing was trained on.
   for name in "${policies[@]}"; do
-    sampling generate.py --model "${name#*=}" --prompts "$RUN/data/eval.jsonl" \
+    launch generate.py --model "${name#*=}" --prompts "$RUN/data/eval.jsonl" \
       --out "$RUN/eval/${name%%=*}.jsonl" -n "$EVAL_N" --temperature 0.7 "${sample[@]}"
     answers+=("${name%%=*}=$RUN/eval/${name%%=*}.jsonl")
   done

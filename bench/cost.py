@@ -54,17 +54,13 @@ SHAPES = {
 }
 
 
-# What run.sh takes where a config says nothing (configs/settings.sh).
-DEFAULTS = {
-    "ROUNDS": "8000 20000 30000", "SEED_SIZE": "2000", "SEED_EPOCHS": "3", "SEED_POLICY": "",
-    "MICRO_TOKENS": "2048", "SAMPLE_TOKENS": "131072", "MAX_NEW_TOKENS": "300",
-}
-
-
 def settings(config: str) -> dict[str, str]:
     """The settings of a config: lines NAME=value, over the defaults."""
-    lines = (ROOT / f"configs/{config}.env").read_text(encoding="utf-8").splitlines()
-    return DEFAULTS | dict(line.split("=", 1) for line in lines if line[:1].isalpha())
+    values = {}
+    for name in ("defaults", config):
+        lines = (ROOT / f"configs/{name}.env").read_text(encoding="utf-8").splitlines()
+        values |= dict(line.split("=", 1) for line in lines if line[:1].isalpha())
+    return values
 
 
 def model_of(shape: Shape, architecture: str):

@@ -28,7 +28,7 @@ fi
 mkdir -p runs
 work=$(mktemp -d "$PWD/runs/gpu.XXXXXX")
 trap 'rm -rf "$work"' EXIT
-# TRL would split its batch over all cards; the allocator is the one that run.sh sets.
+# TRL would split its batch over all cards; the allocator is the one that stages take.
 cards=${CUDA_VISIBLE_DEVICES-0}
 export CUDA_VISIBLE_DEVICES=${cards%%,*} PYTHON=$python TMPDIR=$work
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}

@@ -13,8 +13,8 @@ command again has nothing to do, and a changed one says what changed. While a st
     OUT.unfinished/stats.json   there once new/ is whole: the next start too may put it in place
     OUT.unfinished/old/         what stood there, until the new stands
 
-LOOK=yes: a stage looks whether it has work, writes nothing, and prints its state, OUT and the bytes
-it will write, parted by tabs. core/folder.py reads what earlier stages promise. States, exit
+LOOK=yes: a stage looks whether it has work, writes nothing, and prints its state, a tab, and the
+bytes that it will write. core/folder.py reads what earlier stages promise. States, exit
 status, and what run.sh does then:
 
     complete    0    leaves the stage out
@@ -59,6 +59,10 @@ STARTED = time.time()
 # OpenMP threads that spin while they wait made a step take three to five times as long beside other
 # programs. Read when torch is loaded, after this file.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Lengths differ from pass to pass: GPU memory in blocks of fixed size would be full of holes. The
+# second name is the older one.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF",
+                                                           "expandable_segments:True"))
 
 # What cannot be written in the terminal's encoding is written as an escape, and ends nothing.
 for stream in (sys.stdout, sys.stderr):
@@ -270,9 +274,9 @@ def refuse_foreign(out: str, beside: Iterable[str]) -> None:
                  "It is not replaced: move it away, or name another --out (RUN)")
 
 
-def print_look(state: str, out: str, count: int) -> None:
+def print_look(state: str, count: int) -> None:
     """The line of a stage that only looks."""
-    print(state, out, count, sep="\t")
+    print(state, count, sep="\t")
 
 
 def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> dict | None:
@@ -297,7 +301,7 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> di
     if not changed:
         follows = pending or ABSENT in settings.values()
         if is_looking():
-            print_look("follows" if follows else "complete", out, size_of(out))
+            print_look("follows" if follows else "complete", size_of(out))
             raise SystemExit(WORK if follows else 0)
         if RANK == 0 and os.path.exists(unfinished(out)):
             hold(out)
@@ -306,7 +310,7 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> di
         raise SystemExit(0)
     if os.environ.get("REDO") != "yes":
         if is_looking():
-            print_look("changed", out, size_of(out))
+            print_look("changed", size_of(out))
         fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
              "replaces it and all that follows from it; another --out (RUN) keeps both")
     if not is_looking():
@@ -326,7 +330,7 @@ def exit_if_looking(out: str, writes: int = 0, passing: int = 0) -> None:
         fail(f"{out}: needs {needed / 1e9:.3g} GB, with what comes before it; {free / 1e9:.3g} GB "
              "are free there: make room, or name another --out (RUN)")
     if is_looking():
-        print_look("to do" if is_empty(out) else "changed", out, writes)
+        print_look("to do" if is_empty(out) else "changed", writes)
         raise SystemExit(WORK)
 
 

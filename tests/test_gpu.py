@@ -119,25 +119,46 @@ def test_a_prefill_in_pieces_is_the_whole(window, monkeypatch):
 # ------------------------------------------------------------------------------------------- launch
 
 
-def test_stages_get_the_allocator_and_the_budget(tmp_path):
-    """By a stand-in for Python that writes its arguments down; asked whether a stage has work, it
-    says yes."""
+def launched(tmp_path, **given) -> list[str]:
+    """Every command of run.sh with a stand-in for Python that writes its arguments down; asked
+    whether a stage has work, it says yes."""
     python, log = tmp_path / "python", tmp_path / "commands"
     python.write_text(
-        '#!/bin/sh\n[ "$LOOK" != yes ] || { printf "to do\\tout\\t0\\n"; exit 3; }\n'
-        f'echo "$1 conf=$PYTORCH_ALLOC_CONF $*" >> "{log}"\n')
+        '#!/bin/sh\n[ "$LOOK" != yes ] || { printf "to do\\t0\\n"; exit 3; }\n'
+        f'echo "$0 $*" >> "{log}"\n')
     python.chmod(0o755)
-    command = ["bash", ROOT / "run.sh", "DATA=x.jsonl", "MODEL=m", f"RUN={tmp_path / 'run'}",
-               "SAMPLE_TOKENS=777"]
+    words = {"DATA": "x.jsonl", "MODEL": "model", "RUN": tmp_path / "run"} | given
     env = {"PATH": os.environ["PATH"], "PYTHON": str(python)}
-    for chosen in ({}, {"PYTORCH_CUDA_ALLOC_CONF": "mine"}):
-        log.unlink(missing_ok=True)
-        subprocess.run(command, cwd=ROOT, env=env | chosen, check=True, capture_output=True)
-        lines = {line.split()[0]: line for line in log.read_text().splitlines()}
-        for name in ("seed_dpo.py", "generate.py", "label.py", "train.py", "evaluate.py"):
-            conf = "mine" if chosen else "expandable_segments:True"
-            assert lines[name].startswith(f"{name} conf={conf} ")
-        assert " --sample-tokens 777" in lines["generate.py"]
+    subprocess.run(["bash", ROOT / "run.sh", *(f"{name}={words[name]}" for name in words)],
+                   cwd=ROOT, env=env, check=True, capture_output=True)
+    return log.read_text().splitlines()
+
+
+def stage_of(commands: list[str], name: str) -> str:
+    return next(line for line in commands if f" {name}" in line)
+
+
+STAGES = ("seed_dpo.py", "generate.py", "label.py", "train.py", "evaluate.py")
+
+
+def test_stages_get_their_processes_and_the_budget(tmp_path):
+    commands = launched(tmp_path, SAMPLE_TOKENS=777, NPROC=2)
+    for name in STAGES:
+        assert f" --nproc_per_node 2 {name} " in stage_of(commands, name)
+    assert not any("nproc" in line for line in commands if " dro.py " in line)
+    assert " --sample-tokens 777" in stage_of(commands, "generate.py")
+    # vLLM has processes of its own.
+    commands = launched(tmp_path, BACKEND="vllm", NPROC=2)
+    assert "nproc" not in stage_of(commands, "generate.py")
+    assert "nproc" in stage_of(commands, "label.py")
+
+
+def test_a_launcher_is_given_the_stages_of_several_processes(tmp_path):
+    """With its own words before theirs; where nothing is launched, one process runs a stage."""
+    commands = launched(tmp_path, LAUNCH=f"env conf=1 {tmp_path}/python torchrun --nnodes 2")
+    for name in STAGES:
+        assert f" torchrun --nnodes 2 {name} " in stage_of(commands, name)
+    assert not any("torchrun" in line for line in commands if " dro.py " in line)
 
 
 # -------------------------------------------------------------------------------------------- costs

@@ -215,17 +215,17 @@ def test_a_stage_that_only_looks_says_whether_it_has_work(tmp_path, program):
         return done
 
     seen = look("--writes", 5)
-    assert (seen.returncode, seen.stdout) == (stage.WORK, f"to do\t{out}\t5\n")
+    assert (seen.returncode, seen.stdout) == (stage.WORK, "to do\t5\n")
     assert start(*command).returncode == 0 and out.exists()
     seen = look()
-    assert (seen.returncode, seen.stdout) == (0, f"complete\t{out}\t3\n")
+    assert (seen.returncode, seen.stdout) == (0, "complete\t3\n")
     seen = look(PROMISED=f"{tmp_path}\t7\n")
-    assert (seen.returncode, seen.stdout) == (stage.WORK, f"follows\t{out}\t3\n")
+    assert (seen.returncode, seen.stdout) == (stage.WORK, "follows\t3\n")
     seen = look("--lr", 2)
-    assert (seen.returncode, seen.stdout) == (2, f"changed\t{out}\t3\n")
+    assert (seen.returncode, seen.stdout) == (2, "changed\t3\n")
     assert "lr 1.0 → 2.0" in seen.stderr
     seen = look("--lr", 2, "--writes", 5, REDO="yes")
-    assert (seen.returncode, seen.stdout, seen.stderr) == (stage.WORK, f"changed\t{out}\t5\n", "")
+    assert (seen.returncode, seen.stdout, seen.stderr) == (stage.WORK, "changed\t5\n", "")
     # An input that is to come is no mistake, another missing one is.
     pairs.unlink()
     assert look(PROMISED=f"{pairs}\t7").returncode == stage.WORK
@@ -467,9 +467,30 @@ def test_the_judges_of_the_flags_are_those_there_are():
     assert sorted(JUDGES) == sorted([*SCORERS, *RANKERS])
 
 
-@pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])
-def test_openmp_waits_without_spinning(policy, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    given = {"OMP_WAIT_POLICY": policy} if policy == "ACTIVE" else {}
-    code = "import os, core.stage; print(os.environ['OMP_WAIT_POLICY'])"
-    assert start("-c", code, **given).stdout == f"{policy}\n"
+def test_what_torch_reads_from_the_environment():
+    """How OpenMP's threads wait, and the allocator: unless somebody else has said it."""
+    names = ("OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF")
+    code = f"import os, core.stage; print(*(os.environ[name] for name in {names}))"
+    plain = {key: text for key, text in os.environ.items() if key not in names}
+    blocks = "expandable_segments:True"
+    for given, expected in (
+        ({}, ["PASSIVE", blocks]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", blocks]),
+        ({"PYTORCH_ALLOC_CONF": "a:b"}, ["PASSIVE", "a:b"]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:b"}, ["PASSIVE", "a:b"]),
+    ):
+        command = [sys.executable, "-c", code]
+        text = subprocess.check_output(command, cwd=ROOT, text=True, env=plain | given)
+        assert text.split() == expected
+
+
+def test_an_unpacked_and_a_broken_gzip(tmp_path):
+    """Rows come out of a whole one; one whose bytes are wrong is refused like one that is cut."""
+    packed = gzip.compress(b'{"id": "a", "prompt": [{"role": "user", "content": "x"}]}\n' * 50)
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(packed[:30] + bytes(9) + packed[39:])
+    with pytest.raises(SystemExit) as end:
+        list(rows.read_json_lines(str(path)))
+    assert end.value.code == 2
+    path.write_bytes(packed)
+    assert len(list(rows.read_json_lines(str(path)))) == 50
