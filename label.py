@@ -24,6 +24,7 @@ often the judge agrees with them.
         --responses responses.jsonl --out labelled.jsonl
 """
 import argparse
+import math
 from statistics import median
 
 from core.folder import size_of
@@ -190,6 +191,8 @@ def main(args: argparse.Namespace) -> None:
         judged = [row | {"responses": [answer.text for answer in answers]}
                   for row, answers in zip(rows, candidates)]
         reward, behaviour = rewards(args, judged)
+    if not all(math.isfinite(r) for each in reward for r in each):
+        fail(f"{path}: a reward is not finite; are the weights of the judging models sound?")
 
     # What the margin and the log-probs are (D10).
     precision = "bf16" if in_bf16(device, args.precision) else "fp32"

@@ -273,8 +273,8 @@ def read_json(file: Path) -> dict:
 
 
 def check_tokenizer(path: str) -> None:
-    """Ends the program where a model that is on this machine has no tokenizer, or no chat
-    template."""
+    """Ends the program where a model that is on this machine has no tokenizer, or no chat template
+    that jinja2 can parse."""
     folder = folder_of(path)
     if folder is None:
         return
@@ -286,9 +286,19 @@ def check_tokenizer(path: str) -> None:
     if files in ([], ["tokenizer_config.json"]):
         fail(f"{path}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json from the "
              "model that it was made from")
-    if not template_of(folder):
+    if "tokenizer.json" in names:
+        read_json(folder / "tokenizer.json")
+    template = template_of(folder)
+    if not template:
         fail(f"{path}: has no chat template, or several and none of them is the default: write the "
              "one to use into chat_template.jinja in its folder")
+    import jinja2  # slow to import, and needed here alone
+    # A block of transformers' own, which marks the assistant's tokens.
+    template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        fail(f"{path}: its chat template cannot be parsed: line {error.lineno}: {error.message}")
 
 
 def check_context(path: str, tokens: int) -> None:

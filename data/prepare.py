@@ -13,9 +13,10 @@ columns, in any case:
                                       to label (see run.sh); other columns are left aside
 
 A column `system` is a system turn. A conversation under chosen and rejected ends with the response,
-and the turns before it are the prompt; where they go on from a column `prompt`, that comes before
-them. A row that cannot be used is left out and counted under its reason. A row that fits no layout
-ends the program, and so does one without chosen and rejected, unless --prompts-alone is given.
+and the turns before it are the prompt; a column `prompt` must be among them, or come before them.
+A row that cannot be used is left out and counted under its reason. A row that contradicts itself
+or fits no layout ends the program, and so does one without chosen and rejected, unless
+--prompts-alone is given.
 
 With `--model`, rows that do not fit its context or spell one of its control tokens are left out.
 `--select farthest` takes as the seed the prompts that differ most: each next one the farthest, by
@@ -298,12 +299,12 @@ def take_sides(where: str, row: dict) -> tuple[list[dict], list[str]]:
     return before, [chosen[-1]["content"], rejected[-1]["content"]]
 
 
-def join(prompt: list[dict], before: list[dict]) -> list[dict]:
+def join(where: str, prompt: list[dict], before: list[dict]) -> list[dict]:
     """The whole prompt: the column `prompt`, and the turns `before` the response in both sides.
 
-    The conversation in the sides wins: it is what was answered. Where it goes on from the prompt
-    (it opens with another turn than the user's, or the prompt has none of the user's), both count,
-    one after the other; where it is the prompt's end, the prompt counts.
+    The conversation in the sides wins where it contains the prompt. Where it goes on from the
+    prompt (it opens with another turn than the user's, or the prompt has none of the user's), both
+    count, one after the other. All else is a contradiction.
     """
     asked = words_of(prompt)
     told = words_of(before)
@@ -314,7 +315,8 @@ def join(prompt: list[dict], before: list[dict]) -> list[dict]:
         return prompt
     if before[0]["role"] in ("assistant", "tool") or all(m["role"] != "user" for m in prompt):
         return prompt + before
-    return before
+    fail(f"{where}: 'prompt' is not in the conversation under 'chosen' and 'rejected': "
+         f"{asked[-1][-60:]!r} against {told[0][:60]!r}; remove what is wrong")
 
 
 def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
@@ -330,7 +332,7 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
              "labels the seed")
 
     before, answers = ([], []) if prompts_alone else take_sides(where, row)
-    prompt = join(take_prompt(where, row), before)
+    prompt = join(where, take_prompt(where, row), before)
     # A conversation's own system turn goes before the column.
     if row.get("system") and prompt and prompt[0]["role"] != "system":
         prompt = messages_of(where, "system", row["system"], "system") + prompt

@@ -297,10 +297,6 @@ def test_mt_bench_in_two_turns(tmp_path, monkeypatch):
         "writing": "10.000", "unrated": "1", "prompts cut": "2", "answers cut": "2"}
     assert [row["score"] for row in jsonl(tmp_path / "rated/mine.jsonl")] == [8, 2.5, -1, 10]
     one_line(step("rated/mine.jsonl", *answers, "--judge-model", "m"), "is there")
-    ok(step("answers/mine.jsonl", *answers))
-    row, _ = jsonl(tmp_path / "answers/mine.jsonl")
-    assert row["model_id"] == "mine"
-    assert row["choices"] == [{"index": 0, "turns": ["1.0", "2.0"]}]
     one_line(step("x.jsonl", "--answers", answers[2]), "'1 turn 1'")
 
 
@@ -322,7 +318,7 @@ TEXTS = [["I love it.", "Fine."], ["It is a table.", "Good."], ["I hate it!", "B
 def test_the_stage_against_plain_loops(tmp_path):
     """Scores, win rate and flags from the files alone; rerunning does nothing; a model's own
     training is found through the stats of its answers."""
-    init = write_answers(tmp_path / "init.jsonl", [["Fine."]] * 5)
+    init = write_answers(tmp_path / "init.jsonl", [["Fine."] * 2] * 5)
     round1 = write_answers(tmp_path / "round1.jsonl", TEXTS, ended=[False, True])
     policy = tmp_path / "run/policy"
     policy.mkdir(parents=True)
@@ -359,9 +355,8 @@ def test_the_stage_against_plain_loops(tmp_path):
     text = (tmp_path / "run/report.md").read_text()
     assert text.split("\n\n")[1] in printed
     assert "Round 1 DIVERGED: its loss is 648." in text
-    assert "--nproc_per_node 2 train.py --out policy\n" in text and "anchor init, lr 5.0" in text
-    worst = text.partition("does worst by the judge")[2]
-    assert re.findall(r"[*][*]say (\d)[*][*]", worst)[:2] == ["2", "4"] and " ✂" in worst
+    assert "--nproc_per_node 2 train.py --out policy\n" in text and "policy: 2 s" in text
+    assert " ✂" in text
     assert (tmp_path / "run/report.png").exists()
     assert "complete, skipped" in ok(run(*command)).stdout
 
@@ -393,9 +388,9 @@ def test_outputs_of_other_models_and_no_verdicts(folder, tmp_path, monkeypatch):
                "--answers", f"gpt={tmp_path / 'gpt.json'}"]
     done = ok(run(*command, f"mine={mine}"))
     p = stats_of(tmp_path / "run/report.md")["policies"]["mine"]
-    assert p["preferences"] == [[1, None], [0.75, 1.0], [0.25, 0.0]]
-    assert p["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 1 + 0.25 + 0) / 6)
-    assert p["no_verdict"] == 4 and ", 4 without verdict" in done.stdout
+    assert p["preferences"] == [[1], [None], [0.75]]
+    assert p["win_rate"] == pytest.approx((1 + 0.5 + 0.75) / 3)
+    assert p["no_verdict"] == 3 and ", 3 without verdict" in done.stdout
     assert "| without verdict |" in (tmp_path / "run/report.md").read_text()
 
 

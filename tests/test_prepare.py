@@ -188,6 +188,8 @@ def test_rows_left_out_are_counted_under_their_own_reason(reason, tmp_path):
 
 
 REFUSED = {
+    "another question": ({"prompt": "What is 2 + 2?", **sides("u: Name a city. | ")},
+                         "'prompt' is not in the conversation"),
     "number": ({"prompt": "Q", "chosen": 7, "rejected": "B"}, "'chosen' must be a text"),
     "one side": ({"prompt": "Q", "chosen": "A"}, "columns prompt, chosen: preferences are read"),
     "a prompt alone": ({"prompt": "Q"}, "PROMPTS_ALONE=yes (--prompts-alone)"),

@@ -483,14 +483,3 @@ def test_what_torch_reads_from_the_environment():
         text = subprocess.check_output(command, cwd=ROOT, text=True, env=plain | given)
         assert text.split() == expected
 
-
-def test_an_unpacked_and_a_broken_gzip(tmp_path):
-    """Rows come out of a whole one; one whose bytes are wrong is refused like one that is cut."""
-    packed = gzip.compress(b'{"id": "a", "prompt": [{"role": "user", "content": "x"}]}\n' * 50)
-    path = tmp_path / "p.jsonl.gz"
-    path.write_bytes(packed[:30] + bytes(9) + packed[39:])
-    with pytest.raises(SystemExit) as end:
-        list(rows.read_json_lines(str(path)))
-    assert end.value.code == 2
-    path.write_bytes(packed)
-    assert len(list(rows.read_json_lines(str(path)))) == 50
