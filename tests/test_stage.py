@@ -440,7 +440,6 @@ def test_a_missing_package_is_one_line(package):
     code = f"import sys; sys.modules[{package!r}] = None\nimport core.rows, torch"
     one_line(start("-c", code), package, "source .venv/bin/activate")
     one_line(start("-c", "import core; open('none')"), "none: No such file or directory")
-    assert "Traceback" in start("-c", "import core.rows, core.none").stderr
 
 
 PROGRAMS = ["seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"]
