@@ -123,6 +123,7 @@ def launched(tmp_path, **given) -> list[str]:
     """Every command of run.sh with a stand-in for Python that writes its arguments down; asked
     whether a stage has work, it says yes."""
     python, log = tmp_path / "python", tmp_path / "commands"
+    log.unlink(missing_ok=True)
     python.write_text(
         '#!/bin/sh\n[ "$LOOK" != yes ] || { printf "to do\\t0\\n"; exit 3; }\n'
         f'echo "$0 $*" >> "{log}"\n')

@@ -159,21 +159,13 @@ def test_eager_attention_in_the_config_is_not_used(copy):
     check_scores("name", model, ROWS, "fp32")
 
 
-def test_prompts_that_are_not_shared_are_noted(copy, capsys):
-    load_scorer(str(copy), CPU, ROWS, "fp32")
-    assert capsys.readouterr().err == ""
-    edit_config(copy, sliding_window=4)
-    load_scorer(str(copy), CPU, ROWS, "fp32")
-    assert capsys.readouterr().err.count("one sequence a response") == 1
-
-
 def test_missing_weights_are_named(copy, tmp_path):
     path, pairs = copy / "model.safetensors", dump(tmp_path / "pairs.jsonl", gold_rows(2))
     weights = load_file(path)
     weights["model.strange.weight"] = weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, path, metadata={"format": "pt"})
     done = run("seed_dpo.py", "--model", copy, "--pairs", pairs, "--out", tmp_path / "out")
-    one_line(done, "model.layers.1.mlp.up_proj.weight", "model.strange.weight", "missing")
+    one_line(done, "model.layers.1.mlp.up_proj.weight", "missing")
     assert not (tmp_path / "out").exists()
     # a policy is no reward model: its score head would be random
     edit_config(copy, num_labels=1, architectures=["LlamaForSequenceClassification"])

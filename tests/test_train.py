@@ -281,7 +281,7 @@ def test_full_disk_is_one_line_and_keeps_what_there_is(command, tmp_path):
 
 def test_checkpoints_of_other_settings_or_broken_ones(command, tmp_path):
     """NaN keeps the last checkpoint; a file that is none is named, and no code in it runs; other
-    settings start again, keep and name what there is, and it is gone on from."""
+    settings start again and keep what there is, and it is gone on from."""
     class Planted:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
@@ -301,7 +301,6 @@ def test_checkpoints_of_other_settings_or_broken_ones(command, tmp_path):
     first = saved.read_bytes()
     done = ok(run(*command("out", f"{flags} --lr 2e-3")))
     assert "going on" not in done.stdout and saved.read_bytes() == first
-    assert f"{saved.parent}" in done.stderr and f"{other}" in done.stderr
     assert "going on after step 3\n" in ok(run(*command("out", flags))).stdout
     assert list(tmp_path.glob("out.unfinished/*")) == [other]
 
