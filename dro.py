@@ -124,8 +124,8 @@ def solve_exact(xi: np.ndarray, losses: np.ndarray, at_zero: float, epsilon: flo
     rest = n * epsilon - spent[count]                                   # for the pair that is split
     moved = np.zeros(n, bool)
     moved[order[:count]] = True
-    # g of the split pair is the steepest chord that is left. Rounding can flatten a chord close to
-    # 0, but the next ones are as steep there: the steepest of all is a sound price.
+    # g of the split pair, as the maximum over all pairs that are left: rounding can spoil a single
+    # one close to 0. Whatever the price, the dual bounds the worst case.
     chords = np.divide(at_zero - losses, xi, out=np.zeros(n), where=~moved)
     price = float(chords.max())
     dual = dual_value(xi, losses, at_zero, price, epsilon)

@@ -71,8 +71,8 @@ from judges.measures import (
 )
 from judges.report import page, plot
 
-# Pairs of a round that are judged again: enough for ± 0.016, and no round's whole cost a second
-# time.
+# Pairs of a round that are judged again: enough for a standard error of 0.016, and no round's
+# whole cost a second time.
 LABELS = 1000
 
 

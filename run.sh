@@ -3,7 +3,7 @@
 #
 #   bash run.sh                        configs/demo.env: a small model, two CPU cores → runs/demo
 #   bash run.sh configs/NAME.env       another setting: what differs from the papers' values
-#   bash run.sh [CONFIG] NAME=VALUE …  settings by hand: they win over the config
+#   bash run.sh [CONFIG] NAME=VALUE …  settings by hand; DATA without CONFIG: a 7 B model's defaults
 #   bash run.sh METHOD=spa             SPA; with ALPHA=0 as well, iterative DPO on self-labels
 #   bash run.sh … --tiny               on a tiny random model: would the launch work?
 #   bash run.sh … --check              can it run, and what would it do?
@@ -43,11 +43,11 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     init=$RUN/init
     stage -m data.system_turn --model "$MODEL" --out "$init"
   fi
-  [[ $JUDGE != llm ]] || split+=(--judge-model "${judge:-$init}")  # reads two answers at once
+  [[ $PROMPTS_ALONE == no ]] || split+=(--prompts-alone)
+  [[ $JUDGE != llm ]] || split+=(--judge-model "${judge:-$init}")  # prompt and two answers must fit
   stage -m data.prepare --data "$DATA" --out "$RUN/data" "${split[@]}" --select "$SELECT" \
     --rounds $ROUNDS --eval-size "$EVAL_SIZE" --model "${SEED_POLICY:-$init}" \
-    --max-new-tokens "$MAX_NEW_TOKENS" --flip "$FLIP" --seed "$SEED" \
-    $([[ $PROMPTS_ALONE == no ]] || echo --prompts-alone)
+    --max-new-tokens "$MAX_NEW_TOKENS" --flip "$FLIP" --seed "$SEED"
 
   # Prompts without preferences: the model answers, the gold judge labels, once.
   if [[ $PROMPTS_ALONE == yes && -z $SEED_POLICY ]]; then
@@ -75,14 +75,14 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     # y_1 … y_n ~ π_{t−1}(· | x)
     launch generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" \
       --out "$round/responses.jsonl" -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
-    # r(y) = β(log π_{t−1} − log π_init); best against worst becomes a pair                  S7, S8
-    if [[ $JUDGE-$JUDGE_MODEL == llm- && ( $t == 1 || $JUDGE_START == previous ) ]]; then
-      # an LLM judge that is not given learns the letters of the gold pairs
+    # an LLM judge that is not given learns the letters of the gold pairs
+    if [[ $JUDGE == llm && -z $JUDGE_MODEL && ( $t == 1 || $JUDGE_START == previous ) ]]; then
       judge=$RUN/judge from=$init
       [[ $JUDGE_START == init ]] || judge=$round/judge from=$policy
       launch seed_dpo.py --objective judge --model "$from" --pairs "$gold" --out "$judge" \
         --lr "$JUDGE_LR" "${train[@]}"
     fi
+    # r(y) = β(log π_{t−1} − log π_init); best against worst becomes a pair                  S7, S8
     launch label.py --model "$policy" --responses "$round/responses.jsonl" \
       --out "$round/labelled.jsonl" --judge "$JUDGE" ${judge:+--judge-model "$judge"} \
       --reference "$REFERENCE" --reference-model "$reference" --beta "$BETA" \

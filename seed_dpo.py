@@ -25,13 +25,14 @@ from core.stage import run_stage, start_training, training_flags
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed, and for memory
-    # --micro-tokens --gradient-checkpointing --shard --save-every
+    # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed; for memory
+    # --micro-tokens --gradient-checkpointing --shard; for kills --save-every
     cli = training_flags(__doc__, epochs=3)
     cli.add_argument("--objective", choices=["dpo", "judge"], default="dpo",
                      help="or an LLM judge of these pairs (papers: --lr 2e-5)")
     args = cli.parse_args()
     if args.objective == "judge":
+        # It decides nothing here: judges that differ in it alone are the same.
         args.beta = None
     start_training(args)
     return args
@@ -80,7 +81,7 @@ def lr_at(step: int, total: int, peak: float) -> float:
 
 def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.pairs, "preferences")
-    is_judge = args.objective == "judge"                    # of letters: −log π(y_w) alone
+    is_judge = args.objective == "judge"          # an LLM judge learns −log π of the right letter
     run = begin(args, comparisons(rows) if is_judge else rows)
     if is_judge:
         # No reference: the margin is only logged, and its sign is the accuracy.

@@ -25,8 +25,8 @@ from core.stage import ranged, run_stage, start_training, training_flags
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
-    # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed, and for memory
-    # --micro-tokens --gradient-checkpointing --shard --save-every
+    # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed; for memory
+    # --micro-tokens --gradient-checkpointing --shard; for kills --save-every
     cli = training_flags(__doc__, epochs=1)
     cli.add_argument("--alpha", type=ranged(float, 0, 1), default=0.1,
                      help="label smoothing of flagged pairs (S10; papers: 0.1; 0 for none)")
@@ -130,10 +130,11 @@ def main(args: argparse.Namespace) -> None:
     if args.anchor == "previous" and bool(((shift != 0) & (weight > 0)).any()):
         fail(f"{args.pairs} has a worst case of confidences against π_init: give --anchor init; "
              "against π_{t−1} it would be applied to others (D6)")
-    knots = {row.get("pieces", 1) for row in run.rows}
-    if len(knots) > 1:
-        fail(f"{args.pairs}: 'pieces' (K) must be one number in all rows, found {sorted(knots)}")
-    (pieces,) = knots                                         # ℓ* is straight below 1/K
+    all_pieces = {row.get("pieces", 1) for row in run.rows}   # without atoms any number would do
+    if len(all_pieces) > 1:
+        fail(f"{args.pairs}: 'pieces' (K) must be one number in all rows, found "
+             f"{sorted(all_pieces)}")
+    (pieces,) = all_pieces                                    # ℓ* is straight below 1/K
     weight, shift = weight.to(device), shift.to(device)
     logp_ref = torch.tensor([[row["chosen_logp"], row["rejected_logp"]] for row in run.rows],
                             device=device)

@@ -11,7 +11,7 @@ stop() {
 
 python=${PYTHON:-.venv/bin/python}
 
-install() {  # FILE of requirements, into .venv, unless PYTHON names an interpreter: it is taken so
+install() {  # FILE of requirements, into .venv; where PYTHON names an interpreter, nothing
   local stamp=.venv/installed-${1//\//-}
   [[ -z ${PYTHON-} && ! $stamp -nt $1 ]] || return 0
   if [[ ! -x $python ]]; then
@@ -66,8 +66,7 @@ for word in "$@"; do
     --help | -h)
       sed -n '2,/^$/s/^# \?//p' run.sh
       cat configs/defaults.env
-      exit 0
-      ;;
+      exit 0 ;;
     +([A-Za-z0-9_])=*) given[${word%%=*}]=${word#*=} ;;
     *)
       [[ -f $word ]] || stop "$word: neither NAME=VALUE nor one of: test --check --tiny --help" \
@@ -77,7 +76,7 @@ for word in "$@"; do
       ;;
   esac
 done
-# A config's gold judge is its own data's; its empty system turn is its own model's.
+# With other DATA, GOLD and PROMPTS_ALONE of the config do not count; with MODEL, its SYSTEM_TURN.
 if [[ -v given[DATA] ]]; then
   data=-$(basename "${given[DATA]%.*}")
   given[GOLD]=${given[GOLD]-none}
@@ -95,7 +94,7 @@ done
 [[ ${given[METHOD]-} != spa ]] || given[EPSILON]=${given[EPSILON]-0}
 read_config configs/defaults.env
 for name in "${names[@]}"; do
-  # METHOD=spa before the command must not train the worst case.
+  # METHOD=spa before the command would be ignored in silence.
   [[ ! -v $name ]] || stop "$name stands in the environment; give it as an argument, bash run.sh" \
     "$name='${!name}', or take it away: env -u $name bash run.sh"
   printf -v "$name" %s "${given[$name]}"
@@ -111,16 +110,14 @@ is_zero() { [[ $1 =~ ^[+-]?0*\.?0*([eE][+-]?[0-9]+)?$ ]]; }
 one_of METHOD worst-case spa
 one_of SYSTEM_TURN none empty
 one_of JUDGE_START init previous
-one_of PROMPTS_ALONE yes no
-one_of SHARD yes no
-one_of REDO yes no
+for name in PROMPTS_ALONE SHARD REDO; do one_of $name yes no; done
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || stop "NPROC=$NPROC: must be a whole number, at least 1"
 [[ ! $N =~ ^0*1$ && ! $GOLD_N =~ ^0*1$ ]] || stop "N=$N GOLD_N=$GOLD_N: a pair takes two responses"
 [[ $SEED_FRACTION$SEED_POLICY || ! $SEED_SIZE =~ ^0+$ ]] ||
   stop "SEED_SIZE=$SEED_SIZE: without gold pairs SEED_POLICY must name an aligned model"
 if [[ $METHOD == spa ]]; then
   is_zero "$EPSILON" || stop "EPSILON=$EPSILON: a worst case is METHOD=worst-case (D6)"
-elif [[ $JUDGE-$REFERENCE != implicit-init ]] || ! is_zero "$LENGTH_PENALTY"; then
+elif [[ $JUDGE != implicit || $REFERENCE != init ]] || ! is_zero "$LENGTH_PENALTY"; then
   stop "JUDGE=$JUDGE REFERENCE=$REFERENCE LENGTH_PENALTY=$LENGTH_PENALTY goes with METHOD=spa:" \
     "METHOD=worst-case needs confidences of π_{t−1} against π_init (D1, D10)"
 fi
@@ -139,7 +136,7 @@ if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architect
 fi
 [[ -n $config || -e /dev/nvidia0 ]] || echo "note: these are the settings of a 7 B model, and" \
   "there is no GPU; a small model's on two cores: bash run.sh configs/demo.env DATA=$DATA" >&2
-export REDO
+export REDO  # to core/stage.py
 install requirements.txt
 echo "run: $METHOD on $MODEL, data $DATA, ε $EPSILON, α $ALPHA, lr $LR, n $N, seed $SEED → $RUN"
 
@@ -200,8 +197,11 @@ look_then_work() {
     sort -u <<<"${problems%$'\n'}" >&2
     exit 2
   fi
-  [[ -n $promised ]] || { echo "$RUN: complete, skipped" && sed '/^!\[/,$d' "$RUN/report.md"; }
-  [[ -z $check && -n $promised ]] || exit 0
-  pass=work
-  algorithm
+  if [[ -z $promised ]]; then
+    echo "$RUN: complete, skipped"
+    sed '/^!\[/,$d' "$RUN/report.md"
+  elif [[ -z $check ]]; then
+    pass=work
+    algorithm
+  fi
 }

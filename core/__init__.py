@@ -1,4 +1,4 @@
-"""What every stage stands on. Imports nothing but its own room.
+"""What every stage stands on. It imports no other folder of the project.
 
 Being stopped, a missing package, a file that cannot be read or written and a lack of memory are one
 line each, also before a stage has loaded its libraries.

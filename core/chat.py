@@ -109,8 +109,8 @@ def end_of_turn(tokenizer) -> int:
 
 @functools.cache
 def foreign_tokens(tokenizer) -> frozenset[int]:
-    """Control tokens that make an answer something else than a text. Those that are not special and
-    that the template itself writes into an answer, as Qwen3's think block, do not."""
+    """Control tokens that no answer may hold: all but those, not special, that the template itself
+    writes into an answer, as Qwen3's think block."""
     answer = encode_response(tokenizer, [{"role": "user", "content": "?"}], "?")
     added = tokenizer.added_tokens_decoder
     return frozenset(i for i in control_tokens(tokenizer).values()
@@ -202,8 +202,8 @@ def response_in_context(tokenizer, messages: list[dict], text: str,
 
 
 def encode_response(tokenizer, messages: list[dict], text: str, ended: bool = True) -> list[int]:
-    """Token ids of a text as the response to a prompt: in its conversation; or alone, where its
-    first characters are one token with the prompt's last there, as no sampled response's are."""
+    """Token ids of a text as the response to a prompt: in its conversation; or alone, where the
+    tokenizer would merge its first characters with the prompt's last."""
     ids = response_in_context(tokenizer, messages, text, ended)
     if ids is not None:
         return ids

@@ -224,8 +224,8 @@ def read_json_list(path: str, *keys: str) -> list[dict]:
 
 
 def read_rows(path: str, kind: str) -> list[dict]:
-    """Rows of a JSONL file, each checked for the keys of `ROWS[kind]`. The first bad line ends the
-    program."""
+    """Rows of a JSONL file, checked: keys, values, ids, worst case, digest. `chosen` and `rejected`
+    become texts, token ids int32 arrays. The first bad line ends the program."""
     rows = []
     line_of_id = {}
     keys = [*ROWS[kind], *OPTIONAL]

@@ -1,8 +1,8 @@
 """A stage: its flags, its settings, whether it has work, how it publishes and how it fails. Needs
 no torch.
 
-Every stage begins with `start`, which ends it where OUT is complete, then looks at what it alone
-knows of, then comes `exit_if_looking`; its work ends with `publish`.
+Every stage goes through `start` (which ends it where OUT is complete), checks of its own,
+`exit_if_looking`, its work, and `publish`.
 
 OUT.stats.json says from which settings OUT was written, and how large its files are: so the same
 command again has nothing to do, and a changed one says what changed. While a stage works, there is
@@ -14,14 +14,15 @@ command again has nothing to do, and a changed one says what changed. While a st
     OUT.unfinished/old/         what stood there, until the new stands
 
 LOOK=yes: a stage looks whether it has work, writes nothing, and prints its state, a tab, and the
-bytes that it will write. core/folder.py reads what earlier stages promise. States, exit
-status, and what run.sh does then:
+bytes that it will write, or has written. core/folder.py reads what earlier stages promise. States,
+exit status, and what run.sh does then:
 
-    complete    0    leaves the stage out
+    complete    0    starts it on one process, where it ends at once
     to do       3    runs it
-    changed     3    runs it: REDO=yes; without that an error
-    follows     3    runs it: complete, but made from what will be written anew
-    an error    2    says it, and runs nothing
+    changed     3    runs it, with REDO=yes; without that an error, 2
+    follows     3    runs it: complete, but an input will be written anew, or its own files are not
+                     yet in place
+    (no line)   2    says what is wrong, and runs nothing
 """
 import argparse
 import contextlib

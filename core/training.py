@@ -68,7 +68,7 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
     shard = args.shard and WORLD > 1
     tokenizer = load_tokenizer(args.model)
     if RANK == 0:
-        check_copy(args.model)  # what is published has its files
+        check_copy(args.model)  # the policy gets a copy of its tokenizer
     encoded = encode_rows(load_config(args.model), tokenizer, rows, [pair_of(row) for row in rows],
                           args.pairs)
     rows, encoded = learnable_pairs(rows, encoded, args.pairs)
@@ -76,7 +76,7 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
         target = torch.device("cpu") if shard else device
-        # It comes frozen, and is asked: is it read rightly?
+        # Frozen, and compared with the model's own logits (core/probe.py).
         model = load_scorer(args.model, target, encoded, args.precision)
     # π_θ is what the loss reaches: a vision tower beside the decoder stays as it is.
     model.get_decoder().requires_grad_(True)
@@ -167,13 +167,12 @@ def gather(run: Run, per_pass: list[tuple], batch: list[int]) -> dict[str, list[
     passes; stand-ins, of scale 0, do not count."""
     mine = {}
     for indices, scale, columns in per_pass:
-        names = list(columns)
-        is_stand_in = scale == 0
-        if not is_stand_in:
-            mine |= dict(zip(indices, zip(*(column.tolist() for column in columns.values()))))
+        if scale == 0:
+            continue
+        for k, i in enumerate(indices):
+            mine[i] = {name: column[k].item() for name, column in columns.items()}
     per_pair = merge(mine)
-    ordered = zip(*(per_pair[i] for i in batch))
-    return dict(zip(names, map(list, ordered)))
+    return {name: [per_pair[i][name] for i in batch] for name in per_pair[batch[0]]}
 
 
 def update(run: Run, lr: float) -> float:
@@ -218,7 +217,8 @@ def log_row(run: Run, step: int, indices: list[int], pairs: dict, lr: float, nor
     """A step in numbers.
 
     `round_margin` is the margin against π_ref, where training starts: accuracy counts what training
-    itself did, and is ½ at step 1, but for rounding, whatever `margin` is measured against.
+    itself did, and is ½ at step 1, but for rounding, whatever `margin` is measured against. (An LLM
+    judge has no reference: there it is the share of right letters.)
     """
     if run.device.type == "cuda":
         # The device runs behind the program: this waits for the update, so that the step's time is

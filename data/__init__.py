@@ -1,5 +1,5 @@
 """Getting data and models. Nothing here is imported by a stage.
 
-prompts.jsonl is the project's own, under its licence: 15 kinds of text about 24 subjects, each
-asked for in one or two sentences.
+prompts.jsonl is the project's own, under its licence: a review, a short story, an opinion or a
+description of each of 88 things, asked for in one sentence.
 """

@@ -54,8 +54,8 @@ def logits_of(args, model, encoded: list[list[int]]) -> list[float]:
 
 def vader(args, rows: list[dict]) -> list[list[float]]:
     """Sentiment in [−1, 1] of every response by VADER, a lexicon rated by people (Hutto & Gilbert
-    2014): the share of it that is pleasant less the share that is not, because the lexicon's own
-    sum grows with an answer's length."""
+    2014): the share of it that is pleasant less the share that is unpleasant, because the
+    lexicon's own sum grows with an answer's length."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # the demo's alone
     judge = SentimentIntensityAnalyzer()
     shares = [[judge.polarity_scores(text) for text in row["responses"]] for row in rows]

@@ -85,7 +85,8 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
     """The run in sentences: the last policy against the first and the one before it, its scores,
     how right its labels were, and what diverged."""
     names = list(policies)
-    first, before, last = names[0], names[-2:][0], names[-1]
+    first, last = names[0], names[-1]
+    before = names[-2] if len(names) > 1 else last
     p = policies[last]
     clauses = [f"answers in {p['characters']:.0f} characters"]
     if "win_rate" in p:
@@ -200,8 +201,7 @@ def plot_measures(axis, title: str, lines: dict[str, dict], kinds: dict[str, str
 
 
 def plot_training(axis, logs: dict[str, list[dict]]) -> None:
-    """The accuracy, step by step; where training is anchored at π_init, the loss rises by
-    construction."""
+    """The accuracy, step by step: losses against different anchors do not compare."""
     start = 1
     for name, log in logs.items():
         axis.plot(range(start, start + len(log)), [step["accuracy"] for step in log], ".-",
