@@ -266,7 +266,13 @@ def refuse_foreign(out: str, beside: Iterable[str]) -> None:
     for name in beside:
         if record is None or f"../{name}" not in record.get("files", {}):
             foreign.append(os.path.join(os.path.dirname(work), name))
-    names = os.listdir(work) if os.path.isdir(work) else [work]
+    try:
+        names = os.listdir(work)
+    except FileNotFoundError:
+        # Process 0 of this very stage may make it at any moment.
+        names = []
+    except NotADirectoryError:
+        names = [work]
     if not all(name in UNFINISHED or fnmatch(name, DIGEST) for name in names):
         foreign.append(work)
     for path in foreign:
