@@ -168,8 +168,8 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
 
 def batches_of(lengths: list[int], allowed: list[int], n: int, budget: float) -> list[list[int]]:
     """Prompts that are sampled together, longest first: at most `budget` tokens, of prompts and new
-    ones, padded. `allowed`: the new tokens that each prompt's responses may have; in a batch they
-    are the same.
+    ones, padded, and none padded to more than twice its own. `allowed`: the new tokens that each
+    prompt's responses may have; in a batch they are the same.
 
     Keys and values grow with tokens, not with responses. The responses to one prompt stay together,
     so a prompt beyond the limit is a batch of its own.
@@ -178,8 +178,9 @@ def batches_of(lengths: list[int], allowed: list[int], n: int, budget: float) ->
     for i in sorted(range(len(lengths)), key=lambda i: (-allowed[i], -lengths[i])):
         if batches:
             first = batches[-1][0]
-            tokens = (len(batches[-1]) + 1) * n * (lengths[first] + allowed[first])
-            if tokens <= budget and allowed[i] == allowed[first]:
+            width = lengths[first] + allowed[first]
+            fits = (len(batches[-1]) + 1) * n * width <= budget
+            if fits and width <= 2 * (lengths[i] + allowed[i]) and allowed[i] == allowed[first]:
                 batches[-1].append(i)
                 continue
         batches.append([i])
