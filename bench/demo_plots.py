@@ -32,7 +32,7 @@ def by_round(arm: str) -> list[tuple[str, str]]:
 CURVES = {
     "SFT (π_init)": [("spa", "init")],
     "the ray, from c = 1 on":
-        [("spa", "seed"), *(("rays", f"ray{c}") for c in ("1.5", "2", "3", "4", "6"))],
+        [("spa", "seed"), *(("rays", f"ray{c}") for c in ("1.5", "2", "3", "4", "5", "6"))],
     "the seed at 1, 6, 12 epochs": [("spa", "seed"), ("epochs6", "seed"), ("epochs12", "seed")],
     "SPA, 0 to 2 rounds": by_round("spa"),
     "SPA, twice the rate": by_round("fast"),

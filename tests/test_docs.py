@@ -9,11 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
-
-from core.chat import encode_prompt
-from core.models import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "judges", "data")
@@ -89,22 +84,14 @@ def test_what_the_docs_name_exists(page):
         assert "://" in link or (page.parent / link).exists(), link
 
 
-def test_the_readme_uses_a_policy(folder, tmp_path, monkeypatch):
+def test_the_readme_uses_a_policy(folder, tmp_path, monkeypatch, capsys):
     """Its Python lines, with the tiny model in the place of the demo's policy."""
     policy = "runs/demo/round2/policy"
     (lines,) = re.findall(r"^```python\n(.*?)^```$", DOCS[0].read_text("utf-8"), re.M | re.S)
     assert policy in lines
     monkeypatch.chdir(tmp_path)
     exec(lines.replace(policy, folder), {})
-    sizes = [Path(place, "model.safetensors").stat().st_size for place in ("policy-bf16", folder)]
-    assert 0.5 <= sizes[0] / sizes[1] < 0.6
-    asked = encode_prompt(load_tokenizer("policy-bf16"), [{"role": "user", "content": "Hi"}])
-    whole, half = (
-        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32) for place in
-        (folder, "policy-bf16")
-    )
-    logits = [model(torch.tensor([asked])).logits for model in (whole, half)]
-    assert not torch.equal(*logits) and torch.allclose(*logits, atol=0.1)
+    assert "'role': 'assistant'" in capsys.readouterr().out
 
 
 def test_algorithm_1_leads_to_the_code():
