@@ -6,9 +6,8 @@
 A token is drawn by inverting the cumulative distribution at a uniform number that depends on (seed,
 prompt id, sample, position) alone, and batches are the same for any number of processes. So the
 text is the same on one process or eight, and after a kill: finished batches lie in OUT.unfinished,
-and the same command goes on from there; those of other settings are kept. Another limit
-of a batch or its tokens moves the text by rounding at most. How a batch is drawn is in
-core/sampling.py.
+and the same command goes on from there; those of other settings are kept, unused. Another
+--sample-tokens changes the text by rounding at most. How a batch is drawn is in core/sampling.py.
 
 Writes the prompt rows with
     responses       n texts: what judges read

@@ -169,8 +169,9 @@ def gather(run: Run, per_pass: list[tuple], batch: list[int]) -> dict[str, list[
     for indices, scale, columns in per_pass:
         if scale == 0:
             continue
+        columns = {name: column.tolist() for name, column in columns.items()}
         for k, i in enumerate(indices):
-            mine[i] = {name: column[k].item() for name, column in columns.items()}
+            mine[i] = {name: values[k] for name, values in columns.items()}
     per_pair = merge(mine)
     return {name: [per_pair[i][name] for i in batch] for name in per_pair[batch[0]]}
 
