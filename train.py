@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
             reference = None
             if extrapolate and watching:
                 with torch.no_grad(), run.autocast:
-                    reference = policy_ref.states(tokens)
+                    reference = policy_ref.as_reference(tokens)
             with run.autocast:
                 logp, logp_tilde = run.policy(tokens, reference, args.lam)                   # S12
             logp = logp.view(-1, 2)                                     # chosen, rejected

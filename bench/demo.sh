@@ -7,14 +7,11 @@
 #   … worst                             the worst case, ε = 0.01
 #   … replay, repeat                    gold pairs in every round; as many of its own pairs twice
 #   … judge                             the rounds' labels by the gold judge
-#   … every, every_rays                 DPO on the gold labels of all 160 prompts, and its rays
-#   … epochs6, epochs12                 the seed stage alone, for longer
-#   … fast, fast_worst                  rounds at twice the learning rate
-#   … random                            ε = 0.05, the moved fractions on random pairs
+#   … every                             DPO on the gold labels of all 160 prompts
 #   … flip_ARM                          any of them from a seed with 25 % of its labels wrong
 #   python bench/demo_measures.py runs/table/*/*    KL to π_init, and fluency
 #   python bench/demo_table.py runs/table           mean over seeds, paired differences
-#   python bench/demo_plots.py runs/table           score against √KL; score by stage
+#   python bench/demo_plots.py runs/table           score against √KL
 #
 # On two quiet cores an arm takes five to seven minutes, one without rounds one. Resumable: what is
 # complete is skipped. Arms share what they have in common by hard links (GNU cp).
@@ -52,62 +49,45 @@ evaluate() {  # NAME=MODEL…: as run.sh does
   done
   "$python" evaluate.py --answers "${answers[@]}" --judge vader --out "$run"
 }
-rounds() {  # what run.sh has no setting for: other pairs, or a rate that is not the seed's
-  local policy=$spa/seed t round pairs train
+rounds() {  # what run.sh has no setting for: SPA's rounds on more pairs
+  local policy=$spa/seed t round
   share "$spa" "$run" eval/init.jsonl eval/seed.jsonl "${labels[@]}"
   for t in 1 2; do
     round=$run/round$t
-    train=(--lam "$(( t == 1 ? 50 : 25 ))e-2" --lr 1.2e-5)
     sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n 6
     "$python" label.py --model "$policy" --reference-model $init --out "$round/labelled.jsonl" \
       --responses "$round/responses.jsonl"
-    pairs=$round/labelled.jsonl
-    case $arm in
-      replay)
-        "$python" label.py --model "$policy" --reference-model $init --out "$round/gold.jsonl" \
-          --pairs "$spa/gold/seed/seed.jsonl"
-        "$python" bench/replay.py --pairs "$pairs" --gold "$spa/gold/seed/seed.jsonl" \
-          --scored "$round/gold.jsonl" --out "$round/joined.jsonl"
-        pairs=$round/joined.jsonl ;;
-      repeat)
-        "$python" bench/replay.py --pairs "$pairs" --repeat 96 --out "$round/joined.jsonl"
-        pairs=$round/joined.jsonl ;;
-      fast | fast_worst) train+=(--lr 2.4e-5) ;;
-    esac
-    local epsilon=0
-    [[ $arm != fast_worst ]] || epsilon=0.01
-    [[ $arm != random ]] || epsilon=0.05
-    [[ $epsilon == 0 ]] || train+=(--anchor init)
-    "$python" dro.py --pairs "$pairs" --out "$round/worst.jsonl" --epsilon $epsilon
-    pairs=$round/worst.jsonl
-    if [[ $arm == random ]]; then
-      "$python" bench/random_pairs.py --seed "$number" --pairs "$pairs" --out "$round/random.jsonl"
-      pairs=$round/random.jsonl
+    if [[ $arm == repeat ]]; then
+      "$python" bench/replay.py --pairs "$round/labelled.jsonl" --repeat 96 \
+        --out "$round/joined.jsonl"
+    else
+      "$python" label.py --model "$policy" --reference-model $init --out "$round/gold.jsonl" \
+        --pairs "$spa/gold/seed/seed.jsonl"
+      "$python" bench/replay.py --pairs "$round/labelled.jsonl" --out "$round/joined.jsonl" \
+        --gold "$spa/gold/seed/seed.jsonl" --scored "$round/gold.jsonl"
     fi
-    "$python" train.py --model "$policy" --pairs "$pairs" --out "$round/policy" "${train[@]}" \
-      --batch-size 16 --micro-tokens 1024 --seed "$number"
+    "$python" dro.py --pairs "$round/joined.jsonl" --out "$round/worst.jsonl" --epsilon 0
+    "$python" train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
+      --lam "$(( t == 1 ? 50 : 25 ))e-2" --lr 1.2e-5 --batch-size 16 --micro-tokens 1024 \
+      --seed "$number"
     policy=$round/policy
   done
   evaluate init=$init seed="$spa/seed" round1="$run/round1/policy" round2="$run/round2/policy"
 }
-rays() {  # OF SCALES…: the policy of run OF's seed stage, scaled
-  local of=$1 c policies=(init=$init seed="$1/seed")
-  share "$of" "$run" eval/init.jsonl eval/seed.jsonl
-  for c in "${@:2}"; do
-    ray "$of" "$c" "ray$c"
+rays() {  # SCALES…: the policy of the seed stage, scaled
+  local c policies=(init=$init seed="$spa/seed")
+  share "$spa" "$run" eval/init.jsonl eval/seed.jsonl
+  for c in "$@"; do
+    ray "$c" "ray$c"
     sample "$run/ray$c" "$spa/data/eval.jsonl" "$run/eval/ray$c.jsonl" -n 1
     policies+=("ray$c=$run/ray$c")
   done
-  if [[ $of == "$spa" ]]; then
-    "$python" bench/demo_measures.py "$spa" "$run"
-    c=$("$python" bench/demo_measures.py "$run" --match "$spa")
-    ray "$of" "$c" match
-    policies+=(match="$run/match")
-  fi
-  evaluate "${policies[@]}"
+  "$python" bench/demo_measures.py "$spa" "$run"
+  ray "$("$python" bench/demo_measures.py "$run" --match "$spa")" match
+  evaluate "${policies[@]}" match="$run/match"
 }
-ray() {  # OF SCALE NAME
-  "$python" bench/extrapolate.py --init $init --policy "$1/seed" --scale "$2" --out "$run/$3"
+ray() {  # SCALE NAME
+  "$python" bench/extrapolate.py --init $init --policy "$spa/seed" --scale "$1" --out "$run/$2"
 }
 
 for number in "${@:2}"; do
@@ -130,14 +110,10 @@ for number in "${@:2}"; do
     every)
       share "$spa" "$run" eval/init.jsonl
       demo METHOD=spa SEED_SIZE=160 ROUNDS= ;;
-    epochs*)
-      share "$spa" "$run" "${gold[@]}"
-      demo METHOD=spa ROUNDS= SEED_EPOCHS="${arm#epochs}" ;;
-    rays) rays "$spa" ${RAYS:-1.5 2 3 4 6} ;;
-    every_rays) rays "$base/${1%"$arm"}every" 1.5 2 3 ;;
-    replay | repeat | random | fast | fast_worst) rounds ;;
+    rays) rays ${RAYS:-1.5 2 3 4 6} ;;
+    replay | repeat) rounds ;;
     *)
-      echo "error: $arm: no arm; sed -n '4,19p' bench/demo.sh lists them" >&2
+      echo "error: $arm: no arm; sed -n '4,16p' bench/demo.sh lists them" >&2
       exit 2 ;;
   esac
 done

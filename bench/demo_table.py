@@ -28,11 +28,6 @@ CLEAN = {
     "gold pairs replayed": ("replay", "round2"),
     "as many self-labelled pairs repeated": ("repeat", "round2"),
     "SPA, labels by the gold judge": ("judge", "round2"),
-    "SPA, twice the rate": ("fast", "round2"),
-    "worst case, twice the rate": ("fast_worst", "round2"),
-    "ε = 0.05 on random pairs": ("random", "round2"),
-    "seed at 6 epochs": ("epochs6", "seed"),
-    "seed at 12 epochs": ("epochs12", "seed"),
     "DPO on the gold labels of all 160 prompts": ("every", "seed"),
 }
 TABLES = {"Clean seed labels": CLEAN,

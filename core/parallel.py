@@ -76,7 +76,7 @@ def distribute(net: torch.nn.Module, shard: bool, recompute: bool) -> torch.nn.M
         for part in (*layers, net):
             hand_out(part, device)
             fully_shard(part)
-        register_fsdp_forward_method(net, "states")
+        register_fsdp_forward_method(net, "as_reference")
         return net
     net.to(device)
     if WORLD == 1 or not any(p.requires_grad for p in net.parameters()):

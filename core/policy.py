@@ -80,7 +80,7 @@ class ResponseLogps(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def states(self, tokens: dict) -> Reference:
+    def as_reference(self, tokens: dict) -> Reference:
         """What another policy's forward pass needs to extrapolate from this one."""
         head = functools.partial(logits_of, self.model)
         return Reference(head, response_hidden(self.model, tokens))
