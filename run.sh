@@ -14,7 +14,7 @@
 
 set -euo pipefail
 [[ $0 -ef run.sh ]] || { echo "error: call it where it lies: cd '$(dirname "$0")'" >&2; exit 2; }
-# Settings, the interpreter, and how a stage starts: `stage` on one process, `launch` on all.
+# Settings, the interpreter, and `stage`: on all processes, but data and dro.py on one.
 source configs/settings.sh "$@"
 
 algorithm() {  # runs twice: in the first pass every stage only looks, in the second it works
@@ -51,10 +51,10 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
 
   # Prompts without preferences: the model answers, the gold judge labels, once.
   if [[ $PROMPTS_ALONE == yes && -z $SEED_POLICY ]]; then
-    launch generate.py --model "$init" --prompts "$RUN/data/seed.jsonl" \
+    stage generate.py --model "$init" --prompts "$RUN/data/seed.jsonl" \
       --out "$RUN/gold/responses.jsonl" -n "${GOLD_N:-$N}" --temperature "$TEMPERATURE" \
       "${sample[@]}"
-    launch label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
+    stage label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
       "${gold_judge[@]}"
     stage -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" \
       --seed "$SEED" --seed-fraction 1 --rounds
@@ -64,7 +64,7 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
   # 1. Seed: π_0 ← DPO(π_init, gold).
   if [[ -z $SEED_POLICY ]]; then
     policies=(init="$init" seed="$policy")
-    launch seed_dpo.py --model "$init" --pairs "$gold" --out "$policy" --epochs "$SEED_EPOCHS" \
+    stage seed_dpo.py --model "$init" --pairs "$gold" --out "$policy" --epochs "$SEED_EPOCHS" \
       --lr "$LR" "${train[@]}"
   fi
 
@@ -73,17 +73,17 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
   for t in $(seq "${#rounds[@]}"); do
     round=$RUN/round$t
     # y_1 … y_n ~ π_{t−1}(· | x)
-    launch generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" \
+    stage generate.py --model "$policy" --prompts "$RUN/data/prompts_$t.jsonl" \
       --out "$round/responses.jsonl" -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
     # an LLM judge that is not given learns the letters of the gold pairs
     if [[ $JUDGE == llm && -z $JUDGE_MODEL && ( $t == 1 || $JUDGE_START == previous ) ]]; then
       judge=$RUN/judge from=$init
       [[ $JUDGE_START == init ]] || judge=$round/judge from=$policy
-      launch seed_dpo.py --objective judge --model "$from" --pairs "$gold" --out "$judge" \
+      stage seed_dpo.py --objective judge --model "$from" --pairs "$gold" --out "$judge" \
         --lr "$JUDGE_LR" "${train[@]}"
     fi
     # r(y) = β(log π_{t−1} − log π_init); best against worst becomes a pair                  S7, S8
-    launch label.py --model "$policy" --responses "$round/responses.jsonl" \
+    stage label.py --model "$policy" --responses "$round/responses.jsonl" \
       --out "$round/labelled.jsonl" --judge "$JUDGE" ${judge:+--judge-model "$judge"} \
       --reference "$REFERENCE" --reference-model "$reference" --beta "$BETA" \
       --length-penalty "$LENGTH_PENALTY" "${ask[@]}"
@@ -91,7 +91,7 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     stage dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" \
       --epsilon "$EPSILON" --pieces "$PIECES" ${GROUP:+--group "$GROUP"}
     # π_t: noise-refined labels under that worst case                                      S9 … S12
-    launch train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
+    stage train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
       --anchor "$anchor" --alpha "$ALPHA" --lam "${lams[t - 1]:-${lams[@]: -1}}" \
       --percentile "$PERCENTILE" --lr "$LR" "${train[@]}"
     [[ $REFERENCE != previous ]] || reference=$policy
@@ -102,11 +102,11 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
 
   # 3. Evaluate: every policy answers prompts that nothing was trained on.
   for name in "${policies[@]}"; do
-    launch generate.py --model "${name#*=}" --prompts "$RUN/data/eval.jsonl" \
+    stage generate.py --model "${name#*=}" --prompts "$RUN/data/eval.jsonl" \
       --out "$RUN/eval/${name%%=*}.jsonl" -n "$EVAL_N" --temperature 0.7 "${sample[@]}"
     answers+=("${name%%=*}=$RUN/eval/${name%%=*}.jsonl")
   done
-  launch evaluate.py --answers "${answers[@]}" --labels "${labels[@]}" --out "$RUN" \
+  stage evaluate.py --answers "${answers[@]}" --labels "${labels[@]}" --out "$RUN" \
     "${gold_judge[@]}"
 }
 

@@ -145,41 +145,18 @@ promised=''  # PATH, TAB, BYTES of all that will be written
 problems=''  # what the stages found wrong
 states=()    # complete, to do, …: what the stages said of themselves, in their order
 number=0     # of the stage that works
-starter=("$python")
 
-stage() {  # [-m] PROGRAM FLAGS …, on one process
-  local program=$1 out
+stage() {  # [-m] PROGRAM FLAGS …
+  local program=$1 out starter=("$python")
   [[ $1 != -m ]] || program=$2
   out=$(out_of "$@")
   if [[ $pass == look ]]; then
-    look "$@"
+    look "$program" "$out" "$@"
     return
   fi
-  # One process is enough to say that a stage is complete, and at once.
-  [[ ${states[number]} != complete ]] || starter=("$python")
-  number=$((number + 1))
-  echo "[$number/${#states[@]}] $program → $out"
-  "${starter[@]}" "$@"
-}
-out_of() {  # what stands behind --out
-  until [[ $1 == --out ]]; do shift; done
-  echo "$2"
-}
-look() {  # a stage says STATE, TAB, BYTES; its exit status, whether it has work (core/stage.py)
-  local status=0 answer state bytes
-  answer=$(LOOK=yes PROMISED=$promised "$python" "$@" 2>&1) || status=$?
-  IFS=$'\t' read -r state bytes < <(grep $'\t' <<<"$answer") || state=WRONG bytes=0
-  printf '  %-9s %-18s → %s\n' "$state" "$program" "${out#"$RUN"/}"
-  (( status == 0 )) || promised+=$out$'\t'$bytes$'\n'
-  if (( status != 0 && status != 3 )) && [[ $state != changed || ${states[*]} != *changed* ]]; then
-    # What has changed is said once: the rest follows from it.
-    problems+=$(grep '^error: ' <<<"$answer" || echo "error: $program: $answer")$'\n'
-  fi
-  states+=("$state")
-}
-launch() {  # a stage on all processes
-  local starter=("$python")
-  if [[ $BACKEND == vllm && $1 == generate.py ]]; then
+  if [[ ${states[number]} == complete || $program == data.* || $program == dro.py ]]; then
+    :  # one process is enough
+  elif [[ $BACKEND == vllm && $program == generate.py ]]; then
     :  # vLLM has processes of its own
   elif [[ -n $LAUNCH ]]; then
     starter=($LAUNCH)
@@ -188,7 +165,25 @@ launch() {  # a stage on all processes
     starter=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m torch.distributed.run
       --standalone --nproc_per_node "$NPROC")
   fi
-  stage "$@"
+  number=$((number + 1))
+  echo "[$number/${#states[@]}] $program → $out"
+  "${starter[@]}" "$@"
+}
+out_of() {  # what stands behind --out
+  until [[ $1 == --out ]]; do shift; done
+  echo "$2"
+}
+look() {  # PROGRAM OUT COMMAND …; in core/stage.py: what a stage prints, and its exit status
+  local program=$1 out=$2 status=0 answer state bytes
+  answer=$(LOOK=yes PROMISED=$promised "$python" "${@:3}" 2>&1) || status=$?
+  IFS=$'\t' read -r state bytes < <(grep $'\t' <<<"$answer") || state=WRONG bytes=0
+  printf '  %-9s %-18s → %s\n' "$state" "$program" "${out#"$RUN"/}"
+  (( status == 0 )) || promised+=$out$'\t'$bytes$'\n'
+  if (( status != 0 && status != 3 )) && [[ $state != changed || ${states[*]} != *changed* ]]; then
+    # What has changed is said once: the rest follows from it.
+    problems+=$(grep '^error: ' <<<"$answer" || echo "error: $program: $answer")$'\n'
+  fi
+  states+=("$state")
 }
 
 look_then_work() {
