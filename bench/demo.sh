@@ -44,7 +44,7 @@ sample() {  # MODEL PROMPTS OUT FLAGS…
 evaluate() {  # NAME=MODEL…: as run.sh does
   local one answers=()
   for one in "$@"; do
-    sample "${one#*=}" "$spa/data/eval.jsonl" "$run/eval/${one%%=*}.jsonl" -n 1
+    sample "${one#*=}" "$spa/data/eval.jsonl" "$run/eval/${one%%=*}.jsonl" -n 4
     answers+=("${one%%=*}=$run/eval/${one%%=*}.jsonl")
   done
   "$python" evaluate.py --answers "${answers[@]}" --judge vader --out "$run"
@@ -79,7 +79,7 @@ rays() {  # SCALES…: the policy of the seed stage, scaled
   share "$spa" "$run" eval/init.jsonl eval/seed.jsonl
   for c in "$@"; do
     ray "$c" "ray$c"
-    sample "$run/ray$c" "$spa/data/eval.jsonl" "$run/eval/ray$c.jsonl" -n 1
+    sample "$run/ray$c" "$spa/data/eval.jsonl" "$run/eval/ray$c.jsonl" -n 4
     policies+=("ray$c=$run/ray$c")
   done
   "$python" bench/demo_measures.py "$spa" "$run"

@@ -33,7 +33,7 @@ from core.stage import parser, run_stage  # noqa: E402
 from judges.history import sources_of, stage_of  # noqa: E402
 from judges.measures import mean_and_error  # noqa: E402
 
-SAMPLED = ("n", "max_new_tokens", "seed", "precision")  # settings of the evaluation that stay
+SAMPLED = ("max_new_tokens", "seed", "precision")  # settings of the evaluation that stay
 
 
 def write_json(path: Path, value: object) -> None:
@@ -68,9 +68,10 @@ def measure(answers: Path, init: str, cache: Path, device: torch.device) -> dict
     known = cache / f"{settings['model']}.json"
     if not known.exists():
         samples = known.with_suffix(".jsonl")
-        flags = ["--temperature", "1", "--model", inputs["model"], "--prompts", inputs["prompts"]]
+        flags = ["-n", "1", "--temperature", "1", "--model", inputs["model"],
+                 "--prompts", inputs["prompts"]]
         for key in SAMPLED:
-            flags += ["-n" if key == "n" else f"--{key.replace('_', '-')}", str(settings[key])]
+            flags += [f"--{key.replace('_', '-')}", str(settings[key])]
         subprocess.run([sys.executable, ROOT / "generate.py", *flags, "--out", samples], check=True)
         rows = read_rows(str(samples), "responses")
         tokens = np.array([[len(ids) for ids in row["response_ids"]] for row in rows])

@@ -72,15 +72,18 @@ def paired_p(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def text_measures(rows: list[dict], second_lexicon: bool) -> dict:
-    """What the answers of a policy look like, from its rows of responses. `openings`: distinct
-    first three words, as a share of the answers, low where a policy has one opening.
+    """What the answers of a policy look like, from its rows of responses. `openings`: of one answer
+    to every prompt, the share of distinct first three words, low where a policy has one opening;
+    the mean over the samples.
 
     `second_score`: mean polarity in [−1, 1] of the words that TextBlob's lexicon knows, where that
     is installed. Nothing is trained on it, and as a mean over words it does not rise with length.
     """
     texts = [text for row in rows for text in row["responses"]]
+    distinct = [len({tuple(text.split()[:3]) for text in sample})
+                for sample in zip(*(row["responses"] for row in rows))]
     measures = {"characters": float(np.mean([len(text) for text in texts])),
-                "openings": len({tuple(text.split()[:3]) for text in texts}) / len(texts)}
+                "openings": float(np.mean(distinct)) / len(rows)}
     if all("ended" in row for row in rows):
         measures["ended"] = float(np.mean([end for row in rows for end in row["ended"]]))
     if second_lexicon and importlib.util.find_spec("textblob"):

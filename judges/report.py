@@ -30,7 +30,8 @@ symmetric in the two policies; ± one standard error over prompts. \
 Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows (pip install \
 textblob); nothing was trained on it, so that where the gold score rises and it does not, a policy \
 pleases the gold judge alone. Ended: share of the answers that ended before the length limit, ✂ \
-marks one that did not; openings: distinct first three words, as a share of the answers. \
+marks one that did not; openings: of one answer to every prompt, the share of distinct first \
+three words. \
 Decided by order: share of the comparisons that have another winner when the two are exchanged; \
 without verdict: the judge's answers that hold none and count ½."""
 

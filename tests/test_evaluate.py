@@ -66,6 +66,12 @@ def test_label_quality_by_hand():
     assert quality["wrong_among_flagged"] is None and quality["wrong"] is None
 
 
+def test_openings_by_hand():
+    """The first samples open alike, the second ones do not: (1 + 2) / 2 of two prompts."""
+    rows = [{"responses": ["a b c d", "x y z"]}, {"responses": ["a b c e", "a b c"]}]
+    assert text_measures(rows, second_lexicon=False)["openings"] == 0.75
+
+
 def test_a_second_lexicon_is_a_mean_over_words():
     """TextBlob's: words that it does not know and length change nothing."""
     pytest.importorskip("textblob")
