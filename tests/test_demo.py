@@ -81,20 +81,17 @@ def test_table_over_seeds(table, capsys, call):
 
 
 def test_pictures_of_the_demo(table, monkeypatch):
-    """Methods without a run are left out."""
+    """The curves go through the means over seeds."""
     figures = []
     monkeypatch.setattr(demo_plots, "save", lambda figure, path: figures.append(figure))
     runs = demo_table.read_runs(table)
     demo_plots.plot_kl(runs, table)
     demo_plots.plot_stages(runs, table)
-    curves, stages = figures
+    curves, _ = figures
     names = [text.get_text() for text in curves.legends[0].get_texts()]
-    assert "gold pairs replayed" not in names
     spa = curves.axes[0].containers[names.index("SPA, 0 to 2 rounds")][0]
     assert spa.get_xdata() == pytest.approx([math.sqrt(6)] * 3)
     assert spa.get_ydata() == pytest.approx([0.2, 0.31, 0.31])
-    names = [text.get_text() for text in stages.legends[0].get_texts()]
-    assert names == ["SPA", "worst case, ε = 0.01"]
 
 
 def test_measures_by_hand():
@@ -105,11 +102,6 @@ def test_measures_by_hand():
     assert measures["fluency"] == -18 / 12
     # sums of init + 1.5 tokens: 2 and −2, over 12 tokens; two prompts: √2 · √(4 + 4) / 12
     assert measures["fluency_error"] == pytest.approx(4 / 12)
-    rays = {1.0: 4.0, 2.0: 16.0, 3.0: 25.0}
-    assert demo_measures.scale_at(9.0, rays) == 1.5
-    assert demo_measures.scale_at(20.25, rays) == 2.5
-    with pytest.raises(SystemExit):
-        demo_measures.scale_at(26.0, rays)
 
 
 def test_the_ray_at_the_kl_of_a_run(tmp_path, capsys, call):

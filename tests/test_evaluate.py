@@ -10,8 +10,6 @@ import re
 import numpy as np
 import pytest
 from conftest import CORPUS, ROOT, dump, jsonl, ok, one_line, run, stats_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from scipy.stats import binomtest
@@ -20,7 +18,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from core.rows import read_json_list
 from judges import judge, mt_bench, report
 from judges.alpaca_eval import scores
-from judges.history import command_of, history, training_of
+from judges.history import history
 from judges.measures import (
     RIDGE,
     error_over_prompts,
@@ -125,21 +123,6 @@ def few_wins(count: int, won: int, seed: int) -> tuple:
     return delta, (np.arange(count) < won) * 1.0, prompts
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([0, 0.3, 0.5, 1]), st.integers(-49, 49)), min_size=2, max_size=30
-    )
-)
-def test_length_control_is_symmetric_in_whatever_is_judged(rows):
-    p, delta = np.array(rows, float).T
-    prompts = np.arange(len(p))
-    rate, error = length_controlled(delta, p, prompts)
-    turned, same_error = length_controlled(-delta, 1 - p, prompts)
-    assert rate + turned == pytest.approx(1, abs=1e-8)
-    assert error == pytest.approx(same_error, abs=1e-8, nan_ok=True)
-
-
 def test_symmetric_fit_against_a_separate_optimiser():
     """The minimum that a simplex finds, which knows no gradient."""
     for delta, p, prompts in (judged(60, 2, 5), few_wins(50, 2, 4)):
@@ -151,6 +134,7 @@ def test_symmetric_fit_against_a_separate_optimiser():
 
         best = minimize(loss, np.zeros(2), method="Nelder-Mead", tol=1e-12).x[1]
         rate, _ = length_controlled(delta, p, prompts)
+        assert length_controlled(-delta, 1 - p, prompts)[0] == pytest.approx(1 - rate, abs=1e-8)
         assert rate == pytest.approx(1 / (1 + math.exp(-best)), abs=1e-5)
 
 
@@ -184,9 +168,6 @@ def test_scores_by_hand():
     assert score["win_rate"] == pytest.approx(100 * np.mean(p))
     assert score["standard_error"] == pytest.approx(100 * np.std(p, ddof=1) / math.sqrt(5))
     assert score["no_verdict"] == 2
-    # four samples of each prompt are no more prompts
-    one = [annotation(q, "a", "bcd", instruction=str(i)) for i, q in enumerate((1, 2, 1.5))]
-    assert scores(one * 4)["standard_error"] == pytest.approx(scores(one)["standard_error"])
 
 
 @pytest.mark.skipif(not OFFICIAL.exists(), reason="AlpacaEval's files are not at hand")
@@ -205,7 +186,6 @@ def test_win_rates_equal_the_official_leaderboard():
 
 
 @pytest.mark.parametrize("rows, words", [
-    ([], "list of objects"),
     ([{"output_1": "a"}], "output_2"),
     ([annotation(1, "a", "b"), annotation(3, "a", "b")], "not from 1 to 2"),
     ([annotation("x", "a", "b")], "could not convert"),
@@ -372,7 +352,6 @@ def test_the_report_opens_with_sentences():
         "81 % of its answers end. Its mean gold score is 0.87, that of init 0.47. Its mean score "
         "by a second lexicon is 0.31, that of init 0.30. The judge agrees with 75 % of the "
         "self-labels of round 2.")
-    assert report.opening({"init": first}, {}, {}) == "Init answers in 200 characters."
 
 
 def test_outputs_of_other_models_and_no_verdicts(folder, tmp_path, monkeypatch):
@@ -423,8 +402,6 @@ def test_a_table_has_the_columns_that_somebody_has():
     assert lines[0] == "| policy | win rate [95 %] | p | gold score | characters |"
     assert lines[2] == "| init | – | – | 0.500 ± – | 190 |"
     assert lines[3] == "| mine | 1.000 [0.930, 1.000] | < 0.001 | 0.500 ± – | 190 |"
-    assert report.measured({"p": 1e-3}, "p") == "0.001"
-    assert report.measured({"p": math.nan}, "p") == "–"
 
 
 def test_how_a_run_came_about(tmp_path):
@@ -437,23 +414,11 @@ def test_how_a_run_came_about(tmp_path):
     (tmp_path / "other.stats.json").write_text("[1]")
     stages = history(str(tmp_path))
     assert [os.path.basename(stage["out"]) for stage in stages] == ["worst.jsonl", "data", "seed"]
-    assert command_of(stages[0]["about"]).endswith("python worst.jsonl.py")
-    assert training_of(f"{tmp_path}/data") == ([], {})
 
 
 def test_panels_of_what_there_is(monkeypatch):
-    """No empty frames; accuracy stands in the place of a loss that the anchor makes rise."""
+    """No empty frames."""
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure.axes))
-    init = {"characters": 5.0, "score": 0.2, "score_error": 0.1}
-    moved = init | {"win_rate": 1.0, "win_rate_error": 0.1}
-    log = [{"loss": 0.7, "accuracy": 0.5}, {"loss": 0.9, "accuracy": 0.6}]
-    quality = {"moved": {"accuracy": 0.7, "wrong": 0.3, "wrong_among_flagged": None}}
-    report.plot("r.png", {"init": init, "moved": moved}, quality,
-                {"init": ([], {}), "moved": (log, {})})
-    *_, labels, training = kept[-1]
-    assert all(axis.has_data() for axis in kept[-1])
-    assert training.lines[0].get_ydata().tolist() == [0.5, 0.6]
-    assert [c.lines[0].get_ydata().tolist() for c in labels.containers] == [[0.7], [0.3]]
     report.plot("r.png", {"init": {"characters": 5.0}}, {}, {"init": ([], {})})
     assert [axis.get_title() for axis in kept[-1]] == ["length of the answers"]

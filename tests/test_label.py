@@ -24,8 +24,6 @@ def test_best_and_worst():
     assert best_and_worst(["a", "a", "a"], [0.1, 0.1 + 1e-9, 0.1]) is None  # identical text
     assert best_and_worst(["a", "b"], [0.3, 0.3]) is None
     assert best_and_worst(["a"], [0.3]) is None
-    reward = implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1, [7, 9], 0.0)
-    assert reward == pytest.approx([0.1, -0.1])
     reward = implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1, [70, 9], 0.01)  # S13
     assert reward == pytest.approx([-0.6, -0.19])
 
