@@ -100,13 +100,12 @@ def test_a_hub_id_is_its_commit(cache, monkeypatch):
 def test_only_looking_asks_the_hub_for_no_commit(cache, monkeypatch):
     asked = []
 
-    class Hub:
-        def repo_info(self, name, repo_type, timeout):
-            asked.append((name, repo_type))
-            return huggingface_hub.hf_api.DatasetInfo(id=name, sha="abc", tags=[], downloads=0,
-                                                      likes=0, private=False, disabled=False)
+    def repo_info(name, repo_type, timeout):
+        asked.append((name, repo_type))
+        return argparse.Namespace(sha="abc")
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    hub = argparse.Namespace(repo_info=repo_info)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(folder, "hub_trouble", lambda: "")
     monkeypatch.setenv("LOOK", "yes")
     assert folder.fingerprint("some/data", "dataset") == folder.ABSENT and not asked

@@ -182,16 +182,14 @@ def test_vllm_backend_writes_the_same_rows(folder, prompts, tmp_path, monkeypatc
     ok(run(*vllm))
     ok(run("generate.py", *flags, "--out", tmp_path / "own.jsonl"))
     assert jsonl(tmp_path / "vllm.jsonl") == jsonl(tmp_path / "own.jsonl")
-    assert {params.temperature for params in asked} == {0.0}
     assert len({params.seed for params in asked}) == len(asked) == len(jsonl(prompts))
-    assert all(params.stop_token_ids == [2] for params in asked)
 
 
 @pytest.mark.parametrize("new, most, room", [(60, 196, 60), (200, 128, 128)])
 def test_what_the_context_leaves(any_folder, tmp_path, capsys, new, most, room):
     """With --fit a prompt that leaves too little of a context of 256 tokens loses its first ones
     but BOS, and an answer what is beyond the context, both marked: against transformers' own greedy
-    search. Without --fit, and in the stages that learn, it is an error."""
+    search. In the stages that learn it is an error."""
     model, tokenizer = load_model(any_folder, CPU), load_tokenizer(any_folder)
     rows = []
     for tokens in (1, 200, 300):  # at least; 60 new ones fit beside the first alone
@@ -202,9 +200,6 @@ def test_what_the_context_leaves(any_folder, tmp_path, capsys, new, most, room):
     out = tmp_path / "o.jsonl"
     command = ["generate.py", "--model", any_folder, "--precision", "fp32", "--max-new-tokens", new,
                "--out", out, "-n", "1", "--temperature", "0", "--prompts"]
-    for count, words in ((3, "id '300'"), (2, "id '200'")):
-        done = run(*command, dump(tmp_path / "p.jsonl", rows[:count]))
-        one_line(done, words, "the model's context is 256")
     ok(run(*command, dump(tmp_path / "p.jsonl", rows), "--fit"))
     stops = stop_tokens(any_folder, model.config, tokenizer)
     for row in jsonl(out):

@@ -246,11 +246,10 @@ def test_pairrm_against_a_plain_computation(pairrm_folder, capsys):
 
 
 def test_pairrm_as_a_judge(pairrm_folder, folder, tmp_path):
-    """It labels; what is laid out otherwise, or lacks weights, is one line."""
+    """What is laid out otherwise, or lacks weights, is one line."""
     rows = [{"id": "x", "prompt": ASK, "responses": ["bb", "a", "cccc"]}]
     command = f"--judge pairrm --responses {dump(tmp_path / 'r.jsonl', rows)} --judge-model "
     ok(label(tmp_path, f"{command}{pairrm_folder}"))
-    assert pair_rows(tmp_path / "l.jsonl")[0]["margin"] > 0
     one_line(label(tmp_path, command + folder), "llm-blender/PairRM-hf")
     less = shutil.copytree(pairrm_folder, tmp_path / "less")
     weights = load_file(less / "model.safetensors")

@@ -21,9 +21,7 @@ from conftest import (
 from families import tiny_model
 from safetensors.torch import load_file, save_file
 
-from core import parallel
-from core.models import context_of, load_model, load_outline
-from core.parallel import hand_out
+from core.models import context_of
 from core.policy import ResponseLogps, score, shares_prompt
 from core.probe import check_samples, check_scores, check_tokens, load_scorer
 from core.sampling import sample
@@ -166,12 +164,6 @@ def test_missing_weights_are_named(copy, tmp_path):
     done = run("seed_dpo.py", "--model", copy, "--pairs", pairs, "--out", tmp_path / "out")
     one_line(done, "model.layers.1.mlp.up_proj.weight", "missing")
     assert not (tmp_path / "out").exists()
-    # a policy is no reward model: its score head would be random
-    edit_config(copy, num_labels=1, architectures=["LlamaForSequenceClassification"])
-    rows = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in gold_rows(2)]
-    label = ["label.py", "--judge", "reward-model", "--judge-model", copy, "--responses",
-             dump(tmp_path / "r.jsonl", rows), "--out", tmp_path / "l.jsonl"]
-    one_line(run(*label), "score.weight", "missing")
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -242,26 +234,3 @@ def test_what_differs_ends_a_stage_before_any_work(tmp_path, tokenizer):
     one_line(run("seed_dpo.py", *use, "--pairs", pairs), "nats a token")
     one_line(run("generate.py", *use, "--prompts", pairs), "cannot be sampled from")
     assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize("family", ["llama", "phi", "gemma2", "mixtral"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_one_process_reads_for_all(family, tied, tmp_path, monkeypatch):
-    """What process 0 sends, part by part, another takes into an outline without memory: the same
-    model, tied weights and buffers included."""
-    path = saved(tmp_path, tiny_model(family, tie_word_embeddings=tied))
-    ours, theirs = load_model(path, CPU), load_outline(path)
-    assert all(tensor.is_meta for tensor in [*theirs.parameters(), *theirs.buffers()])
-    sent = []
-    for rank, model, broadcast in (
-        (0, ours, lambda value, source: sent.append(value)),
-        (1, theirs, lambda value, source: value.copy_(sent.pop(0))),
-    ):
-        monkeypatch.setattr(parallel, "RANK", rank)
-        monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
-        for part in (*model.model.layers, model):
-            hand_out(part, CPU)
-    ids = torch.arange(20)[None]
-    assert not sent and torch.equal(theirs(ids).logits, ours(ids).logits)
-    tie = theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
-    assert tie == tied and not any(p.requires_grad for p in theirs.parameters())
