@@ -109,13 +109,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found = [node.module or "."]
-            if node.module in ROOMS:
-                found = [f"{node.module}.{alias.name}" for alias in node.names]
-            if node.level:
-                found = ["."]  # a relative import has no place here
-        own = (*ROOMS, *STAGES, "bench", "tests", ".")
-        yield from (name for name in found if name in own or name.split(".")[0] in own)
+            found = [node.module]
+        own = (*ROOMS, *STAGES, "bench", "tests", None)  # None: a relative import
+        yield from (name for name in found if name and name.split(".")[0] in own)
 
 
 def may_import(name: str, other: str) -> bool:

@@ -20,7 +20,6 @@ RADII = st.sampled_from([0.0, 1.0, 1.5]) | st.floats(0, 0.3)
 LOSSES = {
     "star": (lambda x: loss_star(x, 6), lambda x: -1 / np.maximum(x, 1 / 6)),
     "log": (lambda x: -np.log(0.05 + 0.95 * x), lambda x: -0.95 / (0.05 + 0.95 * x)),
-    "softplus": (lambda x: np.logaddexp(0, 4 - 7 * x), lambda x: -7 * expit(4 - 7 * x)),
 }
 
 
@@ -58,7 +57,7 @@ def check(solution, xi, loss, epsilon, rounding):
 
 
 @settings(max_examples=400, deadline=None)
-@given(CONFIDENCES, RADII, st.integers(1, 50), st.sampled_from(["", "log", "softplus"]))
+@given(CONFIDENCES, RADII, st.integers(1, 50), st.sampled_from(["", "log"]))
 def test_exact_equals_lp_equals_dual(xi, epsilon, pieces, name):
     """For ℓ̃ and for the tangents of any convex, non-increasing loss."""
     knots = np.arange(1, pieces + 1) / pieces
@@ -161,14 +160,10 @@ def test_stage(tmp_path, solver, extra):
     epsilon, pieces = (stats["settings"][key] for key in ("epsilon", "pieces"))
     assert (stats["n"], stats["transport"]) == (40, pytest.approx(epsilon, abs=1e-9))
     assert abs(stats["gap"]) < 1e-8 and (stats["moved"] == 0) == (epsilon == 0)
-    under_star = 0.0
     for row in worst:
         assert row["xi"] == pytest.approx(expit(row["margin"])) and row["pieces"] == pieces
-        under_star += sum(weight * loss_star(np.float64(row["xi"] - shift), pieces) / len(worst)
-                          for weight, shift in row["atoms"])
     assert stats["empirical_loss"] <= stats["worst_case_loss"] + 1e-9
     assert stats["worst_case_loss"] <= stats["worst_case_loss_star"] + 1e-9
-    assert solver == "lp" or stats["worst_case_loss_star"] == pytest.approx(under_star)
     # its own output is fine as input
     ok(run("dro.py", "--pairs", out, "--out", tmp_path / "again.jsonl", *command))
     assert jsonl(tmp_path / "again.jsonl") == worst

@@ -9,7 +9,6 @@ import re
 import numpy as np
 import pytest
 from conftest import CORPUS, ROOT, dump, jsonl, ok, one_line, run, stats_of
-from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from scipy.stats import binomtest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -92,12 +91,9 @@ def test_intervals_at_their_ends(count):
         assert near == 0 and 0.8 * exact < far < 1.5 * exact
 
 
-def test_paired_test_is_uniform_under_the_null():
-    """p < 0.1 in about 10 % of 50 draws; a paired difference is found."""
-    dice = np.random.default_rng(0)
-    small = sum(paired_p(*(dice.random((2, 40, 2)) < 0.6).astype(float)) < 0.1 for _ in range(50))
-    assert 1 <= small <= 12
-    common = dice.random((40, 1))
+def test_paired_test_by_hand():
+    """A paired difference is found, and a p-value is exact where prompts are few."""
+    common = np.random.default_rng(0).random((40, 1))
     assert paired_p(common + 0.05, common) < 1e-3 and paired_p(common, common) == 1
     # 2 of the 8 ways to choose signs
     assert paired_p(np.ones((3, 1)), np.zeros((3, 1))) == 0.25
@@ -390,11 +386,3 @@ def test_answers_that_do_not_fit_together_are_one_line(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- the report
-
-
-def test_panels_of_what_there_is(monkeypatch):
-    """No empty frames."""
-    kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure.axes))
-    report.plot("r.png", {"init": {"characters": 5.0}}, {}, {"init": ([], {})})
-    assert [axis.get_title() for axis in kept[-1]] == ["length of the answers"]

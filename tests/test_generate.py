@@ -189,7 +189,7 @@ def test_vllm_backend_writes_the_same_rows(folder, prompts, tmp_path, monkeypatc
 def test_what_the_context_leaves(any_folder, tmp_path, capsys, new, most, room):
     """With --fit a prompt that leaves too little of a context of 256 tokens loses its first ones
     but BOS, and an answer what is beyond the context, both marked: against transformers' own greedy
-    search. In the stages that learn it is an error."""
+    search. Without --fit, and in the stages that learn, it is an error."""
     model, tokenizer = load_model(any_folder, CPU), load_tokenizer(any_folder)
     rows = []
     for tokens in (1, 200, 300):  # at least; 60 new ones fit beside the first alone
@@ -200,7 +200,9 @@ def test_what_the_context_leaves(any_folder, tmp_path, capsys, new, most, room):
     out = tmp_path / "o.jsonl"
     command = ["generate.py", "--model", any_folder, "--precision", "fp32", "--max-new-tokens", new,
                "--out", out, "-n", "1", "--temperature", "0", "--prompts"]
-    ok(run(*command, dump(tmp_path / "p.jsonl", rows), "--fit"))
+    pairs = dump(tmp_path / "p.jsonl", rows)
+    one_line(run(*command, pairs), "id '300'", "the model's context is 256")
+    ok(run(*command, pairs, "--fit"))
     stops = stop_tokens(any_folder, model.config, tokenizer)
     for row in jsonl(out):
         ids = encode_prompt(tokenizer, row["prompt"])

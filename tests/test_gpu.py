@@ -114,14 +114,12 @@ def test_every_measurement_of_the_gpu_script(tmp_path):
     done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny"], env=env, capture_output=True,
                           text=True)
     lines = [json.loads(line) for line in ok(done).stdout.splitlines()]
-    ours = ["ours", "ours, noise detection", "ours, gradient checkpointing"]
-    names = ["scoring", *ours, "sampling, ours", "sampling, plain"]
     speeds = {line["name"]: line for line in lines if "tokens_per_s" in line}
-    assert list(speeds) == names and lines[0]["matmul_tflops"] > 0
+    assert len(speeds) == 6 and lines[0]["matmul_tflops"] > 0
     # plain and recomputed steps are the same steps
-    assert speeds[ours[0]]["losses"] == pytest.approx(speeds[ours[2]]["losses"], abs=1e-4)
-    programs = [line["name"] for line in lines if line.get("status") == 0]
-    assert programs == [f"{name}, whole program" for name in ("model", *names, "demo")]
+    plain, recomputed = (speeds[f"ours{how}"] for how in ("", ", gradient checkpointing"))
+    assert plain["losses"] == pytest.approx(recomputed["losses"], abs=1e-4)
+    assert [line["status"] for line in lines if "status" in line] == [0] * 8
 
 
 def test_training_flops_by_hand():

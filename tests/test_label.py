@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import dump, gold_rows, jsonl, ok, one_line, pair_rows, plain_logp, run, stats_of
+from conftest import dump, gold_rows, jsonl, ok, pair_rows, plain_logp, run, stats_of
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from core.chat import answered, encode_prompt, encode_response
@@ -102,8 +102,6 @@ def test_ties_are_ties_alone(tmp_path):
     command = ["label.py", "--judge", "vader", "--out", tmp_path / "l.jsonl", "--responses"]
     done = ok(run(*command, dump(tmp_path / "r.jsonl", rows)))
     assert "1 pairs by vader, 1 ties left out, median" in done.stdout
-    alone = [{"id": "1", "prompt": ASK, "responses": ["Good."]}]
-    one_line(run(*command, dump(tmp_path / "r.jsonl", alone)), "1 rows with fewer than two")
 
 
 def test_a_new_label_takes_the_old_ones_place(tmp_path):

@@ -105,8 +105,6 @@ LAYOUTS = {  # a row, and the prompt that it has; the responses are always A and
     "sides as JSON": ({k: json.dumps(v) for k, v in sides("u: Q | ").items()}, "u: Q"),
     "prompt as JSON": ({"prompt": json.dumps(turns("s: Z | u: Q"), indent=1), **PAIR},
                        "s: Z | u: Q"),
-    "a message as JSON, in another order": (
-        {"prompt": '{"content": "Q", "role": "user"}', **PAIR}, "u: Q"),
     "a text like a list": ({"prompt": "[{'a': 1}] and ['role': 2]", **PAIR},
                            "u: [{'a': 1}] and ['role': 2]"),
     "instruction": ({"instruction": "Q", "input": "", **PAIR}, "u: Q"),
@@ -124,7 +122,6 @@ LAYOUTS = {  # a row, and the prompt that it has; the responses are always A and
     "a tool's answer between": ({"prompt": "Q", **sides("u: Q | a: look | t: 7 | ")},
                                 "u: Q | a: look | t: 7"),
     "a system column": ({"system": "Z", "prompt": "Q", **PAIR}, "s: Z | u: Q"),
-    "a system column and turn": ({"system": "Z", **sides("s: Z | u: Q | ")}, "s: Z | u: Q"),
 }
 
 
@@ -137,7 +134,6 @@ def test_layouts(name):
 def test_prompts_alone():
     for row, prompt in [({"prompt": "Q"}, "u: Q"), ({"instruction": "Q"}, "u: Q"),
                         ({"question": "Q", "answer": "A"}, "u: Q"),
-                        ({"prompt": "\n\nHuman: Q\n\nAssistant:"}, "u: Q"),
                         ({"prompt": turns("u: Q | a: go on")}, "u: Q | a: go on")]:
         assert normalise("here", row, prompts_alone=True) == {"prompt": turns(prompt)}
 

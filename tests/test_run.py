@@ -7,7 +7,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import ROOT, dump, gold_rows, gpus_for, jsonl, warm_python
+from conftest import ROOT, dump, gold_rows, gpus_for, jsonl, ok, one_line, warm_python
 
 
 def start_sh(*arguments, cwd=ROOT, environment=None, **settings) -> subprocess.CompletedProcess:
@@ -23,19 +23,11 @@ def start_sh(*arguments, cwd=ROOT, environment=None, **settings) -> subprocess.C
 
 
 def run_sh(*arguments, **settings) -> str:
-    done = start_sh(*arguments, **settings)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = ok(start_sh(*arguments, **settings))
     # No library's progress bars, and none of its warnings.
     lines = done.stderr.splitlines()
     assert not [line for line in lines if not line.startswith(("note: ", "warning: "))]
     return done.stdout
-
-
-def refused(done: subprocess.CompletedProcess) -> str:
-    """The one line of a run that was refused."""
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
-    assert done.returncode == 2 and len(lines) == 1, done.stdout + done.stderr
-    return lines[0]
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -60,13 +52,13 @@ def refused(done: subprocess.CompletedProcess) -> str:
 ])
 def test_a_mistaken_setting_is_one_line_before_any_stage(tmp_path, words, expected):
     done = start_sh(*words.split(), DATA="data.jsonl", RUN=tmp_path / "run")
-    assert expected in refused(done)
+    one_line(done, expected)
     assert not (tmp_path / "run").exists()
 
 
 def test_settings_do_not_come_from_the_environment(tmp_path):
-    line = refused(start_sh(environment={"METHOD": "spa"}))
-    assert "bash run.sh METHOD='spa'" in line and "env -u METHOD bash run.sh" in line
+    done = start_sh(environment={"METHOD": "spa"})
+    one_line(done, "bash run.sh METHOD='spa'", "env -u METHOD bash run.sh")
     # Other programs' variables are none of ours.
     others = dict.fromkeys(("SHARED", "DATE", "MODE", "NODES", "MODELS", "GROUPS"), "x")
     done = start_sh("--check", DATA=tmp_path / "no.jsonl", ROUNDS="", environment=others)
@@ -83,7 +75,7 @@ def test_a_config_is_lines_of_names_and_values(tmp_path):
     # What belongs to a config's own model and data does not go with others.
     assert "data.system_turn" not in start_sh(config, "--check", MODEL="other").stdout
     config.write_text("DATA=x\nROUNDS 4\n")
-    assert f"{config}: not a line NAME=value: ROUNDS 4" in refused(start_sh(config))
+    one_line(start_sh(config), f"{config}: not a line NAME=value: ROUNDS 4")
 
 
 def test_help_names_every_setting():
@@ -98,7 +90,7 @@ def test_runs_are_named_apart(tmp_path):
     assert "→ runs/own-spa" in done.stdout
     assert done.returncode == 2  # there is no such model
     assert "configs/demo.env DATA=" in done.stderr  # no config and no GPU
-    assert f"cd '{ROOT}'" in refused(start_sh(cwd=tmp_path))  # paths would be another folder's
+    one_line(start_sh(cwd=tmp_path), f"cd '{ROOT}'")  # paths would be another folder's
 
 
 # ----------------------------------------------------------------------------------- the first look
@@ -177,8 +169,7 @@ def test_demo_on_a_tiny_model(folder, ranker, tmp_path):
     assert "[1/18]" not in again and "| round2 |" in again
     # What would be redone is named, and nothing is, before REDO=yes asks for it.
     changed = start_sh(demo, "--check", **settings, EPSILON=0)
-    line = refused(changed)
-    assert "round1/worst.jsonl: complete, but changed" in line and "epsilon 0.01 → 0.0" in line
+    one_line(changed, "round1/worst.jsonl: complete, but changed", "epsilon 0.01 → 0.0")
     states = [line.split()[0] for line in changed.stdout.splitlines()[1:]]
     assert states[:7] == ["complete"] * 7 and states[7] == "changed"
     assert start_sh(demo, **settings, EPSILON=0).stderr == changed.stderr
@@ -227,8 +218,7 @@ def launched(tmp_path, name: str, **settings) -> dict:
     rounds, *expected = CONFIGS[name]
     planned = start_sh("--check", f"configs/{name}.env", "--tiny", RUN=tmp_path / "run").stdout
     assert planned.count(" train.py ") == rounds
-    done = start_sh(f"configs/{name}.env", "--tiny", RUN=tmp_path / "run", ROUNDS=6, **settings)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ok(start_sh(f"configs/{name}.env", "--tiny", RUN=tmp_path / "run", ROUNDS=6, **settings))
     policy = tmp_path / "run-tiny/round1/policy"
     stats = stats_of(policy)
     model = json.loads((policy / "config.json").read_text())["model_type"]

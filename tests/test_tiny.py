@@ -13,7 +13,6 @@ def test_the_command_makes_a_policy_and_a_base_model(tmp_path):
     model, other = (AutoModelForCausalLM.from_pretrained(tmp_path / "tiny" / name)
                     for name in ("model", "base"))
     assert model.config.model_type == other.config.model_type == "phi3"
-    assert model.config.eos_token_id == tokenizer.eos_token_id and model.num_parameters() < 100_000
     assert model.get_input_embeddings().weight[9, 9] != other.get_input_embeddings().weight[9, 9]
 
 
