@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "judges", "data")
 STAGES = ("seed_dpo", "generate", "label", "dro", "train", "evaluate")  # in the order of a run
 TAG = re.compile(r"\b(?:S\d+|T2-\d|D\d+a?|L_i)\b")
@@ -109,9 +109,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found = [node.module]
-        own = (*ROOMS, *STAGES, "bench", "tests", None)  # None: a relative import
-        yield from (name for name in found if name and name.split(".")[0] in own)
+            found = [node.module or ""]
+        own = (*ROOMS, *STAGES, "bench", "tests")
+        yield from (name for name in found if name.split(".")[0] in own)
 
 
 def may_import(name: str, other: str) -> bool:

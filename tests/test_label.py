@@ -147,14 +147,11 @@ def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path)
             assert theirs["chosen_ids"][:len(ids)] == ids
 
 
-def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
+def test_a_reward_model_judges(ranker, tokenizer, tmp_path):
     texts = ["A terrible, awful mess.", "What a wonderful, lovely day."]
     responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": texts}])
-    command = ["label.py", "--responses", responses, "--out", tmp_path / "l.jsonl", "--judge"]
-    ok(run(*command, "vader"))
-    (row,) = pair_rows(tmp_path / "l.jsonl")
-    assert row["chosen"] == texts[1] and row["margin"] > 1
-    ok(run(*command, "reward-model", "--judge-model", ranker, "--precision", "fp32"))
+    ok(run("label.py", "--responses", responses, "--out", tmp_path / "l.jsonl", "--judge",
+           "reward-model", "--judge-model", ranker, "--precision", "fp32"))
     model, logits = LlamaForSequenceClassification.from_pretrained(ranker), []
     for text in texts:
         ids = tokenizer.apply_chat_template(answered(ASK, text), return_dict=False)

@@ -173,29 +173,22 @@ def test_a_damaged_output_is_not_complete(tmp_path, monkeypatch, capsys, harm, w
     assert ends(capsys, out)[0] == 0
 
 
-@pytest.mark.parametrize("stats", [None, "", "[]", '{"settings": null}'])
-def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, stats):
+@pytest.mark.parametrize("name, stats", [
+    ("out/raw.jsonl", None), ("out", ""), ("out", "[]"), ("out", '{"settings": null}'),
+    ("out.stats.json", None), ("out.unfinished", None), ("out.unfinished/mine", None),
+    ("report.png", None)])
+def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, name, stats):
     """Nor is anything written beside it, whatever temporary names of ours lie there."""
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "raw.jsonl").write_text("{}\n")
-    (tmp_path / "data.stats.json.tmp").write_text('{"settings": {}}')
+    (tmp_path / "out.stats.json.tmp").write_text('{"settings": {}}')
     if stats is not None:
-        (tmp_path / "data.stats.json").write_text(stats)
-    before = listing(tmp_path)
-    status, text = ends(capsys, data)
-    assert status == 2 and "not replaced" in text
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["out.unfinished", "out.unfinished/mine", "out.stats.json",
-                                  "report.png"])
-def test_names_of_ours_that_somebody_else_has_used_are_refused(tmp_path, capsys, name):
+        (tmp_path / "out.stats.json").write_text(stats)
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
+    before = listing(tmp_path)
     status, text = ends(capsys, tmp_path / "out", {}, "report.png")
-    assert status == 2 and "not replaced" in text and file.read_text() == "mine"
+    assert status == 2 and "not replaced" in text
+    assert file.read_text() == "mine" and listing(tmp_path) == before
 
 
 def test_a_stage_that_only_looks_says_whether_it_has_work(tmp_path, program):

@@ -286,8 +286,8 @@ def test_blanks_at_the_ends_may_be_trimmed_but_sides_must_differ(tokenizer, caps
 
 
 def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, monkeypatch):
-    """generate → label → dro → train, with tokens that their text does not come back as. The scores
-    are those of the very ids under a plain forward pass."""
+    """generate → label → train, with tokens that their text does not come back as. The scores are
+    those of the very ids under a plain forward pass."""
     model, tokenizer = load_model(any_folder, torch.device("cpu")), load_tokenizer(any_folder)
     shutil.copytree(other_folder, tmp_path / "reference")  # of whatever tokenizer
     (tmp_path / "reference/tokenizer.json").unlink()
@@ -297,7 +297,7 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
     monkeypatch.setattr(generate, "sample", lambda model, prompts, u, *rest: answers)
     prompts = [{"id": str(k), "prompt": [{"role": "user", "content": f"{k}."}]} for k in range(3)]
     here = ["--model", any_folder, "--precision", "fp32"]
-    drawn, labelled, worst = (tmp_path / name for name in ("r.jsonl", "l.jsonl", "w.jsonl"))
+    drawn, labelled = tmp_path / "r.jsonl", tmp_path / "l.jsonl"
     ok(run("generate.py", *here, "--prompts", dump(tmp_path / "p.jsonl", prompts), "-n", 2,
            "--max-new-tokens", 9, "--out", drawn))
     by_id = {row["id"]: row for row in jsonl(drawn)}
@@ -312,9 +312,7 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
             assert ids in answers and row[side] == by_id[row["id"]]["responses"][k]
             right = plain_logp(model, prompt, ids).item()
             assert row[f"{side}_logp"] == pytest.approx(right, abs=1e-3)
-    ok(run("dro.py", "--pairs", labelled, "--out", worst))
-    done = ok(run("train.py", *here, "--anchor", "init", "--pairs", worst,
-                  "--out", tmp_path / "policy"))
+    done = ok(run("train.py", *here, "--pairs", labelled, "--out", tmp_path / "policy"))
     assert "3 pairs" in done.stdout and "another vocabulary" not in done.stderr
 
 
