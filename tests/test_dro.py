@@ -16,11 +16,6 @@ from dro import average, gap, loss_star, maximum_of, solve_exact, solve_lp, tang
 CONFIDENCES = st.lists(
     st.floats(0, 1) | st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=25).map(np.array)
 RADII = st.sampled_from([0.0, 1.0, 1.5]) | st.floats(0, 0.3)
-# Convex, non-increasing losses on [0, 1], and their slopes.
-LOSSES = {
-    "star": (lambda x: loss_star(x, 6), lambda x: -1 / np.maximum(x, 1 / 6)),
-    "log": (lambda x: -np.log(0.05 + 0.95 * x), lambda x: -0.95 / (0.05 + 0.95 * x)),
-}
 
 
 def exact_of(xi, loss, epsilon):
@@ -31,17 +26,6 @@ def exact_of(xi, loss, epsilon):
 def surrogate(pieces):
     """ℓ̃ as a function."""
     return lambda x: maximum_of(*tangents(pieces), x)
-
-
-def tangents_of(name, knots):
-    loss, slope = LOSSES[name]
-    return slope(knots), loss(knots) - slope(knots) * knots
-
-
-def chords_of(loss, knots):
-    """Slopes and intercepts of the chords between ascending knots; their maximum is ≥ ℓ there."""
-    slopes = np.diff(loss(knots)) / np.diff(knots)
-    return slopes, loss(knots[1:]) - slopes * knots[1:]
 
 
 def check(solution, xi, loss, epsilon, rounding):
@@ -56,12 +40,10 @@ def check(solution, xi, loss, epsilon, rounding):
     assert solution.transport <= epsilon + 1e-9
 
 
-@settings(max_examples=400, deadline=None)
-@given(CONFIDENCES, RADII, st.integers(1, 50), st.sampled_from(["", "log"]))
-def test_exact_equals_lp_equals_dual(xi, epsilon, pieces, name):
-    """For ℓ̃ and for the tangents of any convex, non-increasing loss."""
-    knots = np.arange(1, pieces + 1) / pieces
-    lines = tangents_of(name, knots) if name else tangents(pieces)
+@settings(max_examples=200, deadline=None)
+@given(CONFIDENCES, RADII, st.integers(1, 50))
+def test_exact_equals_lp_equals_dual(xi, epsilon, pieces):
+    lines = tangents(pieces)
     # HiGHS meets each constraint to 1e-10 and leaves a variable of 1e-9 at 0; a unit of ξ is worth
     # as many units of loss as the steepest slope says.
     rounding = 2e-9 * max(1, abs(lines[0]).max())
@@ -83,7 +65,7 @@ def test_against_brute_force_transport(seed):
     xi = np.round(dice.random(n), 2)
     grid = np.arange(0, 101) / 100
     atoms = exact_of(xi, surrogate(6), epsilon)
-    for loss in (surrogate(6), LOSSES["star"][0]):
+    for loss in (surrogate(6), lambda x: loss_star(x, 6)):
         plan = linprog(-np.tile(loss(grid), n) / n, b_ub=[epsilon],
                        A_ub=abs(xi[:, None] - grid).ravel()[None] / n,
                        A_eq=np.kron(np.eye(n), np.ones(101)), b_eq=np.ones(n))
@@ -101,21 +83,6 @@ def test_by_hand():
     assert (moved.value, moved.price, moved.transport) == (0.5, 1.0, 0.25)
     split = exact_of(xi, surrogate(1), 0.125)  # half of it
     assert [part.tolist() for part in split[:3]] == [[0, 1, 1], [1, 0.5, 0.5], [0, 0, 0.5]]
-
-
-@settings(max_examples=100, deadline=None)
-@given(CONFIDENCES, RADII, st.sampled_from(sorted(LOSSES)))
-def test_a_curved_loss_is_attained_bounded_and_sandwiched(xi, epsilon, name):
-    """A loss itself, exactly: its dual meets it, and tangents and chords through the same knots
-    close in on it."""
-    loss, _ = LOSSES[name]
-    exact = exact_of(xi, loss, epsilon)
-    assert gap(exact.value, exact.dual) < 1e-10
-    check(exact, xi, loss, epsilon, 1e-10)
-    knots = np.linspace(0, 1, 64)
-    low, high = [exact_of(xi, lambda x: maximum_of(*lines, x), epsilon).value
-                 for lines in (tangents_of(name, knots), chords_of(loss, knots))]
-    assert low - 1e-9 <= exact.value <= high + 1e-9 and high - low < 0.01
 
 
 @pytest.mark.parametrize("pieces", [1, 5, 6, 50])

@@ -271,7 +271,6 @@ def test_mt_bench_in_two_turns(tmp_path, monkeypatch):
         "writing": "10.000", "unrated": "1", "prompts cut": "2", "answers cut": "2"}
     assert [row["score"] for row in jsonl(tmp_path / "rated/mine.jsonl")] == [8, 2.5, -1, 10]
     one_line(step("rated/mine.jsonl", *answers, "--judge-model", "m"), "is there")
-    one_line(step("x.jsonl", "--answers", answers[2]), "'1 turn 1'")
 
 
 # --------------------------------------------------------------------------------------- the stage

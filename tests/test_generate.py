@@ -140,7 +140,6 @@ def test_two_processes_and_resuming_give_the_same_text(folder, prompts, tmp_path
 
 def test_flags_that_cannot_be_meant(folder, prompts, tmp_path):
     command = ["generate.py", "--model", folder, "--prompts", prompts]
-    one_line(run(*command, "--out", tmp_path / "o.jsonl.gz"), "unpacked file")
     one_line(run(*command, "--out", tmp_path / "o.jsonl", "--temperature", "0"), "-n 1")
     assert not list(tmp_path.iterdir())
 
