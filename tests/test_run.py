@@ -258,7 +258,7 @@ def test_what_a_stage_is_given(tmp_path):
     for flag, *stages in [
         ("--nproc_per_node 2", "seed_dpo.py", "label.py", "train.py", "evaluate.py"),
         ("--base-url http://host/v1", "label.py", "evaluate.py"),
-        ("--sample-tokens 777", *3 * ["generate.py"]),
+        ("--sample-tokens 777", *4 * ["generate.py"]),
     ]:
         given = [line for line in lines if flag in line]
         assert [re.search(r"\w+\.py", line)[0] for line in given] == stages
