@@ -24,12 +24,13 @@ from safetensors.torch import load_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from families import tokenizer_of
+from families import tiny_config, tiny_model, tokenizer_of
 
 from core import end_in_one_line
 from core.sampling import draw
 from core.stage import run_stage
-from data.tiny import PROMPTS, make_tokenizer
+from data.tiny import PROMPTS as CORPUS
+from data.tiny import make_tokenizer
 
 torch.set_num_threads(1)  # two workers share two cores
 os.environ["REDO"] = "yes"  # most tests write over what they wrote; one tests the refusal
@@ -49,31 +50,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="--slow"))
 
 
-CORPUS = PROMPTS
-
-
-SIZES = dict(
-    vocab_size=384,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-    initializer_range=0.2,
-)
-
-
-def make_model(
-    config=transformers.LlamaConfig, seed: int = 0, **changes
-) -> transformers.PreTrainedModel:
-    torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(
-        config(**{**SIZES, **changes}), dtype=torch.float32
-    ).eval()
+def small_model() -> transformers.PreTrainedModel:
+    """A policy whose context is 256 tokens."""
+    return tiny_model("llama", tie_word_embeddings=True, max_position_embeddings=256)
 
 
 def saved(path, *parts) -> str:
@@ -90,7 +69,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, tokenizer) -> str:
-    return saved(tmp_path_factory.mktemp("tiny"), make_model(tie_word_embeddings=True), tokenizer)
+    return saved(tmp_path_factory.mktemp("tiny"), small_model(), tokenizer)
 
 
 @pytest.fixture(scope="session", params=["bytes", "sentencepiece"])
@@ -102,14 +81,13 @@ def any_tokenizer(request):
 @pytest.fixture(scope="session")
 def any_folder(tmp_path_factory, any_tokenizer) -> str:
     """The tiny model with each kind of tokenizer."""
-    model = make_model(tie_word_embeddings=True)
-    return saved(tmp_path_factory.mktemp("any"), model, any_tokenizer)
+    return saved(tmp_path_factory.mktemp("any"), small_model(), any_tokenizer)
 
 
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory, tokenizer) -> str:
     """A second policy: the same weights, moved a little."""
-    model = make_model(tie_word_embeddings=True)
+    model = small_model()
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -120,16 +98,14 @@ def other_folder(tmp_path_factory, tokenizer) -> str:
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory, tokenizer) -> str:
     """A model whose context takes a judge's prompt."""
-    model = make_model(max_position_embeddings=4096)
-    return saved(tmp_path_factory.mktemp("wide"), model, tokenizer)
+    return saved(tmp_path_factory.mktemp("wide"), tiny_model("llama"), tokenizer)
 
 
 @pytest.fixture(scope="session")
 def ranker(tmp_path_factory, tokenizer) -> str:
     """A random reward model: one logit from the last token."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(num_labels=1, **SIZES | {"max_position_embeddings": 2048})
-    model = transformers.LlamaForSequenceClassification(config)
+    model = transformers.LlamaForSequenceClassification(tiny_config("llama", num_labels=1))
     return saved(tmp_path_factory.mktemp("ranker"), model, tokenizer)
 
 
@@ -208,10 +184,21 @@ def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 
 def one_line(done: subprocess.CompletedProcess, *words: str) -> None:
-    """The stage refused, with one line that has these words in it."""
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    """The stage refused, with one line, notes aside, that has these words in it."""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert done.returncode == 2 and len(lines) == 1, done.stdout + done.stderr
     for word in words:
-        assert word in done.stderr, done.stderr
+        assert word in lines[0]
+
+
+def refused(capsys, call, *given) -> str:
+    """The one line with which a call ended the program."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(*given)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ")
+    return line
 
 
 def jsonl(path) -> list[dict]:

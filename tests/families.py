@@ -44,31 +44,15 @@ LATENT = {"num_key_value_heads": 4}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 FAMILIES = {
     "bamba": {"attn_layer_indices": [1]},
-    "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
-    "deepseek_v32": LATENT,
-    "dots1": {"n_shared_experts": 1},
     "gemma3": {"vision_config": {"hidden_size": 32, "intermediate_size": 64,
                                  "num_hidden_layers": 1, "num_attention_heads": 4}},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 384,
-                     "hidden_size_per_layer_input": 8, "laurel_rank": 8,
-                     "activation_sparsity_pattern": [0.0, 0.0]},
-    "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 384,
-                    "hidden_size_per_layer_input": 8, "global_head_dim": 8},
-    "glm4_moe_lite": LATENT,
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "minicpm3": LATENT,
-    "qwen3_5_moe_text": LINEAR,
-    "qwen3_5_text": LINEAR,
     "qwen3_next": LINEAR,
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "youtu": LATENT,
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
 
 

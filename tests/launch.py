@@ -18,7 +18,7 @@ import torch
 
 import seed_dpo
 
-torch.set_num_threads(2 if os.environ.get("WORLD_SIZE", "1") == "1" else 1)
+torch.set_num_threads(1)
 WHO, WHEN = os.environ.get("DIE", "nobody,0").split(",")
 lr_at, save, saves = seed_dpo.lr_at, torch.save, []
 

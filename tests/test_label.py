@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import dump, gold_rows, jsonl, ok, one_line, pair_rows, plain_logp, run, stats_of
+from conftest import dump, gold_rows, jsonl, ok, pair_rows, plain_logp, run, stats_of
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from core.chat import answered, encode_prompt, encode_response
@@ -24,8 +24,6 @@ def test_best_and_worst():
     assert best_and_worst(["a", "a", "a"], [0.1, 0.1 + 1e-9, 0.1]) is None  # identical text
     assert best_and_worst(["a", "b"], [0.3, 0.3]) is None
     assert best_and_worst(["a"], [0.3]) is None
-    reward = implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1, [7, 9], 0.0)
-    assert reward == pytest.approx([0.1, -0.1])
     reward = implicit_reward([-10.0, -12.0], [-11.0, -11.0], 0.1, [70, 9], 0.01)  # S13
     assert reward == pytest.approx([-0.6, -0.19])
 
@@ -104,8 +102,6 @@ def test_ties_are_ties_alone(tmp_path):
     command = ["label.py", "--judge", "vader", "--out", tmp_path / "l.jsonl", "--responses"]
     done = ok(run(*command, dump(tmp_path / "r.jsonl", rows)))
     assert "1 pairs by vader, 1 ties left out, median" in done.stdout
-    alone = [{"id": "1", "prompt": ASK, "responses": ["Good."]}]
-    one_line(run(*command, dump(tmp_path / "r.jsonl", alone)), "1 rows with fewer than two")
 
 
 def test_a_new_label_takes_the_old_ones_place(tmp_path):
@@ -151,14 +147,11 @@ def test_rows_go_into_trl_as_they_are(folder, other_folder, tokenizer, tmp_path)
             assert theirs["chosen_ids"][:len(ids)] == ids
 
 
-def test_vader_and_reward_model_judges(ranker, tokenizer, tmp_path):
+def test_a_reward_model_judges(ranker, tokenizer, tmp_path):
     texts = ["A terrible, awful mess.", "What a wonderful, lovely day."]
     responses = dump(tmp_path / "r.jsonl", [{"id": "x", "prompt": ASK, "responses": texts}])
-    command = ["label.py", "--responses", responses, "--out", tmp_path / "l.jsonl", "--judge"]
-    ok(run(*command, "vader"))
-    (row,) = pair_rows(tmp_path / "l.jsonl")
-    assert row["chosen"] == texts[1] and row["margin"] > 1
-    ok(run(*command, "reward-model", "--judge-model", ranker, "--precision", "fp32"))
+    ok(run("label.py", "--responses", responses, "--out", tmp_path / "l.jsonl", "--judge",
+           "reward-model", "--judge-model", ranker, "--precision", "fp32"))
     model, logits = LlamaForSequenceClassification.from_pretrained(ranker), []
     for text in texts:
         ids = tokenizer.apply_chat_template(answered(ASK, text), return_dict=False)

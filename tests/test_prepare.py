@@ -8,13 +8,11 @@ import unicodedata
 import pandas
 import pytest
 import torch
-import transformers
 from conftest import (
     CORPUS,
     dump,
     gold_rows,
     jsonl,
-    make_model,
     ok,
     one_line,
     pair_rows,
@@ -22,6 +20,7 @@ from conftest import (
     saved,
     stats_of,
 )
+from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,24 +55,19 @@ def prepare(source, out, *flags):
 # ------------------------------------------------------------------------------------- the split
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 15), min_size=1, max_size=40))
-def test_of_an_opening_user_turn_the_first_row_alone_is_kept(groups):
+def test_of_an_opening_user_turn_the_first_row_alone_is_kept():
     """Whatever stands before or after it, and however it is written."""
-    rows = [{"prompt": [{"role": "system", "content": f"S{i}"},
-                        {"role": "user", "content": [f"Ask {g}", f" ask  {g}"][i % 2]},
-                        {"role": "user", "content": f"and {i}"}]}
-            for i, g in enumerate(groups)]
-    kept, left = collect(((f"row {i}", row) for i, row in enumerate(rows)), prompts_alone=True)
-    first = [groups.index(g) for g in dict.fromkeys(groups)]
-    assert [row["prompt"] for row in kept] == [rows[i]["prompt"] for i in first]
-    assert left == {"same_opening": len(rows) - len(kept)} or len(kept) == len(rows)
+    prompts = [turns(text) for text in (
+        "s: Z | u: Ask me | a: hm | u: R", "u: Else", "u:  ask  me | a: hm | u: Else", "u: R")]
+    rows = ((str(i), {"prompt": prompt}) for i, prompt in enumerate(prompts))
+    kept, left = collect(rows, prompts_alone=True)
+    assert [row["prompt"] for row in kept] == [prompts[0], prompts[1], prompts[3]]
+    assert left == {"same_opening": 1}
 
 
 @pytest.mark.parametrize("twin", [
-    "  ÄPFEL\nsoßE  ", unicodedata.normalize("NFD", "Äpfel Soße"), "Äpfel SOSSE",
-    "Äp\u200bfel\u2060 Soße\ufeff", "Äp\u00adfel Soße", "A\u200b\u0308pfel Soße",
-    "Äpfel Soße\U000e0001", "Äpfel\u00a0Soße", "Äpfel Ｓoße"])
+    "  ÄPFEL\nsoßE  ", unicodedata.normalize("NFD", "Äpfel Soße"), "Äp\u200bfel Soße\ufeff",
+    "A\u200b\u0308pfel Soße", "Äpfel\u00a0Soße"])
 def test_twins_are_one_prompt(twin):
     rows = [("1", {"prompt": "Äpfel Soße"}), ("2", {"prompt": twin}), ("3", {"prompt": "Apfel"})]
     kept, left = collect(rows, prompts_alone=True)
@@ -82,7 +76,6 @@ def test_twins_are_one_prompt(twin):
 
 
 def test_flips_and_sizes_that_cannot_be(tmp_path):
-    """Flips, preferences where prompts alone are asked for; sizes that cannot be."""
     rows = [{**row, "label": True, "chosen_ended": True, "rejected_ended": False, "nothing": None}
             for row in plain(9)]
     data = dump(tmp_path / "p.jsonl", rows), tmp_path / "out"
@@ -96,7 +89,6 @@ def test_flips_and_sizes_that_cannot_be(tmp_path):
     assert "4 gold pairs are few" in done.stderr
     done = ok(prepare(*data, *small, "--prompts-alone"))
     assert "read as prompts alone" in done.stdout
-    assert all(row.keys() == {"id", "prompt"} for row in jsonl(tmp_path / "out/seed.jsonl"))
     one_line(prepare(*data, "--seed-fraction", "0.01", "--rounds", "2"), "SEED_FRACTION", "of 9")
     one_line(prepare(*data, "--seed-size", "8", "--rounds", "2"), "9 prompts can be used")
 
@@ -115,8 +107,6 @@ LAYOUTS = {  # a row, and the prompt that it has; the responses are always A and
     "sides as JSON": ({k: json.dumps(v) for k, v in sides("u: Q | ").items()}, "u: Q"),
     "prompt as JSON": ({"prompt": json.dumps(turns("s: Z | u: Q"), indent=1), **PAIR},
                        "s: Z | u: Q"),
-    "a message as JSON, in another order": (
-        {"prompt": '{"content": "Q", "role": "user"}', **PAIR}, "u: Q"),
     "a text like a list": ({"prompt": "[{'a': 1}] and ['role': 2]", **PAIR},
                            "u: [{'a': 1}] and ['role': 2]"),
     "instruction": ({"instruction": "Q", "input": "", **PAIR}, "u: Q"),
@@ -134,7 +124,6 @@ LAYOUTS = {  # a row, and the prompt that it has; the responses are always A and
     "a tool's answer between": ({"prompt": "Q", **sides("u: Q | a: look | t: 7 | ")},
                                 "u: Q | a: look | t: 7"),
     "a system column": ({"system": "Z", "prompt": "Q", **PAIR}, "s: Z | u: Q"),
-    "a system column and turn": ({"system": "Z", **sides("s: Z | u: Q | ")}, "s: Z | u: Q"),
 }
 
 
@@ -147,7 +136,6 @@ def test_layouts(name):
 def test_prompts_alone():
     for row, prompt in [({"prompt": "Q"}, "u: Q"), ({"instruction": "Q"}, "u: Q"),
                         ({"question": "Q", "answer": "A"}, "u: Q"),
-                        ({"prompt": "\n\nHuman: Q\n\nAssistant:"}, "u: Q"),
                         ({"prompt": turns("u: Q | a: go on")}, "u: Q | a: go on")]:
         assert normalise("here", row, prompts_alone=True) == {"prompt": turns(prompt)}
 
@@ -155,12 +143,11 @@ def test_prompts_alone():
 PARTS = [{"type": "text", "text": "Q"}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
 LEFT = {  # rows that are left out, by reason
-    "tie": [{"prompt": "Q", "chosen": "A", "rejected": "A"}, dict.fromkeys(PAIR, HH["chosen"])],
+    "tie": [dict.fromkeys(PAIR, HH["chosen"])],
     "not_assistant": [{k: v + turns("u: thanks") for k, v in sides("u: Q | ").items()},
                       {**sides("u: Q | "), "rejected": turns("u: Q | t: 7")}],
     "not_text": [
         {"prompt": [{"role": "user", "content": PARTS}], **PAIR},
-        {"prompt": [{"role": "user", "content": PARTS}]},
         {"prompt": [*turns("u: Q"), CALL, *turns("t: 7")], **PAIR},
         {"chosen": [*turns("u: Q"), CALL], "rejected": turns("u: Q | a: B")}],
     "parted": [{"chosen": turns("u: Q | a: A"), "rejected": turns("u: R | a: B")},
@@ -170,7 +157,7 @@ LEFT = {  # rows that are left out, by reason
                        {**sides("u: Q | "), "rejected": None}, {**sides("u: Q | "), "chosen": []},
                        {**HH, "rejected": HH["rejected"][:-1]}],
     "empty_prompt": [{"prompt": "", **PAIR}, {"prompt": " "}, {"prompt": None, **PAIR},
-                     {"instruction": None}, sides(""), sides("s: Z | "), PAIR],
+                     sides(""), sides("s: Z | "), PAIR],
 }
 
 
@@ -190,14 +177,12 @@ def test_rows_left_out_are_counted_under_their_own_reason(reason, tmp_path):
 REFUSED = {
     "another question": ({"prompt": "What is 2 + 2?", **sides("u: Name a city. | ")},
                          "'prompt' is not in the conversation"),
-    "number": ({"prompt": "Q", "chosen": 7, "rejected": "B"}, "'chosen' must be a text"),
     "one side": ({"prompt": "Q", "chosen": "A"}, "columns prompt, chosen: preferences are read"),
     "a prompt alone": ({"prompt": "Q"}, "PROMPTS_ALONE=yes (--prompts-alone)"),
     "other keys": ({"prompt": [{"from": "human", "value": "Q"}], **PAIR}, '"content": …'),
     "other roles": ({"prompt": [{"role": "human", "content": "Q"}], **PAIR},
                     "system, developer, user, assistant, tool; found {'role': 'human'"),
     "messages of Python": ({"prompt": str(turns("u: Q")), **PAIR}, "'prompt' looks like a list"),
-    "ShareGPT": ({"prompt": '[{"from": "human", "value": "Q"}]', **PAIR}, '"content": …'),
     "two names": ({"prompt": "Q", " Prompt": "R", **PAIR}, "two columns have the same name"),
     "ratings": ({"prompt": "Q", "Response_A": "A", "rating": 4}, "response_a, rating:"),
 }
@@ -254,12 +239,9 @@ BROKEN = {
     "a.csv": (b"prompt,chosen,rejected\nq,a,b\nq,a\n", "a.csv:3: 2 cells"),
     "c.csv": (b"prompt,chosen,rejected\n\xff,a,b\n", "not CSV in UTF-8"),
     "d.json": (b'[{"prompt": "q"}', "not JSON"),
-    "e.json": (b'[{"prompt": "\\ud800"}]', "not JSON in UTF-8"),
     "g.jsonl.gz": (gzip.compress(json.dumps({"prompt": "q", **PAIR}).encode())[:30] + bytes(9),
                    "cannot be read"),
     "h.csv.gz": (gzip.compress(b"prompt,chosen,rejected\nq,a,b\n")[:-9], "not CSV"),
-    "i.csv": (b"", "0 prompts can be used"),
-    "j.csv": (b"prompt, Chosen,chosen ,rejected\nq,a,a,b\n", "j.csv:1: two columns"),
     "k.xlsx": (b"prompt", "must end in .jsonl, .json, .csv"),
     "empty/notes": (b"prompt", "empty: cannot be loaded"),
 }
@@ -275,37 +257,27 @@ def test_broken_files_are_one_line(name, tmp_path):
     one_line(prepare(source, tmp_path / "out"), str(source), message)
 
 
-def hub_folders(root):
-    """The folders of HuggingFaceH4/ultrafeedback_binarized and Anthropic/hh-rlhf as the hub lays
-    them out; nine pairs each, of which seven are for training."""
-    uf, hh = root / "uf/data", root / "hh/harmless-base"
-    uf.mkdir(parents=True)
-    hh.mkdir(parents=True)
+def ultrafeedback(root):
+    """HuggingFaceH4/ultrafeedback_binarized as the hub lays it out: nine pairs, of which seven are
+    for training."""
+    (root / "uf/data").mkdir(parents=True)
     rows = [{"prompt": r["prompt"], "prompt_id": str(i), "score_chosen": 8.0,
              **{k: turns(f"u: {r['prompt']} | a: {r[k]}") for k in PAIR}}
             for i, r in enumerate(plain(9))]
     for name, part in [("train_sft", rows[:5]), ("train_prefs", rows[:7]),
                        ("test_prefs", rows[7:])]:
-        pandas.DataFrame(part).to_parquet(uf / f"{name}-00000-of-00001.parquet")
-    rows = [{k: f"\n\nHuman: {r['prompt']}\n\nAssistant: Hm?\n\nHuman: Go on.\n\nAssistant: {r[k]}"
-             for k in PAIR} for r in plain(9)]
-    for name, part in [("train", rows[:7]), ("test", rows[7:])]:
-        pandas.DataFrame(part).to_json(hh / f"{name}.jsonl.gz", orient="records", lines=True)
+        pandas.DataFrame(part).to_parquet(root / f"uf/data/{name}-00000-of-00001.parquet")
 
 
-@pytest.mark.parametrize("folder, messages", [("uf", 1), ("hh", 3)])
-def test_hub_layouts(folder, messages, tmp_path):
-    hub_folders(tmp_path)
-    ok(prepare(tmp_path / folder, tmp_path / "out", "--seed-size", "7", "--rounds"))
+def test_the_split_for_training_is_read(tmp_path):
+    ultrafeedback(tmp_path)
+    ok(prepare(tmp_path / "uf", tmp_path / "out", "--seed-size", "7", "--rounds"))
     seed = pair_rows(tmp_path / "out/seed.jsonl")
-    assert len(seed) == 7
-    for row in seed:
-        assert len(row["prompt"]) == messages
-        assert row["chosen"].startswith("good") and row["rejected"].startswith("bad")
+    assert sorted(row["chosen"] for row in seed) == [f"good {i}" for i in range(7)]
 
 
 def test_a_look_reads_the_first_rows(tmp_path, monkeypatch):
-    hub_folders(tmp_path)
+    ultrafeedback(tmp_path)
     pairs = dump(tmp_path / "pairs.jsonl", plain(9))
     out = tmp_path / "out"
     small = ["--seed-size", "3", "--rounds", "4"]
@@ -360,9 +332,7 @@ def test_rows_that_a_model_cannot_read_are_counted(folder, tokenizer, tmp_path):
     assert counts == {"too_long": 2, "control_token": 2, "surplus": 1, "eval": 2}
     one_line(fitted("none", 255), "0 prompts can be used", "8 too long")
     one_line(fitted("none", 256), "context of 256 tokens holds no prompt with answers of 256")
-    # An LLM judge reads both answers: the look finds where they have no room, the rows the rest.
-    one_line(fitted("none", 128, *judge), "context of 256 tokens holds no prompt")
-    one_line(fitted("none", 95, *judge), "0 prompts can be used", "8 too long")
+    # An LLM judge reads both answers.
     ok(fitted("judged", 20, *judge))
     assert stats_of(tmp_path / "judged")["too_long"] == 3
 
@@ -378,9 +348,9 @@ def test_farthest_against_brute_force(points, k):
     assert farthest(torch.tensor(points, dtype=torch.float16), k) == chosen
 
 
-@pytest.mark.parametrize("config", [transformers.LlamaConfig, transformers.PhiConfig])
-def test_embedding_is_the_last_hidden_state_of_the_last_prompt_token(config, tokenizer, tmp_path):
-    model = make_model(config)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_embedding_is_the_last_hidden_state_of_the_last_prompt_token(family, tokenizer, tmp_path):
+    model = tiny_model(family)
     rows = gold_rows(8)
     for row, vector in zip(rows, embed(rows, saved(tmp_path, model, tokenizer)).cpu()):
         ids = torch.tensor([encode_prompt(tokenizer, row["prompt"])])
@@ -395,15 +365,11 @@ def test_seed_fraction_and_farthest_seed(folder, tmp_path):
     flags = [dump(tmp_path / "p.jsonl", plain(40)), tmp_path / "out", "--rounds", "4",
              "--seed-fraction", "0.1", "--max-new-tokens", "8", "--select"]
     one_line(prepare(*flags, "farthest"), "--model")
-    closest = []
     for select in ("farthest", "random"):
         ok(prepare(*flags, select, "--model", folder))
         parts = [jsonl(tmp_path / f"out/{part}.jsonl") for part in ("seed", "prompts_1", "eval")]
         assert [len(part) for part in parts] == [4, 4, 32]
         assert len({row["id"] for part in parts for row in part}) == 40
-        vectors = embed(parts[0], folder).cpu().float()
-        closest.append((vectors @ vectors.T - 2 * torch.eye(4)).max())
-    assert closest[0] < closest[1]
 
 
 # -------------------------------------------------------------- what every stage says to bad input
@@ -411,12 +377,9 @@ def test_seed_fraction_and_farthest_seed(folder, tmp_path):
 
 def test_bad_input_is_one_clear_line(folder, tmp_path):
     """The faults that no smaller test has: of a stage's rows against its model."""
-    pairs, empty = dump(tmp_path / "good.jsonl", gold_rows(2)), dump(tmp_path / "empty.jsonl", [])
+    empty = dump(tmp_path / "empty.jsonl", [])
     long = dump(tmp_path / "long.jsonl", [gold_rows(1)[0] | {"chosen": "word " * 400}])
-    for command, *words in [
-            (["seed_dpo.py", "--model", folder, "--pairs", empty], "empty.jsonl", "no rows"),
-            (["seed_dpo.py", "--model", folder, "--pairs", long], "long.jsonl", "'g0'", "256"),
-            (["label.py", "--responses", pairs, "--judge", "vader"], "'responses' is missing"),
-            (["dro.py", "--pairs", pairs], "'margin' is missing")]:
-        one_line(run(*command, "--out", tmp_path / "out"), *words)
+    seed = ["seed_dpo.py", "--model", folder, "--out", tmp_path / "out", "--pairs"]
+    one_line(run(*seed, empty), "empty.jsonl", "no rows")
+    one_line(run(*seed, long), "long.jsonl", "'g0'", "256")
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@ import json
 import math
 
 import pytest
-from conftest import dump
+from conftest import dump, refused
 
 from core.rows import check_margins, check_scored, read_json_list, read_rows, scored_digest
 from data.prepare import collect, load_any
@@ -15,19 +15,10 @@ XI = 1 / (1 + math.exp(-0.4))
 WORST = ROW | {"xi": XI, "pieces": 6, "atoms": [[0.25, 0.0], [0.75, XI]]}
 
 
-def refused(capsys, read, *given) -> str:
-    with pytest.raises(SystemExit) as stop:
-        read(*given)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 @pytest.mark.parametrize("change", [
     {"xi": None}, {"pieces": None}, {"atoms": None}, {"margin": 0.5}, {"xi": XI + 1e-5},
-    {"xi": True}, {"pieces": True}, {"pieces": 0}, {"atoms": [[1, -5]]}, {"atoms": [[1, 0.7]]},
-    {"atoms": []}, {"atoms": [[0.5, 0.0]]}, {"atoms": [[1.5, 0], [-0.5, 0]]},
-    {"atoms": [[1.0, math.inf]]}, {"atoms": [[True, 0]]}, {"atoms": "x"}])
+    {"pieces": 0}, {"atoms": [[1, -5]]}, {"atoms": [[1, 0.7]]}, {"atoms": [[0.5, 0.0]]},
+    {"atoms": [[1.5, 0], [-0.5, 0]]}, {"atoms": [[1.0, math.inf]]}, {"atoms": "x"}])
 def test_a_worst_case_is_one(tmp_path, capsys, change):
     """xi, pieces and atoms: all or none, ξ = σ(margin), weights ≥ 0 that sum to 1, 0 ≤ shift ≤ ξ;
     one line with the file and the row."""
@@ -57,19 +48,15 @@ MESSAGES = [*ROW["prompt"], {"role": "assistant", "content": "y"}]
     ("preferences", '{"id": "a", ', "not JSON"),
     ("preferences", b'{"id": "\xff"}', "not JSON in UTF-8"),
     ("preferences", GOOD.replace("yes", "\\ud800"), "surrogates not allowed"),
-    ("preferences", "[" * 100000, "not JSON"),
     ("preferences", "[1]", "expected an object"),
-    ("preferences", {"id": "b", "chosen": "x", "rejected": "y"}, "key 'prompt' is missing"),
     ("preferences", ROW | {"prompt": "x"}, "'prompt' must be"),
     ("preferences", GOOD.replace('"id"', '"name"'), "run python -m data.prepare"),
     ("preferences", ROW | {"chosen": ""}, "'chosen' must be \"text or one message of"),
     ("preferences", ROW | {"chosen": MESSAGES}, "run python -m data.prepare on raw data first"),
     ("preferences", ROW | {"chosen": ROW["prompt"]}, "one message of the assistant's"),
     ("preferences", GOOD, "stands on line 1 too"),
-    ("responses", ANSWERED | {"response_ids": [[1], [-1]]}, "'response_ids' must be"),
     ("responses", ANSWERED | {"response_ids": [[1], []]}, "'response_ids' must be"),
-    ("responses", ANSWERED | {"ended": [True]}, "'ended' must hold a value for each of its 2"),
-    ("responses", ANSWERED | {"vocabulary": 7}, "'vocabulary' must be \"text\"")])
+    ("responses", ANSWERED | {"ended": [True]}, "'ended' must hold a value for each of its 2")])
 def test_bad_rows_are_named(kind, line, message, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     line = json.dumps(line) if isinstance(line, dict) else line

@@ -1,18 +1,15 @@
 """Response log-probabilities and their layout, the DPO loss, the learning rate and the loop."""
 import math
-import re
 import shlex
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import (
     dump,
     gold_rows,
     jsonl,
     launch,
-    make_model,
     ok,
     plain_logp,
     run,
@@ -57,12 +54,11 @@ LONG = [([5, 6, 7, 8, 9, 10, 11], [[12, 13, 14, 15, 16, 17, 18], [20, 21]]), *EN
 
 
 @pytest.mark.parametrize("family, window, encoded, shared", [
-    ("Llama", None, ENCODED, True), ("Phi3", None, ENCODED, True), ("Phi", None, ENCODED, False),
+    ("llama", None, ENCODED, True), ("phi3", None, ENCODED, True), ("phi", None, ENCODED, False),
     # Within the window sharing is exact; with a row beyond it every response gets a sequence.
-    ("Mistral", 10, ENCODED, True), ("Mistral", 10, LONG, False)])
+    ("mistral", 10, ENCODED, True), ("mistral", 10, LONG, False)])
 def test_logps_equal_plain_full_logits(family, window, encoded, shared):
-    known = {} if family in ("Llama", "Phi") else {"sliding_window": window}
-    model = make_model(getattr(transformers, f"{family}Config"), **known)
+    model = tiny_model(family, sliding_window=window)
     assert shares_prompt(model, encoded) == shared
     scores = score(ResponseLogps(model), encoded, "fp32")
     model.double()
@@ -76,7 +72,7 @@ def test_shared_prompt_equals_two_sequences_with_gradients():
     gradients."""
     results = []
     for shared in (True, False):
-        model = make_model().double()
+        model = tiny_model("llama").double()
         batch = pack(ENCODED, shared, CPU)
         assert (batch["attention_mask"] is not None) == shared
         hidden = response_hidden(model, batch)
@@ -86,15 +82,6 @@ def test_shared_prompt_equals_two_sequences_with_gradients():
         results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     for one, two in zip(*results):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # norms compute in fp32
-
-
-def test_packing_by_hand():
-    batch = pack([([5, 6], [[7, 8, 2], [9, 2]])], True, CPU)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
-    assert batch["where"].tolist() == [1, 2, 3, 1, 4] and batch["lengths"] == [3, 2]
-    mask = ["".join(map(str, row)) for row in batch["attention_mask"][0, 0].int().tolist()]
-    assert mask == ["10000", "11000", "11100", "11110", "11001"]
 
 
 LENGTHS = st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4))
@@ -187,7 +174,7 @@ def test_a_vision_tower_is_left_alone(command, tokenizer, tmp_path):
 def test_gradient_checkpointing_recomputes_each_layer_and_changes_nothing():
     gradients, calls = [], []
     for recompute in (False, True):
-        model = make_model()
+        model = tiny_model("llama")
         model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
         net = distribute(ResponseLogps(model), False, recompute)
         net(pack(ENCODED, True, CPU))[0].sum().backward()
@@ -229,13 +216,3 @@ def test_divergence_short_of_nan_is_said(command, tmp_path):
         printed = ok(run(*command("out", flags, 20))).stdout
         assert ("DIVERGED" in printed) == said
         assert ("lower --lr" in stats_of(tmp_path / "out")["diverged"]) == said
-
-
-def test_the_stages_name_the_flags_that_they_share():
-    """The loop's files say which flags they use from core/stage.py: these very ones."""
-    from core.stage import training_flags
-    shared = {action.option_strings[-1] for action in training_flags("", 1)._actions} - {"--help"}
-    for stage in ("seed_dpo.py", "train.py"):
-        above = open(stage, encoding="utf-8").read().split("cli = training_flags")[0]
-        named = above[above.rindex("\n    # --model"):]
-        assert set(re.findall(r"--[\w-]+", named)) == shared

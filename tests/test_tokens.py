@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, dump, jsonl, make_model, ok, one_line, pair_rows, plain_logp, run, saved
+from conftest import ROOT, dump, jsonl, ok, pair_rows, plain_logp, refused, run, saved
 from families import tiny_config, tokenizer_of
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -41,7 +41,6 @@ from core.models import (
     load_model,
     load_tokenizer,
 )
-from data.tiny import TEMPLATE
 
 ASK = [{"role": "user", "content": "Write."}]
 REAL = ROOT.parent / "shared/data/tokenizers"  # gzipped tokenizers of released models
@@ -59,7 +58,7 @@ def texts(pieces: list[str]):
 
 def encoded_of(tokenizer, rows: list[dict]) -> list:
     pairs = [pair_of(row) for row in rows]
-    return encode_rows(make_model().config, tokenizer, rows, pairs, "file")
+    return encode_rows(tiny_config("llama"), tokenizer, rows, pairs, "file")
 
 
 def template_ids(tokenizer, messages: list[dict], **flags) -> list[int]:
@@ -117,8 +116,6 @@ def test_one_character_breaks_what_spells_a_control_token(words, text):
         broken = as_text.__wrapped__(None, text)
     assert not any(word in broken for word in words)
     assert broken == text or any(word in text for word in words)
-    if all(len(word) > 1 for word in words):
-        assert broken.replace(BREAK, "") == text
 
 
 def test_tokens_that_are_not_special_cannot_be_forged(tokenizer):
@@ -305,8 +302,8 @@ def test_blanks_at_the_ends_may_be_trimmed_but_sides_must_differ(tokenizer, caps
 
 
 def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, monkeypatch):
-    """generate → label → dro → train, with tokens that their text does not come back as. The scores
-    are those of the very ids under a plain forward pass."""
+    """generate → label → train, with tokens that their text does not come back as. The scores are
+    those of the very ids under a plain forward pass."""
     model, tokenizer = load_model(any_folder, torch.device("cpu")), load_tokenizer(any_folder)
     shutil.copytree(other_folder, tmp_path / "reference")  # of whatever tokenizer
     (tmp_path / "reference/tokenizer.json").unlink()
@@ -316,7 +313,7 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
     monkeypatch.setattr(generate, "sample", lambda model, prompts, u, *rest: answers)
     prompts = [{"id": str(k), "prompt": [{"role": "user", "content": f"{k}."}]} for k in range(3)]
     here = ["--model", any_folder, "--precision", "fp32"]
-    drawn, labelled, worst = (tmp_path / name for name in ("r.jsonl", "l.jsonl", "w.jsonl"))
+    drawn, labelled = tmp_path / "r.jsonl", tmp_path / "l.jsonl"
     ok(run("generate.py", *here, "--prompts", dump(tmp_path / "p.jsonl", prompts), "-n", 2,
            "--max-new-tokens", 9, "--out", drawn))
     by_id = {row["id"]: row for row in jsonl(drawn)}
@@ -331,9 +328,7 @@ def test_sampled_ids_survive_to_training(any_folder, other_folder, tmp_path, mon
             assert ids in answers and row[side] == by_id[row["id"]]["responses"][k]
             right = plain_logp(model, prompt, ids).item()
             assert row[f"{side}_logp"] == pytest.approx(right, abs=1e-3)
-    ok(run("dro.py", "--pairs", labelled, "--out", worst))
-    done = ok(run("train.py", *here, "--anchor", "init", "--pairs", worst,
-                  "--out", tmp_path / "policy"))
+    done = ok(run("train.py", *here, "--pairs", labelled, "--out", tmp_path / "policy"))
     assert "3 pairs" in done.stdout and "another vocabulary" not in done.stderr
 
 
@@ -364,9 +359,8 @@ def test_a_policys_tokenizer_is_its_parents_files(tmp_path, capsys, monkeypatch)
     def other(source, target) -> None:
         target.write_text(source.read_text().replace("|>", "|]"))
     monkeypatch.setattr(shutil, "copyfile", other)
-    with pytest.raises(SystemExit):
-        check_copy(str(parent))
-    assert "a copy of its tokenizer reads a conversation as other tokens" in capsys.readouterr().err
+    said = refused(capsys, check_copy, str(parent))
+    assert "a copy of its tokenizer reads a conversation as other tokens" in said
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -389,13 +383,6 @@ def test_an_empty_system_turn_is_the_models_own(any_folder, any_tokenizer, tmp_p
     assert vocabulary(tokenizer) == vocabulary(any_tokenizer)
 
 
-def test_without_a_default_template_is_one_line(folder, tokenizer, tmp_path):
-    several = copy.deepcopy(tokenizer)
-    several.chat_template = {"tool_use": TEMPLATE, "rag": "{{ messages }}"}
-    several.save_pretrained(tmp_path)
-    one_line(run("data/system_turn.py", "--model", tmp_path, "--out", tmp_path / "no"), "default")
-
-
 def test_a_reference_reads_the_same_tokens(folder, tokenizer, tmp_path, capsys):
     """Its vocabulary may lack some that were added later, or be unknown; where an id of the rows
     means another token, nothing is scored."""
@@ -403,7 +390,7 @@ def test_a_reference_reads_the_same_tokens(folder, tokenizer, tmp_path, capsys):
     added.add_tokens(["another"])
     encoded = [(np.array([60, 61]), [np.array([70, 384]), np.array([71])])]
     check_same_tokens(added, folder, encoded)
-    make_model().config.save_pretrained(tmp_path / "none")
+    tiny_config("llama").save_pretrained(tmp_path / "none")
     check_same_tokens(added, str(tmp_path / "none"), encoded)
     assert "is not known" in capsys.readouterr().err
     file = shutil.copytree(folder, exchanged) / "tokenizer.json"
@@ -411,20 +398,16 @@ def test_a_reference_reads_the_same_tokens(folder, tokenizer, tmp_path, capsys):
     first, second = tokenizer.convert_ids_to_tokens([70, 100])
     state["model"]["vocab"] |= {first: 100, second: 70}
     file.write_text(json.dumps(state))
-    with pytest.raises(SystemExit):
-        check_same_tokens(tokenizer, str(exchanged), encoded)
-    said = capsys.readouterr().err
+    said = refused(capsys, check_same_tokens, tokenizer, str(exchanged), encoded)
     assert f"token 70 is {second!r} there, and {first!r} to the policy" in said
 
 
 def test_one_limit_a_model():
-    """The context, or the length at which the rotation of all positions changes."""
+    """The context, or the length at which the rotation of all positions changes, whether all layers
+    rotate alike or not."""
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
                 "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     layers = {"full_attention": longrope, "sliding_attention": {"rope_type": "default"}}
     limits = [context_of(tiny_config(family, **changes)) for family, changes in (
-        ("phi3", {"rope_parameters": longrope, "original_max_position_embeddings": 16}),
-        ("gemma3_text", {"rope_parameters": layers}), ("llama", {"rope_parameters": dynamic}),
-        ("gemma3", {}), ("mamba", {}))]
-    assert limits == [16, 16, 4096, 4096, float("inf")]
+        ("gemma3_text", {"rope_parameters": layers}), ("gemma3", {}), ("mamba", {}))]
+    assert limits == [16, 4096, float("inf")]
