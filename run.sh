@@ -5,7 +5,7 @@
 #   bash run.sh configs/NAME.env       another setting: what differs from the papers' values
 #   bash run.sh [CONFIG] NAME=VALUE …  settings by hand; DATA without CONFIG: a 7 B model's defaults
 #   bash run.sh METHOD=spa             SPA; with ALPHA=0 as well, iterative DPO on self-labels
-#   bash run.sh … --tiny               on a tiny random model: would the launch work?
+#   bash run.sh … --tiny               a tiny model, few rows, RUN-tiny: would the launch work?
 #   bash run.sh … --check              can it run, and what would it do?
 #   bash run.sh test                   the tests
 #   bash run.sh --help                 every setting, its default and its meaning

@@ -112,8 +112,8 @@ def needed_of(args: argparse.Namespace, policy: str, precision: str) -> tuple[di
     """What the rows' `margin_of` must say (D10), and the remedy where it does not: log-probs of
     `policy` (a fingerprint) at this precision and, where the margin is used, one against π_init."""
     needed = {"policy": policy, "precision": precision}
-    remedy = (f"label.py must score these rows with --model {args.model} and --precision "
-              f"{precision} (PRECISION)")
+    remedy = (f"is --model {args.model} the policy that wrote these rows? Then label.py must score "
+              f"them by it, with --precision {precision} (PRECISION)")
     if args.anchor == "init":
         needed |= AGAINST_INIT | {"beta": args.beta}
         remedy += (f", judge implicit, reference init and --beta {args.beta} (D6), or take "

@@ -12,8 +12,8 @@ stop() {
 python=${PYTHON:-.venv/bin/python}
 
 install() {  # FILE of requirements, into .venv; where PYTHON names an interpreter, nothing
-  local stamp=.venv/installed-${1//\//-}
-  [[ -z ${PYTHON-} && ! $stamp -nt $1 ]] || return 0
+  local installed=.venv/installed-${1//\//-}
+  [[ -z ${PYTHON-} ]] && ! cmp -s "$1" "$installed" || return 0
   if [[ ! -x $python ]]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
       stop "python3 is older than 3.11; make .venv by a newer one: python3.12 -m venv .venv"
@@ -21,7 +21,7 @@ install() {  # FILE of requirements, into .venv; where PYTHON names an interpret
   fi
   echo "installing $1 into .venv" >&2
   "$python" -m pip install --quiet --disable-pip-version-check -r "$1"
-  touch "$stamp"
+  cp "$1" "$installed"
 }
 
 if [[ ${1-} == test ]]; then
@@ -40,9 +40,9 @@ mapfile -t names < <(grep -oE '^[A-Z_]+' configs/defaults.env)
 declare -A ALIASES=([LEARNING_RATE]=LR [EPOCHS]=SEED_EPOCHS [EPS]=EPSILON [DATASET]=DATA
   [OUTPUT_DIR]=RUN [OUT]=RUN [NUM_SAMPLES]=N [MAX_TOKENS]=MAX_NEW_TOKENS [LAMBDA]=LAMS [GPUS]=NPROC)
 
-nearest() {  # NAME: the setting that it may be a slip of
+nearest() {  # NAME: the setting, or another program's word for one, that it may be a slip of
   python3 -c 'import difflib as d, sys; print(*d.get_close_matches(sys.argv[1], sys.argv[2:], 1))' \
-    "$1" "${names[@]}" 2>/dev/null || true
+    "$1" "${names[@]}" "${!ALIASES[@]}" 2>/dev/null || true
 }
 
 read_config() {  # FILE of lines NAME=value; a value is the rest of its line, outer quotes off
@@ -69,11 +69,10 @@ for word in "$@"; do
       exit 0 ;;
     +([A-Za-z0-9_])=*) given[${word%%=*}]=${word#*=} ;;
     *)
-      [[ -f $word ]] || stop "$word: neither NAME=VALUE nor one of: test --check --tiny --help" \
-        configs/!(defaults).env
+      [[ -f $word ]] || stop "$word: neither NAME=VALUE (with quotes where a value has blanks:" \
+        "ROUNDS='8 8') nor one of: test --check --tiny --help" configs/!(defaults).env
       [[ -z $config ]] || stop "$word: a second config; the first is $config"
-      config=$word
-      ;;
+      config=$word ;;
   esac
 done
 # With other DATA, GOLD and PROMPTS_ALONE of the config do not count; with MODEL, its SYSTEM_TURN.
@@ -88,7 +87,8 @@ fi
 [[ -z $config ]] || read_config "$config"
 for name in "${!given[@]}"; do
   [[ " ${names[*]} " != *" $name "* ]] || continue
-  near=${ALIASES[${name^^}]-$(nearest "${name^^}")}
+  near=$(nearest "${name^^}")
+  near=${ALIASES[${near:-none}]-$near}
   stop "$name is no setting${near:+; is $near meant?} (bash run.sh --help lists them)"
 done
 [[ ${given[METHOD]-} != spa ]] || given[EPSILON]=${given[EPSILON]-0}
@@ -107,6 +107,8 @@ one_of() {  # NAME CHOICES…
 }
 is_zero() { [[ $1 =~ ^[+-]?0*\.?0*([eE][+-]?[0-9]+)?$ ]]; }
 
+[[ $PROMPTS_ALONE != yes || $GOLD != none || $SEED_POLICY ]] || stop "PROMPTS_ALONE=yes: say who" \
+  "judges the seed, GOLD=vader, reward-model, … (a config's own GOLD is for its own DATA)"
 one_of METHOD worst-case spa
 one_of SYSTEM_TURN none empty
 one_of JUDGE_START init previous
@@ -128,6 +130,8 @@ name=$(basename "$config" .env)$data
 [[ $METHOD == worst-case || $name == *-$METHOD ]] || name+=-$METHOD
 RUN=${RUN:-runs/${name#-}}
 RUN=${RUN%/}
+ours=$(ls -d "$RUN"/{,*/}*.{stats.json,unfinished} 2>/dev/null || true)
+[[ $ours || ! $(ls -A "$RUN/" 2>/dev/null) ]] || stop "RUN=$RUN/: is there, and holds no run"
 if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architecture
   RUN+=-tiny
   MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl PROMPTS_ALONE=no

@@ -14,6 +14,7 @@ import transformers
 from transformers.cache_utils import DynamicLayer
 
 from core.chat import end_of_turn
+from core.parallel import progress
 from core.policy import logits_of
 
 # Prompt tokens a forward pass: a few gigabytes of activations at 14 B.
@@ -143,7 +144,7 @@ def sample(model, prompts: list[list[int]], u: torch.Tensor, temperature: torch.
     rows = torch.arange(len(u), device=device)
     done = torch.zeros(len(u), dtype=torch.bool, device=device)
     responses: list[list[int]] = [[] for _ in u]
-    for t in range(u.shape[1]):
+    for t in progress(range(u.shape[1]), "tokens", "token", leave=False):
         if trace is not None:
             trace.append((rows, logits))
         token = draw(logits, u[rows, t], temperature[rows])

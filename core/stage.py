@@ -56,6 +56,7 @@ from core.folder import (
 from core.rows import fail, remove
 
 STARTED = time.time()
+ROOT = Path(__file__).resolve().parent.parent
 
 # OpenMP threads that spin while they wait made a step take three to five times as long beside other
 # programs. Read when torch is loaded, after this file.
@@ -98,7 +99,7 @@ def parser(doc: str, out: str = "", precision: str = "") -> argparse.ArgumentPar
     where there are these flags."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
-    cli = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    cli = argparse.ArgumentParser(f"python {program()}", description=doc, formatter_class=Help)
     cli.error = lambda message: fail(f"{message} (see {cli.prog} --help)")
     if out:
         cli.add_argument("--out", type=os.path.normpath, required=True, help=out)
@@ -106,6 +107,12 @@ def parser(doc: str, out: str = "", precision: str = "") -> argparse.ArgumentPar
         cli.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                          help=precision)
     return cli
+
+
+def program() -> str:
+    """This program, as python is told to start it from the repository's folder."""
+    path = Path(sys.argv[0]).resolve()
+    return path.name if path.parent == ROOT else f"-m {path.parent.name}.{path.stem}"
 
 
 def ranged(kind: type, low: float, high: float = math.inf,
@@ -278,7 +285,8 @@ def refuse_foreign(out: str, beside: Iterable[str]) -> None:
     for path in foreign:
         if os.path.lexists(path):
             fail(f"{path}: is there, and {out}.stats.json does not say that this program wrote it. "
-                 "It is not replaced: move it away, or name another --out (RUN)")
+                 "It is not replaced: move it away, bring that file along, or name another --out "
+                 "(RUN)")
 
 
 def print_look(state: str, count: int) -> None:
@@ -319,7 +327,8 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> di
         if is_looking():
             print_look("changed", size_of(out))
         fail(f"{out}: complete, but changed since it was written: {'; '.join(changed)}. REDO=yes "
-             "replaces it and all that follows from it; another --out (RUN) keeps both")
+             "replaces it and all that follows from it (before a stage's own command: REDO=yes "
+             "python …); another --out (RUN) keeps both")
     if not is_looking():
         print(f"{out}: changed since it was written: {'; '.join(changed)}. Redoing.")
     return record
@@ -334,8 +343,8 @@ def exit_if_looking(out: str, writes: int = 0, passing: int = 0) -> None:
     needed = sum(ahead) + writes + passing
     free = shutil.disk_usage(standing_above(os.path.realpath(out))).free
     if needed > free:
-        fail(f"{out}: needs {needed / 1e9:.3g} GB, with what comes before it; {free / 1e9:.3g} GB "
-             "are free there: make room, or name another --out (RUN)")
+        fail(f"{out}: needs {math.ceil(needed / 1e6):,} MB, with what comes before it; "
+             f"{free // 10**6:,} MB are free there: make room, or name another --out (RUN)")
     if is_looking():
         print_look("to do" if is_empty(out) else "changed", writes)
         raise SystemExit(WORK)
@@ -467,18 +476,15 @@ def put_in_place(out: str) -> None:
 def about(inputs: dict[str, str]) -> dict:
     """How an output came about: for readers, and no reason to do anything again. Paths stand here
     by name; their fingerprints are in the settings."""
-    here = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         commit = None
-    program = Path(sys.argv[0]).resolve()
-    name = program.name if program.parent == here else f"-m {program.parent.name}.{program.stem}"
     torch = sys.modules.get("torch")  # a stage that computes has loaded it
     gpu = torch is not None and torch.cuda.is_initialized()
     card = f", {torch.cuda.get_device_name()}" if gpu else ""
-    return {"command": f"{name} {shlex.join(sys.argv[1:])}",
+    return {"command": f"{program()} {shlex.join(sys.argv[1:])}",
             "commit": commit,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{card}",
             "processes": WORLD,
@@ -496,7 +502,8 @@ def run_stage(main: Callable[..., None], *given: argparse.Namespace) -> None:
             if RANK == 0 and "record" in args:
                 hold(args.out)
                 if record_of(args.out) != args.record:
-                    fail(f"{args.out}: another program has just written it; the same command again")
+                    fail(f"{args.out}: another program has just written it; give the same command "
+                         "again")
         main(*given)
     finally:
         release()

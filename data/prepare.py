@@ -91,7 +91,7 @@ REASONS = {
     "control_token": "that spell a control token of the model",
     "too_long": "too long for the model",
     "same_opening": "whose opening user turn is another row's",
-    "surplus": "beyond --eval-size",
+    "surplus": "beyond --eval-size (EVAL_SIZE)",
 }
 # Rows that a look reads of what `datasets` loads.
 LOOK_ROWS = 1000
@@ -324,14 +324,15 @@ def normalise(where: str, row: dict, prompts_alone: bool = False) -> dict:
 
     Raises LeftOut where it cannot be used. What fits no layout ends the program.
     """
-    if prompts_alone and not any(key in row for key in PROMPTS):
-        fail(f"{where}: columns {', '.join(row)}: a prompt is read from {', '.join(PROMPTS)}")
     if not prompts_alone and not all(side in row for side in SIDES):
         fail(f"{where}: columns {', '.join(row)}: preferences are read from chosen and rejected "
-             "(see --help); PROMPTS_ALONE=yes (--prompts-alone) reads the prompts alone, and GOLD "
-             "labels the seed")
+             "(python -m data.prepare --help); PROMPTS_ALONE=yes (--prompts-alone) reads the "
+             "prompts alone, and GOLD labels the seed")
+    text_alone = prompts_alone or isinstance(row["chosen"], str)
 
     before, answers = ([], []) if prompts_alone else take_sides(where, row)
+    if text_alone and not before and not any(key in row for key in PROMPTS):
+        fail(f"{where}: columns {', '.join(row)}: a prompt is read from {', '.join(PROMPTS)}")
     prompt = join(where, take_prompt(where, row), before)
     # A conversation's own system turn goes before the column.
     if row.get("system") and prompt and prompt[0]["role"] != "system":
@@ -382,8 +383,9 @@ def seed_size_of(args: argparse.Namespace, count: int, left: Counter) -> int:
     # The evaluation gets one, where there is anything to evaluate.
     needed = size + sum(args.rounds) + bool(args.rounds or not size)
     if count < needed:
-        fail(f"{args.data}: {count} prompts can be used ({summary(left)} left out); "
-             f"the seed, --rounds and one for the evaluation need {needed}")
+        fail(f"{args.data}: {count} prompts can be used ({summary(left)} left out), and {needed} "
+             f"are needed: {size} for the seed (SEED_SIZE), {sum(args.rounds)} for the rounds "
+             "(ROUNDS), one for the evaluation; lower them")
     if args.seed_fraction is not None and not size:
         fail(f"--seed-fraction {args.seed_fraction} (SEED_FRACTION) of {count} prompts is none; "
              "--seed-size 0 where no seed is meant")

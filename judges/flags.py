@@ -69,7 +69,8 @@ def check_judge(args: argparse.Namespace) -> None:
     judge, model = args.judge, args.judge_model
     needs_model = judge in ("reward-model", "pairrm", "llm", "openai")
     if needs_model != bool(model):
-        fail(f"--judge {judge} {'needs' if needs_model else 'takes no'} --judge-model")
+        fail(f"--judge {judge} {'needs' if needs_model else 'takes no'} --judge-model "
+             "(GOLD_MODEL, JUDGE_MODEL)")
     package = PACKAGES.get(judge)
     if package and importlib.util.find_spec(package) is None:
         fail(f"--judge {judge} needs the package {package} (pip install {package})")

@@ -19,21 +19,29 @@ OF_POLICIES = {
 }
 OF_LABELS = {
     "pairs": "pairs", "accuracy": "the judge agrees", "flagged": "flagged as noise",
-    "wrong_among_flagged": "of these wrong", "could_be_flagged": "could be flagged",
-    "wrong": "of these wrong",
+    "wrong_among_flagged": "flagged and wrong", "could_be_flagged": "could be flagged",
+    "wrong": "could be and wrong",
 }
 OF_JUDGES = {"order_disagreement": "decided by order", "no_verdict": "without verdict"}
-COLUMNS = """Win rate: how often the judge prefers the policy's answer to the first policy's, \
-ties ½, with a 95 % interval over prompts; p: the paired test of that win rate against the line \
-above (the first: against ½); at equal length: the win rate by a regression on lengths that is \
-symmetric in the two policies; ± one standard error over prompts. \
-Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows (pip install \
-textblob); nothing was trained on it, so that where the gold score rises and it does not, a policy \
-pleases the gold judge alone. Ended: share of the answers that ended before the length limit, ✂ \
-marks one that did not; openings: of one answer to every prompt, the share of distinct first \
-three words. \
-Decided by order: share of the comparisons that have another winner when the two are exchanged; \
-without verdict: the judge's answers that hold none and count ½."""
+# What a column means; ± is one standard error over prompts.
+LEGEND = {
+    "win_rate": "Win rate: how often the judge prefers the policy's answer to the first policy's, "
+                "ties ½, with a 95 % interval over prompts.",
+    "p": "p: the paired test of that win rate against the line above (the first: against ½).",
+    "length_controlled": "At equal length: the win rate by a regression on lengths that is "
+                         "symmetric in the two policies.",
+    "second_score": "Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows "
+                    "(pip install textblob); nothing was trained on it, so that where the gold "
+                    "score rises and it does not, a policy pleases the gold judge alone.",
+    "ended": "Ended: share of the answers that ended before the length limit; ✂ marks one that did "
+             "not.",
+    "openings": "Openings: of one answer to every prompt, the share of distinct first three words.",
+    "flagged": "Flagged as noise: labels that the extrapolated policy doubted; the first half of a "
+               "training could flag none. Wrong: by the judge.",
+    "order_disagreement": "Decided by order: share of the comparisons that have another winner "
+                          "when the two are exchanged.",
+    "no_verdict": "Without verdict: the judge's answers that hold none and count ½.",
+}
 
 # ------------------------------------------------------------------------------------------ tables
 
@@ -141,13 +149,15 @@ def page(out: str, judge: str, answers: dict[str, list[dict]], policies: dict[st
          labels: dict[str, dict], trainings: dict[str, tuple], inputs: dict[str, str]) -> str:
     """The report in the folder `out`; `inputs` are the files that it is made of."""
     rows = next(iter(answers.values()))
+    known = {key for measures in (*policies.values(), *labels.values()) for key in measures}
     parts = [f"# Run `{os.path.basename(os.path.abspath(out))}`",
              opening(policies, labels, trainings),
              table("policy", policies, OF_POLICIES | OF_JUDGES),
              *([table("self-labels of", labels, OF_LABELS | OF_JUDGES)] if labels else []),
              "![win rates, scores, lengths, labels, training](report.png)",
              f"{len(rows)} held-out prompts × {len(rows[0]['responses'])} samples, judge: {judge}.",
-             COLUMNS, "## Responses side by side", side_by_side(answers, SIDE_BY_SIDE),
+             " ".join(text for key, text in LEGEND.items() if key in known),
+             "## Responses side by side", side_by_side(answers, SIDE_BY_SIDE),
              "## How it came about",
              came_about([*history(out), {"out": "this report", "about": about(inputs)}])]
     return "\n\n".join(parts) + "\n"
@@ -190,15 +200,29 @@ def plot_measures(axis, title: str, lines: dict[str, dict], kinds: dict[str, str
     """Measures of the names that have them, with 95 % bars where their errors are known."""
     for key, text in kinds.items():
         # NaN, which is not drawn, where a name has none.
-        values, errors = np.array([[measures.get(key), measures.get(f"{key}_error")]
-                                   for measures in lines.values()], float).T
+        values, low, high = np.array([bar_of(m, key) for m in lines.values()], float).T
         if not np.isnan(values).all():
-            axis.errorbar(range(len(lines)), values, 1.96 * np.nan_to_num(errors), marker="o",
+            axis.errorbar(range(len(lines)), values, [values - low, high - values], marker="o",
                           capsize=3, clip_on=False, label=text)
+    has_bars = any(f"{key}_error" in m for key in kinds for m in lines.values())
+    axis.set(title=title, xticks=range(len(lines)), xticklabels=lines,
+             ylabel="mean, bars: 95 %" if has_bars else "mean")
     if "win_rate" in kinds:
         axis.axhline(0.5, color="gray", lw=0.8, ls=":", label="as good")
-    axis.set(title=title, xticks=range(len(lines)), xticklabels=lines, ylabel="mean, bars: 95 %")
+        axis.set_ylim(0, 1)
     axis.margins(x=0.1, y=0.1)
+
+
+def bar_of(measures: dict, key: str) -> tuple[float, float, float]:
+    """A measure and the ends of its 95 % bar, which has no length where its error is not known; a
+    rate's ends are rates."""
+    value = measures.get(key, math.nan)
+    if key == "win_rate" and "interval" in measures:
+        return value, *measures["interval"]
+    half = 1.96 * measures.get(f"{key}_error", 0.0)
+    if key == "length_controlled":
+        return value, max(value - half, 0.0), min(value + half, 1.0)
+    return value, value - half, value + half
 
 
 def plot_training(axis, logs: dict[str, list[dict]]) -> None:

@@ -157,7 +157,7 @@ LEFT = {  # rows that are left out, by reason
                        {**sides("u: Q | "), "rejected": None}, {**sides("u: Q | "), "chosen": []},
                        {**HH, "rejected": HH["rejected"][:-1]}],
     "empty_prompt": [{"prompt": "", **PAIR}, {"prompt": " "}, {"prompt": None, **PAIR},
-                     sides(""), sides("s: Z | "), PAIR],
+                     sides(""), sides("s: Z | ")],
 }
 
 
@@ -178,6 +178,7 @@ REFUSED = {
     "another question": ({"prompt": "What is 2 + 2?", **sides("u: Name a city. | ")},
                          "'prompt' is not in the conversation"),
     "one side": ({"prompt": "Q", "chosen": "A"}, "columns prompt, chosen: preferences are read"),
+    "no prompt": ({"query": "Q", **PAIR}, "columns query, chosen, rejected: a prompt is read"),
     "a prompt alone": ({"prompt": "Q"}, "PROMPTS_ALONE=yes (--prompts-alone)"),
     "other keys": ({"prompt": [{"from": "human", "value": "Q"}], **PAIR}, '"content": …'),
     "other roles": ({"prompt": [{"role": "human", "content": "Q"}], **PAIR},

@@ -228,8 +228,8 @@ def test_room_on_the_disk_is_looked_at_with_what_comes_before(tmp_path, program)
     assert start(*command, LOOK="yes", PROMISED=there).returncode == stage.WORK
     done = start(*command, LOOK="yes", PROMISED=f"{there}{tmp_path / 'seed'}\t{free * 3}\n")
     one_line(done, "make room")
-    needed = float(re.search(r"needs (\S+) GB", done.stderr)[1])
-    assert needed == pytest.approx(3.5 * free / 1e9, rel=0.01)
+    needed = float(re.search(r"needs (\S+) MB", done.stderr)[1].replace(",", ""))
+    assert needed == pytest.approx(3.5 * free / 1e6, rel=0.01)
 
 
 @pytest.mark.parametrize("out, words", [
