@@ -56,7 +56,7 @@ def flags() -> argparse.Namespace:
     if not implicit and (args.length_penalty or args.reference != "init"):
         fail("--reference and --length-penalty are of the implicit reward: --judge implicit")
     if not implicit:
-        # It decides nothing here: labels that differ in it alone are the same.
+        # Unused: None, so that another value is no other setting.
         args.beta = None
     start_judging(args, ["model", "reference_model"], ["responses", "pairs"])
     exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))

@@ -56,6 +56,7 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
       "${sample[@]}"
     stage label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
       "${gold_judge[@]}"
+    # Once more: the labelled pairs become the seed, FLIP of them turned wrong.
     stage -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" \
       --seed "$SEED" --seed-fraction 1 --rounds
     gold=$RUN/gold/seed/seed.jsonl

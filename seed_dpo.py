@@ -32,7 +32,7 @@ def flags() -> argparse.Namespace:
                      help="or an LLM judge of these pairs (papers: --lr 2e-5)")
     args = cli.parse_args()
     if args.objective == "judge":
-        # It decides nothing here: judges that differ in it alone are the same.
+        # Unused: None, so that another value is no other setting.
         args.beta = None
     start_training(args)
     return args
@@ -101,6 +101,7 @@ def main(args: argparse.Namespace) -> None:
             # L = −log σ(M)                                                                    S6
             loss = -logp[:, 0] if is_judge else dpo_loss(margin)
             (scale * loss.sum()).backward()                             # ∇ of the mean over B    D7
+            # One margin: training starts at the anchor.
             columns = {"loss": loss, "margin": margin, "round_margin": margin}
             per_pass.append((indices, scale, columns))
         pairs = gather(run, per_pass, batch)                            # of all processes

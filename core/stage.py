@@ -319,6 +319,7 @@ def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> di
             print_look("follows" if follows else "complete", size_of(out))
             raise SystemExit(WORK if follows else 0)
         if RANK == 0 and os.path.exists(unfinished(out)):
+            # What a kill left whole is put in place.
             hold(out)
             release()
         print(f"{out}: complete, skipped")

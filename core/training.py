@@ -76,7 +76,7 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
         model = load_outline(args.model)  # process 0 reads, and hands out layer by layer
     else:
         target = torch.device("cpu") if shard else device
-        # Frozen, and compared with the model's own logits (core/probe.py).
+        # Compared with the model's own logits (core/probe.py).
         model = load_scorer(args.model, target, encoded, args.precision)
     # π_θ is what the loss reaches: a vision tower beside the decoder stays as it is.
     model.get_decoder().requires_grad_(True)
@@ -145,7 +145,7 @@ def batches(run: Run, log: list[dict]) -> Iterator[tuple[int, list[int]]]:
 
 def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict, float]]:
     """(indices [m], their tokens, what the sum of their losses is multiplied by) of this process's
-    passes.
+    passes. While it runs, weights are cast to bf16 once for all passes.
 
     Gradients are averaged over processes, and the update is the mean over the global batch (D7):
     hence world / B. A process with fewer passes than others takes part with a stand-in of scale 0.

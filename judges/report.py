@@ -19,11 +19,11 @@ OF_POLICIES = {
 }
 OF_LABELS = {
     "pairs": "pairs", "accuracy": "the judge agrees", "flagged": "flagged as noise",
-    "wrong_among_flagged": "flagged and wrong", "could_be_flagged": "could be flagged",
-    "wrong": "could be and wrong",
+    "wrong_among_flagged": "wrong, of these", "could_be_flagged": "could be flagged",
+    "wrong": "wrong, of those",
 }
 OF_JUDGES = {"order_disagreement": "decided by order", "no_verdict": "without verdict"}
-# What a column means; ± is one standard error over prompts.
+# What a column means.
 LEGEND = {
     "win_rate": "Win rate: how often the judge prefers the policy's answer to the first policy's, "
                 "ties ½, with a 95 % interval over prompts.",
@@ -36,8 +36,8 @@ LEGEND = {
     "ended": "Ended: share of the answers that ended before the length limit; ✂ marks one that did "
              "not.",
     "openings": "Openings: of one answer to every prompt, the share of distinct first three words.",
-    "flagged": "Flagged as noise: labels that the extrapolated policy doubted; the first half of a "
-               "training could flag none. Wrong: by the judge.",
+    "flagged": "Flagged as noise: labels that the extrapolated policy doubted; the first fifth of "
+               "the steps flags none. Wrong: shares, by the judge.",
     "order_disagreement": "Decided by order: share of the comparisons that have another winner "
                           "when the two are exchanged.",
     "no_verdict": "Without verdict: the judge's answers that hold none and count ½.",
@@ -89,7 +89,7 @@ def spoken(name: str) -> str:
     return re.sub(r"^round(?=\d+$)", "round ", name)
 
 
-def opening(policies: dict[str, dict], labels: dict[str, dict],
+def summary(policies: dict[str, dict], labels: dict[str, dict],
             trainings: dict[str, tuple]) -> str:
     """The run in sentences: the last policy against the first and the one before it, its scores,
     how right its labels were, and what diverged."""
@@ -100,8 +100,8 @@ def opening(policies: dict[str, dict], labels: dict[str, dict],
     clauses = [f"answers in {p['characters']:.0f} characters"]
     if "win_rate" in p:
         low, high = p["interval"]
-        clauses = [f"is preferred to {spoken(first)} on {100 * p['win_rate']:.0f} % of the prompts "
-                   f"[{100 * low:.0f}, {100 * high:.0f}]"]
+        clauses = [f"is preferred to {spoken(first)} in {100 * p['win_rate']:.0f} % of the "
+                   f"comparisons [{100 * low:.0f}, {100 * high:.0f}]"]
         if before != first:
             equals = "< 0.001" if p["p"] < 0.001 else f"= {p['p']:.2g}"
             clauses.append(f"against {spoken(before)} p {equals}")
@@ -151,12 +151,13 @@ def page(out: str, judge: str, answers: dict[str, list[dict]], policies: dict[st
     rows = next(iter(answers.values()))
     known = {key for measures in (*policies.values(), *labels.values()) for key in measures}
     parts = [f"# Run `{os.path.basename(os.path.abspath(out))}`",
-             opening(policies, labels, trainings),
+             summary(policies, labels, trainings),
              table("policy", policies, OF_POLICIES | OF_JUDGES),
              *([table("self-labels of", labels, OF_LABELS | OF_JUDGES)] if labels else []),
              "![win rates, scores, lengths, labels, training](report.png)",
              f"{len(rows)} held-out prompts × {len(rows[0]['responses'])} samples, judge: {judge}.",
-             " ".join(text for key, text in LEGEND.items() if key in known),
+             " ".join([*(text for key, text in LEGEND.items() if key in known),
+                       "± is one standard error over prompts."]),
              "## Responses side by side", side_by_side(answers, SIDE_BY_SIDE),
              "## How it came about",
              came_about([*history(out), {"out": "this report", "about": about(inputs)}])]

@@ -345,9 +345,9 @@ def test_the_report_opens_with_sentences():
     p = {"characters": 190.0, "win_rate": 0.85, "interval": [0.8, 0.9], "p": 0.283, "ended": 0.81,
          "score": 0.874}
     policies = {"init": first, "round1": p, "round2": p}
-    text = report.opening(policies, {"round2": {"accuracy": 0.75}}, {})
+    text = report.summary(policies, {"round2": {"accuracy": 0.75}}, {})
     assert text == (
-        "Round 2 is preferred to init on 85 % of the prompts [80, 90]; against round 1 p = 0.28; "
+        "Round 2 is preferred to init in 85 % of the comparisons [80, 90]; against round 1 p = 0.28; "
         "81 % of its answers end. Its mean gold score is 0.87, that of init 0.47. The judge agrees "
         "with 75 % of the self-labels of round 2.")
 
