@@ -45,6 +45,7 @@ def run_sh(*arguments, **settings) -> str:
     ("METHOD=spa EPSILON=0.01", "D6"),
     ("NPROC=0", "NPROC=0: must be a whole number"),
     ("GOLD_N=01", "GOLD_N=01: a pair takes two"),
+    ("PROMPTS_ALONE=yes", "say who judges the seed"),
     ("SEED_SIZE=0", "SEED_POLICY"),
     ("configs/nonsense.env", "nor one of: test --check --tiny --help configs/demo.env "),
     ("--chek", "--check"),
@@ -54,6 +55,10 @@ def test_a_mistaken_setting_is_one_line_before_any_stage(tmp_path, words, expect
     done = start_sh(*words.split(), DATA="data.jsonl", RUN=tmp_path / "run")
     one_line(done, expected)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_has_a_folder_of_its_own():
+    one_line(start_sh(RUN="data"), "RUN=data/: is there, and holds no run")
 
 
 def test_settings_do_not_come_from_the_environment():
