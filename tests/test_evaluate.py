@@ -347,9 +347,9 @@ def test_the_report_opens_with_sentences():
     policies = {"init": first, "round1": p, "round2": p}
     text = report.summary(policies, {"round2": {"accuracy": 0.75}}, {})
     assert text == (
-        "Round 2 is preferred to init in 85 % of the comparisons [80, 90]; against round 1 p = 0.28; "
-        "81 % of its answers end. Its mean gold score is 0.87, that of init 0.47. The judge agrees "
-        "with 75 % of the self-labels of round 2.")
+        "Round 2 is preferred to init in 85 % of the comparisons [80, 90]; against round 1 p = "
+        "0.28; 81 % of its answers end. Its mean gold score is 0.87, that of init 0.47. The judge "
+        "agrees with 75 % of the self-labels of round 2.")
 
 
 def test_outputs_of_other_models_and_no_verdicts(folder, tmp_path, monkeypatch):
