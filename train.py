@@ -113,8 +113,8 @@ def needed_of(args: argparse.Namespace, policy: str, precision: str) -> tuple[di
     """What the rows' `margin_of` must say (D10), and the remedy where it does not: log-probs of
     `policy` (a fingerprint) at this precision and, where the margin is used, one against π_init."""
     needed = {"policy": policy, "precision": precision}
-    remedy = (f"is --model {args.model} the policy that wrote these rows? Then label.py must score "
-              f"them by it, with --precision {precision} (PRECISION)")
+    remedy = (f"label.py must score these rows by --model {args.model}, if that wrote them, with "
+              f"--precision {precision} (PRECISION)")
     if args.anchor == "init":
         needed |= AGAINST_INIT | {"beta": args.beta}
         remedy += (f", judge implicit, reference init and --beta {args.beta} (D6), or take "

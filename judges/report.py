@@ -217,10 +217,12 @@ def plot_measures(axis, title: str, lines: dict[str, dict], kinds: dict[str, str
 def bar_of(measures: dict, key: str) -> tuple[float, float, float]:
     """A measure and the ends of its 95 % bar, which has no length where its error is not known; a
     rate's ends are rates."""
-    value = measures.get(key, math.nan)
+    value = measures.get(key)
+    if value is None:
+        return math.nan, math.nan, math.nan
     if key == "win_rate" and "interval" in measures:
         return value, *measures["interval"]
-    half = 1.96 * measures.get(f"{key}_error", 0.0)
+    half = 1.96 * (measures.get(f"{key}_error") or 0.0)
     if key == "length_controlled":
         return value, max(value - half, 0.0), min(value + half, 1.0)
     return value, value - half, value + half

@@ -125,7 +125,7 @@ def test_what_a_run_needs_is_looked_for_before_the_first_stage(folder, tmp_path,
     small = {"SEED_SIZE": 2, "ROUNDS": "", "MAX_NEW_TOKENS": 8}
     table = [
         ({"DATA": prompts, **small}, "PROMPTS_ALONE=yes"),
-        ({"DATA": prompts, "PROMPTS_ALONE": "yes", **small}, "--judge: invalid choice"),
+        ({"DATA": prompts, "PROMPTS_ALONE": "yes", **small}, "say who judges the seed"),
         ({"DATA": pairs, "ROUNDS": 40, "SEED_SIZE": 2}, "need"),
         ({"DATA": pairs, "MODEL": tmp_path / "none", **small}, "none"),
         ({"DATA": pairs, "BACKEND": "vllm", **small}, "vllm"),
