@@ -49,14 +49,13 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
     --rounds $ROUNDS --eval-size "$EVAL_SIZE" --model "${SEED_POLICY:-$init}" \
     --max-new-tokens "$MAX_NEW_TOKENS" --flip "$FLIP" --seed "$SEED"
 
-  # Prompts without preferences: the model answers, the gold judge labels, once.
+  # Prompts without preferences: the model answers, the gold judge labels; FLIP of them are turned.
   if [[ $PROMPTS_ALONE == yes && -z $SEED_POLICY ]]; then
     stage generate.py --model "$init" --prompts "$RUN/data/seed.jsonl" \
       --out "$RUN/gold/responses.jsonl" -n "${GOLD_N:-$N}" --temperature "$TEMPERATURE" \
       "${sample[@]}"
     stage label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
       "${gold_judge[@]}"
-    # Once more: the labelled pairs become the seed, FLIP of them turned wrong.
     stage -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" \
       --seed "$SEED" --seed-fraction 1 --rounds
     gold=$RUN/gold/seed/seed.jsonl

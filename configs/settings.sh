@@ -193,7 +193,8 @@ look() {  # PROGRAM OUT COMMAND …; in core/stage.py: what a stage prints, and 
 look_then_work() {
   algorithm  # plainly: as a condition it would go on after a stage that has failed
   if [[ -n $problems ]]; then
-    sort -u <<<"${problems%$'\n'}" >&2
+    awk -F': ' '{ sub(/ \(see python .*/, "") } !said[$3 == "cannot be written" ? $4 : $0]++' \
+      <<<"${problems%$'\n'}" >&2
     exit 2
   fi
   if [[ -z $promised ]]; then
