@@ -70,7 +70,7 @@ QUIET = 0.2  # share of the steps, the first, in which nothing is flagged (SPA, 
 def threshold(log: list[dict], percentile: float) -> float:
     """τ (S11): a percentile of p̃ over the latest pairs of the log; −∞, which flags nothing, while
     it has none."""
-    # A watched step has a pair or more: so many of them are enough.
+    # WINDOW watched steps hold WINDOW pairs or more.
     window = [p for row in log[-WINDOW:] for p in row["p_tilde"]][-WINDOW:]
     if not window:
         return -math.inf

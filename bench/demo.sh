@@ -41,10 +41,13 @@ sample() {  # MODEL PROMPTS OUT FLAGS…
   "$python" generate.py --model "$1" --prompts "$2" --out "$3" --max-new-tokens 64 \
     --seed "$number" "${@:4}"
 }
-evaluate() {  # NAME=MODEL…: as run.sh does
+answer() {  # NAME=MODEL: of the evaluation, as run.sh does
+  sample "${1#*=}" "$spa/data/eval.jsonl" "$run/eval/${1%%=*}.jsonl" -n 4
+}
+evaluate() {  # NAME=MODEL…
   local one answers=()
   for one in "$@"; do
-    sample "${one#*=}" "$spa/data/eval.jsonl" "$run/eval/${one%%=*}.jsonl" -n 4
+    answer "$one"
     answers+=("${one%%=*}=$run/eval/${one%%=*}.jsonl")
   done
   "$python" evaluate.py --answers "${answers[@]}" --judge vader --out "$run"
@@ -79,7 +82,7 @@ rays() {  # SCALES…: the policy of the seed stage, scaled
   share "$spa" "$run" eval/init.jsonl eval/seed.jsonl
   for c in "$@"; do
     ray "$c" "ray$c"
-    sample "$run/ray$c" "$spa/data/eval.jsonl" "$run/eval/ray$c.jsonl" -n 4
+    answer "ray$c=$run/ray$c"
     policies+=("ray$c=$run/ray$c")
   done
   "$python" bench/demo_measures.py "$spa" "$run"

@@ -40,9 +40,9 @@ mapfile -t names < <(grep -oE '^[A-Z_]+' configs/defaults.env)
 declare -A ALIASES=([LEARNING_RATE]=LR [EPOCHS]=SEED_EPOCHS [EPS]=EPSILON [DATASET]=DATA
   [OUTPUT_DIR]=RUN [OUT]=RUN [NUM_SAMPLES]=N [MAX_TOKENS]=MAX_NEW_TOKENS [LAMBDA]=LAMS [GPUS]=NPROC)
 
-nearest() {  # NAME: the setting, or another program's word for one, that it may be a slip of
+nearest() {  # WORD CHOICES…: the one that it may be a slip of
   python3 -c 'import difflib as d, sys; print(*d.get_close_matches(sys.argv[1], sys.argv[2:], 1))' \
-    "$1" "${names[@]}" "${!ALIASES[@]}" 2>/dev/null || true
+    "$@" 2>/dev/null || true
 }
 
 read_config() {  # FILE of lines NAME=value; a value is the rest of its line, outer quotes off
@@ -69,8 +69,9 @@ for word in "$@"; do
       exit 0 ;;
     +([A-Za-z0-9_])=*) given[${word%%=*}]=${word#*=} ;;
     *)
-      [[ -f $word ]] || stop "$word: neither NAME=VALUE (with quotes where a value has blanks:" \
-        "ROUNDS='8 8') nor one of: test --check --tiny --help" configs/!(defaults).env
+      choices=(test --check --tiny --help configs/!(defaults).env)
+      [[ -f $word ]] || stop "$word: neither NAME=VALUE (ROUNDS='8 8' takes quotes) nor one of:" \
+        "${choices[@]} (nearest: $(nearest "$word" "${choices[@]}"))"
       [[ -z $config ]] || stop "$word: a second config; the first is $config"
       config=$word ;;
   esac
@@ -87,7 +88,7 @@ fi
 [[ -z $config ]] || read_config "$config"
 for name in "${!given[@]}"; do
   [[ " ${names[*]} " != *" $name "* ]] || continue
-  near=$(nearest "${name^^}")
+  near=$(nearest "${name^^}" "${names[@]}" "${!ALIASES[@]}")
   near=${ALIASES[${near:-none}]-$near}
   stop "$name is no setting${near:+; is $near meant?} (bash run.sh --help lists them)"
 done
@@ -130,8 +131,8 @@ name=$(basename "$config" .env)$data
 [[ $METHOD == worst-case || $name == *-$METHOD ]] || name+=-$METHOD
 RUN=${RUN:-runs/${name#-}}
 RUN=${RUN%/}
-ours=$(ls -d "$RUN"/{,*/}*.{stats.json,unfinished} 2>/dev/null || true)
-[[ $ours || ! $(ls -A "$RUN/" 2>/dev/null) ]] || stop "RUN=$RUN/: is there, and holds no run"
+ours=$(ls -d "$RUN"/{,*/}*.{stats.json,unfinished} 2>/dev/null || true)  # what stages leave
+[[ $ours || ! $(ls -A "$RUN/" 2>/dev/null) ]] || stop "RUN=$RUN/: holds no run; name another folder"
 if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architecture
   RUN+=-tiny
   MODEL=$RUN/tiny/model DATA=$RUN/tiny/pairs.jsonl PROMPTS_ALONE=no
@@ -158,10 +159,9 @@ stage() {  # [-m] PROGRAM FLAGS …
     look "$program" "$out" "$@"
     return
   fi
-  if [[ ${states[number]} == complete || $program == data.* || $program == dro.py ]]; then
-    :  # one process is enough
-  elif [[ $BACKEND == vllm && $program == generate.py ]]; then
-    :  # vLLM has processes of its own
+  if [[ ${states[number]} == complete || $program == data.* || $program == dro.py ||
+    $BACKEND-$program == vllm-generate.py ]]; then
+    :  # one process is enough, and vLLM has processes of its own
   elif [[ -n $LAUNCH ]]; then
     starter=($LAUNCH)
   elif (( NPROC > 1 )); then
@@ -192,7 +192,7 @@ look() {  # PROGRAM OUT COMMAND …; in core/stage.py: what a stage prints, and 
 
 look_then_work() {
   algorithm  # plainly: as a condition it would go on after a stage that has failed
-  if [[ -n $problems ]]; then
+  if [[ -n $problems ]]; then  # of stages that say the same, one
     awk -F': ' '{ sub(/ \(see python .*/, "") } !said[$3 == "cannot be written" ? $4 : $0]++' \
       <<<"${problems%$'\n'}" >&2
     exit 2

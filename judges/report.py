@@ -29,7 +29,8 @@ LEGEND = {
                 "ties ½, with a 95 % interval over prompts.",
     "p": "p: the paired test of that win rate against the line above (the first: against ½).",
     "length_controlled": "At equal length: the win rate by a regression on lengths that is "
-                         "symmetric in the two policies.",
+                         "symmetric in the two policies, ± one standard error over prompts.",
+    "score": "Gold score: the judge's mean, ± one standard error over prompts.",
     "second_score": "Second lexicon: mean polarity, from −1 to 1, of the words that TextBlob knows "
                     "(pip install textblob); nothing was trained on it, so that where the gold "
                     "score rises and it does not, a policy pleases the gold judge alone.",
@@ -156,8 +157,7 @@ def page(out: str, judge: str, answers: dict[str, list[dict]], policies: dict[st
              *([table("self-labels of", labels, OF_LABELS | OF_JUDGES)] if labels else []),
              "![win rates, scores, lengths, labels, training](report.png)",
              f"{len(rows)} held-out prompts × {len(rows[0]['responses'])} samples, judge: {judge}.",
-             " ".join([*(text for key, text in LEGEND.items() if key in known),
-                       "± is one standard error over prompts."]),
+             " ".join(text for key, text in LEGEND.items() if key in known),
              "## Responses side by side", side_by_side(answers, SIDE_BY_SIDE),
              "## How it came about",
              came_about([*history(out), {"out": "this report", "about": about(inputs)}])]

@@ -48,7 +48,8 @@ def run_sh(*arguments, **settings) -> str:
     ("PROMPTS_ALONE=yes", "say who judges the seed"),
     ("SEED_SIZE=0", "SEED_POLICY"),
     ("configs/nonsense.env", "nor one of: test --check --tiny --help configs/demo.env "),
-    ("--chek", "--check"),
+    ("--chek", "(nearest: --check)"),
+    ("tests", "(nearest: test)"),
     ("configs/demo.env configs/phi-2.env", "a second config"),
 ])
 def test_a_mistaken_setting_is_one_line_before_any_stage(tmp_path, words, expected):
@@ -58,7 +59,7 @@ def test_a_mistaken_setting_is_one_line_before_any_stage(tmp_path, words, expect
 
 
 def test_a_run_has_a_folder_of_its_own():
-    one_line(start_sh(RUN="data"), "RUN=data/: is there, and holds no run")
+    one_line(start_sh(RUN="data"), "RUN=data/: holds no run")
 
 
 def test_settings_do_not_come_from_the_environment():
