@@ -7,7 +7,7 @@
 #   … worst                             the worst case, ε = 0.01
 #   … replay, repeat                    gold pairs in every round; as many of its own pairs twice
 #   … judge                             the rounds' labels by the gold judge
-#   … every                             DPO on the gold labels of all 160 prompts
+#   … every                             DPO on the gold labels of all 224 prompts
 #   … flip_ARM                          any of them from a seed with 25 % of its labels wrong
 #   python bench/demo_measures.py runs/table/*/*    KL to π_init, and fluency
 #   python bench/demo_table.py runs/table           mean over seeds, paired differences
@@ -19,6 +19,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo "${PYTHON:-python3}")
 init=models/smollm2
+of_demo() {  # NAME: a setting of the demo
+  sed -n "s/^$1=//p" configs/demo.env
+}
 
 share() {  # FROM TO PATHS…: a run that starts with finished pieces of another
   local from=$1 to=$2 piece path
@@ -38,11 +41,11 @@ demo() {  # SETTINGS…: a run of run.sh
   bash run.sh configs/demo.env SEED="$number" RUN="$run" "${flip[@]}" "$@"
 }
 sample() {  # MODEL PROMPTS OUT FLAGS…
-  "$python" generate.py --model "$1" --prompts "$2" --out "$3" --max-new-tokens 64 \
-    --seed "$number" "${@:4}"
+  "$python" generate.py --model "$1" --prompts "$2" --out "$3" \
+    --max-new-tokens "$(of_demo MAX_NEW_TOKENS)" --seed "$number" "${@:4}"
 }
 answer() {  # NAME=MODEL: of the evaluation, as run.sh does
-  sample "${1#*=}" "$spa/data/eval.jsonl" "$run/eval/${1%%=*}.jsonl" -n 4
+  sample "${1#*=}" "$spa/data/eval.jsonl" "$run/eval/${1%%=*}.jsonl" -n "$(of_demo EVAL_N)"
 }
 evaluate() {  # NAME=MODEL…
   local one answers=()
@@ -57,11 +60,11 @@ rounds() {  # what run.sh has no setting for: SPA's rounds on more pairs
   share "$spa" "$run" eval/init.jsonl eval/seed.jsonl "${labels[@]}"
   for t in 1 2; do
     round=$run/round$t
-    sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n 6
+    sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n "$(of_demo N)"
     "$python" label.py --model "$policy" --reference-model $init --out "$round/labelled.jsonl" \
       --responses "$round/responses.jsonl"
     if [[ $arm == repeat ]]; then
-      "$python" bench/replay.py --pairs "$round/labelled.jsonl" --repeat 96 \
+      "$python" bench/replay.py --pairs "$round/labelled.jsonl" --repeat "$(of_demo SEED_SIZE)" \
         --out "$round/joined.jsonl"
     else
       "$python" label.py --model "$policy" --reference-model $init --out "$round/gold.jsonl" \
@@ -71,8 +74,8 @@ rounds() {  # what run.sh has no setting for: SPA's rounds on more pairs
     fi
     "$python" dro.py --pairs "$round/joined.jsonl" --out "$round/worst.jsonl" --epsilon 0
     "$python" train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
-      --lam "$(( t == 1 ? 50 : 25 ))e-2" --lr 1.2e-5 --batch-size 16 --micro-tokens 1024 \
-      --seed "$number"
+      --lam "$(( t == 1 ? 50 : 25 ))e-2" --lr "$(of_demo LR)" --batch-size "$(of_demo BATCH_SIZE)" \
+      --micro-tokens "$(of_demo MICRO_TOKENS)" --seed "$number"
     policy=$round/policy
   done
   evaluate init=$init seed="$spa/seed" round1="$run/round1/policy" round2="$run/round2/policy"
@@ -112,7 +115,7 @@ for number in "${@:2}"; do
       demo METHOD=spa JUDGE=vader ;;
     every)
       share "$spa" "$run" eval/init.jsonl
-      demo METHOD=spa SEED_SIZE=160 ROUNDS= ;;
+      demo METHOD=spa SEED_SIZE=224 ROUNDS= ;;
     rays) rays ${RAYS:-1.5 2 3 4 6} ;;
     replay | repeat) rounds ;;
     *)

@@ -28,7 +28,7 @@ CLEAN = {
     "gold pairs replayed": ("replay", "round2"),
     "as many self-labelled pairs repeated": ("repeat", "round2"),
     "SPA, labels by the gold judge": ("judge", "round2"),
-    "DPO on the gold labels of all 160 prompts": ("every", "seed"),
+    "DPO on the gold labels of all 224 prompts": ("every", "seed"),
 }
 TABLES = {"Clean seed labels": CLEAN,
           "25 % of the seed labels flipped":

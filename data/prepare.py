@@ -31,7 +31,7 @@ would fall into a second one are left out. Papers: 2 000 gold pairs of 60 000 (3
 
     python -m data.prepare --data argilla/ultrafeedback-binarized-preferences-cleaned --out data/uf
     python -m data.prepare --data data/prompts.jsonl --prompts-alone --out runs/demo/data \\
-        --seed-size 96 --rounds 32 32
+        --seed-size 96 --rounds 64 64
 """
 import argparse
 import csv
