@@ -52,8 +52,7 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
   # Prompts without preferences: the model answers, the gold judge labels; FLIP of them are turned.
   if [[ $PROMPTS_ALONE == yes && -z $SEED_POLICY ]]; then
     stage generate.py --model "$init" --prompts "$RUN/data/seed.jsonl" \
-      --out "$RUN/gold/responses.jsonl" -n "${GOLD_N:-$N}" --temperature "$TEMPERATURE" \
-      "${sample[@]}"
+      --out "$RUN/gold/responses.jsonl" -n "$N" --temperature "$TEMPERATURE" "${sample[@]}"
     stage label.py --responses "$RUN/gold/responses.jsonl" --out "$RUN/gold/pairs.jsonl" \
       "${gold_judge[@]}"
     stage -m data.prepare --data "$RUN/gold/pairs.jsonl" --out "$RUN/gold/seed" --flip "$FLIP" \

@@ -115,7 +115,7 @@ one_of SYSTEM_TURN none empty
 one_of JUDGE_START init previous
 for name in PROMPTS_ALONE SHARD REDO; do one_of $name yes no; done
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || stop "NPROC=$NPROC: must be a whole number, at least 1"
-[[ ! $N =~ ^0*1$ && ! $GOLD_N =~ ^0*1$ ]] || stop "N=$N GOLD_N=$GOLD_N: a pair takes two responses"
+[[ ! $N =~ ^0*1$ ]] || stop "N=$N: a pair takes two responses"
 [[ $SEED_FRACTION$SEED_POLICY || ! $SEED_SIZE =~ ^0+$ ]] ||
   stop "SEED_SIZE=$SEED_SIZE: without gold pairs SEED_POLICY must name an aligned model"
 if [[ $METHOD == spa ]]; then

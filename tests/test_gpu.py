@@ -50,6 +50,19 @@ def test_more_processes_than_cards_is_one_line(cards, capsys):
     assert "process 3 of this machine has no GPU, there are 2" in line and "NPROC" in line
 
 
+@pytest.mark.parametrize("cpu, pays", [
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, True),
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, False),
+    ({"cpu_name": "Arm Neoverse"}, False),
+])
+def test_auto_is_bf16_only_where_that_is_faster(cpu, pays, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert parallel.in_bf16(CPU, "auto") == pays
+    assert parallel.in_bf16(CPU, "bf16") and not parallel.in_bf16(CPU, "fp32")
+
+
 # ----------------------------------------------------------------------------------------- sampling
 
 

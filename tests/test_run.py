@@ -44,7 +44,7 @@ def run_sh(*arguments, **settings) -> str:
     ("LENGTH_PENALTY=0.01 EPSILON=0", "LENGTH_PENALTY=0.01"),
     ("METHOD=spa EPSILON=0.01", "D6"),
     ("NPROC=0", "NPROC=0: must be a whole number"),
-    ("GOLD_N=01", "GOLD_N=01: a pair takes two"),
+    ("N=01", "N=01: a pair takes two"),
     ("PROMPTS_ALONE=yes", "say who judges the seed"),
     ("SEED_SIZE=0", "SEED_POLICY"),
     ("configs/nonsense.env", "nor one of: test --check --tiny --help configs/demo.env "),
