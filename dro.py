@@ -23,8 +23,7 @@ form, by sorting:
 
 Every run certifies its worst case of ℓ̃: the primal value is the dual bound, or the program ends
 where they differ by a relative 1e-8. The greedy order is the same for every such ℓ, so the closed
-form's atoms are the worst case of the leader's loss ℓ* (D5) too; its value is reported beside that
-of ℓ̃.
+form's atoms are the worst case of the leader's loss ℓ* (D5) too.
 
 Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5): the adversary puts
 `weight` of pair i at ξ_i − shift.
@@ -51,7 +50,7 @@ def flags() -> argparse.Namespace:
     cli.add_argument("--group", type=natural,
                      help="pairs a group (thesis: 100, 200, 300); default: all pairs in one")
     args = cli.parse_args()
-    start(args, files=["pairs"])
+    start(args)
     exit_if_looking(args.out, writes=size_of(args.pairs))
     return args
 
@@ -85,14 +84,6 @@ class WorstCase(NamedTuple):
     dual: float         # upper bound on E_Q[ℓ] for every Q in the ball
     price: float        # λ*, what one more unit of ε would add
     transport: float    # (1/N) Σ weight |shift| ≤ ε
-
-
-def loss_star(x: np.ndarray, pieces: int) -> np.ndarray:
-    """ℓ*(x), on which the leader trains (D5): −log x, continued below 1/K by its tangent there,
-    finite on [0, 1]; train.loss_star in numpy. ℓ*(0) = 1 + log K."""
-    knot = 1 / pieces
-    tangent = 1 + np.log(pieces) - pieces * x
-    return np.where(x < knot, tangent, -np.log(np.maximum(x, knot)))
 
 
 def tangents(pieces: int) -> tuple[np.ndarray, np.ndarray]:
@@ -223,26 +214,24 @@ def main(args: argparse.Namespace) -> None:
     # the worst case, in one ball or in one a group                             T2-3, T2-4, T2-5
     size = args.group or len(xi)
     groups = [slice(start, start + size) for start in range(0, len(xi), size)]
-    sizes = [len(xi[g]) for g in groups]
-    closed = average(sizes, [solve_exact(xi[g], tilde[g], at_zero, args.epsilon) for g in groups])
-    solution = closed
     if args.solver == "lp":
-        solution = average(sizes, [solve_lp(xi[g], *lines, args.epsilon) for g in groups])
+        parts = [solve_lp(xi[g], *lines, args.epsilon) for g in groups]
+    else:
+        parts = [solve_exact(xi[g], tilde[g], at_zero, args.epsilon) for g in groups]
+    solution = average([len(xi[g]) for g in groups], parts)
     if not gap(solution.value, solution.dual) < 1e-8:
         fail(f"the certificate failed: primal {solution.value!r}, dual {solution.dual!r}")
-    # the closed form's atoms are the worst case of ℓ* too
-    star = closed.weight @ loss_star(xi[closed.owner] - closed.shift, args.pieces) / len(xi)
 
     moved = len(np.unique(solution.owner[solution.shift != 0]))
     stats = {"n": len(xi), "empirical_loss": float(tilde.mean()),
              "worst_case_loss": solution.value, "dual": solution.dual,
              "gap": solution.dual - solution.value, "lambda": solution.price,
-             "worst_case_loss_star": float(star), "transport": solution.transport, "moved": moved}
+             "transport": solution.transport, "moved": moved}
     worst = worst_rows(rows, xi, solution, args.pieces)
     publish(args, stats, lambda tmp: write_rows(tmp, worst))
     print(f"dro: {moved} of {len(xi)} pairs moved within ε = {args.epsilon}; mean loss "
-          f"{stats['empirical_loss']:.4f} → worst case {solution.value:.4f} (of the leader's ℓ*: "
-          f"{star:.4f}), duality gap {stats['gap']:.1e} → {args.out}")
+          f"{stats['empirical_loss']:.4f} → worst case {solution.value:.4f}, "
+          f"duality gap {stats['gap']:.1e} → {args.out}")
 
 
 if __name__ == "__main__":

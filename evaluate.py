@@ -17,8 +17,8 @@ judges/judge.py, how it looks in judges/report.py.
 
 Answers are rows of generate.py, or outputs in AlpacaEval's format (.json), all of the same prompts
 in the same order. Which model gave them, and what was logged when it was trained, is found through
-FILE.stats.json. Writes OUT/report.md with report.png beside it; report.md.stats.json has all of it
-as numbers, the preferences prompt by prompt too.
+FILE.stats.json. Writes OUT/report.md with its picture, report.md.png; report.md.stats.json has all
+of it as numbers, the preferences prompt by prompt too.
 
     python evaluate.py --answers init=eval/init.jsonl seed=eval/seed.jsonl --judge vader --out run
     python evaluate.py --answers gpt4=gpt4_outputs.json mine=mine.jsonl --out runs/alpaca \\
@@ -49,7 +49,7 @@ def flags() -> argparse.Namespace:
     if unknown := set(args.labels) - set(args.answers):
         fail(f"--labels names {', '.join(sorted(unknown))}, which --answers does not")
     args.out = f"{args.out}/report.md"
-    start_judging(args, [], ["answers", "labels"], beside=["report.png"])
+    start_judging(args)
     exit_if_looking(args.out, writes=1_000_000)
     return args
 
@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
 
     def write(tmp: str) -> None:
         Path(tmp).write_text(text, encoding="utf-8")
-        plot(f"{os.path.dirname(tmp)}/report.png", policies, labels, trainings)
+        plot(f"{tmp}.png", policies, labels, trainings)
 
     publish(args, {"policies": policies, "labels": labels}, write)
     counts = [m["no_verdict"] for m in (*policies.values(), *labels.values()) if "no_verdict" in m]

@@ -69,7 +69,7 @@ def flags() -> argparse.Namespace:
     if args.n > 1 and args.temperature == 0:
         fail(f"--temperature 0 would draw the same answer {args.n} times (-n {args.n}): give a "
              "temperature above 0 (TEMPERATURE), or -n 1")
-    start(args, ["model"], ["prompts"])
+    start(args)
     if args.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         fail("--backend vllm needs the vllm package, of a version made for this torch: "
              f"pip install '{VLLM}'")

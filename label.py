@@ -58,7 +58,7 @@ def flags() -> argparse.Namespace:
     if not implicit:
         # Unused: None, so that another value is no other setting.
         args.beta = None
-    start_judging(args, ["model", "reference_model"], ["responses", "pairs"])
+    start_judging(args)
     exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))
     return args
 

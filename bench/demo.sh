@@ -93,7 +93,8 @@ rays() {  # SCALES…: the policy of the seed stage, scaled
   evaluate "${policies[@]}" match="$run/match"
 }
 ray() {  # SCALE NAME
-  "$python" bench/extrapolate.py --init $init --policy "$spa/seed" --scale "$1" --out "$run/$2"
+  "$python" bench/extrapolate.py --model "$spa/seed" --reference-model $init --scale "$1" \
+    --out "$run/$2"
 }
 
 for number in "${@:2}"; do

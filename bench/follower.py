@@ -17,6 +17,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from scipy.special import expit
 
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import dro  # noqa: E402
 from core.rows import answer_turn, write_rows  # noqa: E402
 from core.stage import parser, run_stage  # noqa: E402
+from train import loss_star  # noqa: E402
 
 EPSILON, PIECES = 0.01, 6
 LINES = dro.tangents(PIECES)
@@ -61,11 +63,12 @@ def draw(path: str, xi: np.ndarray, solution: dro.WorstCase) -> None:
     x = np.linspace(0, 1, 400)
     lines = top.plot(x, np.multiply.outer(x, slopes) + intercepts, color="tab:gray", lw=0.7)
     lines[0].set_label(f"its tangents at k/{PIECES}; their maximum is ℓ̃")
-    top.plot(x, dro.loss_star(x, PIECES), color="black", lw=2, label="the leader's loss ℓ*")
+    star = loss_star(torch.from_numpy(x), PIECES)
+    top.plot(x, star, color="black", lw=2, label="the leader's loss ℓ*")
     before = xi[solution.owner]
     after = before - solution.shift
     way = np.stack([before, after])[:, solution.shift > 0]
-    top.plot(way, dro.loss_star(way, PIECES), color="tab:red", marker=".")
+    top.plot(way, loss_star(torch.from_numpy(way), PIECES), color="tab:red", marker=".")
     top.set(ylim=(-0.1, 1.1 * intercepts.max()), ylabel="loss",
             title=f"mean ℓ̃ in the worst case {solution.value:.4f}; moved mass is red")
     bins = np.linspace(0, 1, 61)

@@ -41,7 +41,7 @@ from core.stage import digest_of, natural, parser  # noqa: E402
 from judges.report import markdown  # noqa: E402
 from label import best_and_worst, implicit_reward  # noqa: E402
 from seed_dpo import dpo_margin, lr_at  # noqa: E402
-from train import QUIET, leader_loss, threshold  # noqa: E402
+from train import QUIET, leader_loss, loss_star, threshold  # noqa: E402
 
 RESPONSES, PROMPTS = 64, 96  # a prompt's responses; prompts of a round, and of the evaluation
 GOLD, ROUNDS = 60, 2         # prompts of the seed stage alone; rounds there are prompts for
@@ -180,9 +180,10 @@ def replay(pairs: Pairs, world: Prompts, setting: Setting, t: int) -> Pairs:
 
 def worst_case(pairs: Pairs, setting: Setting) -> Tensor:
     """The fraction of each pair [N] that the adversary moves to ξ = 0 (T2-5)."""
-    xi = torch.sigmoid(pairs.margin).numpy()
+    xi = torch.sigmoid(pairs.margin)
     at_zero = 1 + math.log(PIECES)
-    worst = dro.solve_exact(xi, dro.loss_star(xi, PIECES), at_zero, setting.epsilon)
+    losses = loss_star(xi, PIECES).numpy()
+    worst = dro.solve_exact(xi.numpy(), losses, at_zero, setting.epsilon)
     moved = np.bincount(worst.owner, worst.weight * (worst.shift != 0))
     # the closed form moves the least certain pairs, the last of them in part
     moved = torch.from_numpy(moved).sort(descending=True).values

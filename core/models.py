@@ -7,7 +7,6 @@ weight that needs a gradient.
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -120,21 +119,6 @@ def copy_tokenizer(source: str, folder: str) -> None:
             copy = Path(folder, file.relative_to(root))
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-
-
-def check_copy(source: str) -> None:
-    """End the program, before any work, where a copy of a model's tokenizer, beside its config as
-    transformers saves it, reads a conversation as other tokens."""
-    turns = [{"role": "user", "content": "Hello\n you"}, {"role": "assistant", "content": "Gladly"}]
-    name = f"{source}: a copy of its tokenizer cannot be used"
-    with in_one_line(name), tempfile.TemporaryDirectory() as copy:
-        load_config(source).save_pretrained(copy)
-        copy_tokenizer(source, copy)
-        ours, theirs = (load_tokenizer(path).apply_chat_template(turns, return_dict=False)
-                        for path in (source, copy))
-    if ours != theirs:
-        fail(f"{source}: a copy of its tokenizer reads a conversation as other tokens: {theirs} "
-             f"instead of {ours}")
 
 
 def check_same_tokens(tokenizer, path: str, encoded: list) -> None:

@@ -37,8 +37,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatch
+from collections.abc import Callable
 from pathlib import Path
 
 from core import RANK, WORLD
@@ -75,6 +74,12 @@ for stream in (sys.stdout, sys.stderr):
 if RANK > 0:
     sys.stdout = open(os.devnull, "w")
 
+# The flags whose value is a path or a hub id that a stage reads, and what lies there.
+READ = {
+    "model": "model", "reference_model": "model", "judge_model": "model", "data": "dataset",
+    "prompts": "file", "pairs": "file", "responses": "file", "answers": "file", "labels": "file",
+}
+
 # The exit status of a stage that has looked and has work.
 WORK = 3
 
@@ -83,9 +88,6 @@ WORK = 3
 NOT_SETTINGS = ("out", "base_url", "micro_tokens", "sample_tokens", "gradient_checkpointing",
                 "shard", "save_every")
 
-# What lies in OUT.unfinished, beside folders whose names are digests.
-UNFINISHED = {"lock", "new", "stats.tmp", "stats.json", "old"}
-DIGEST = 16 * "[0-9a-f]"
 # The lock that this program holds.
 lock = None
 
@@ -169,47 +171,44 @@ def training_flags(doc: str, epochs: int) -> argparse.ArgumentParser:
     return cli
 
 
-def start(args: argparse.Namespace, models: Iterable[str] = (), files: Iterable[str] = (),
-          datasets: Iterable[str] = (), constants: dict | None = None,
-          beside: Iterable[str] = ()) -> None:
+def start(args: argparse.Namespace, constants: dict | None = None) -> None:
     """The head of every stage. Ends the program where `args.out` is complete, or where a model that
     it reads cannot be loaded.
 
-    `models`, `files` and `datasets` name the flags whose value is a path or hub id, or a table of
-    them by name; `constants` are settings that no flag has; `beside`: see
-    `exit_if_complete`. For `publish` it writes into `args`
+    The value of a flag of READ may be a table of paths by name; `constants` are settings that no
+    flag has. For `publish` it writes into `args`
 
         settings    all that decides the output: of what is read a fingerprint
         inputs      what is read, as the command line names it
         record      what stood at OUT
     """
-    kinds = {**dict.fromkeys(models, "model"), **dict.fromkeys(files, "file"),
-             **dict.fromkeys(datasets, "dataset")}
     settings = dict(constants or {})
     inputs = {}
     for key, value in vars(args).items():
-        if key in kinds and value is not None:
+        # The model of an endpoint is a name, and nothing to read.
+        is_name = key == "judge_model" and vars(args).get("judge") == "openai"
+        if key in READ and value is not None and not is_name:
             table = value if isinstance(value, dict) else {"": value}
             for name, path in table.items():
                 flag = f"{key} {name}".strip()
                 inputs[flag] = path
-                settings[flag] = fingerprint(path, kinds[key])
+                settings[flag] = fingerprint(path, READ[key])
         elif key not in NOT_SETTINGS:
             settings[key] = value
-    args.record = exit_if_complete(args.out, settings, beside)
+    args.record = exit_if_complete(args.out, settings)
     args.settings, args.inputs = settings, inputs
-    for key in models:
-        if path := getattr(args, key):
+    for key, path in inputs.items():
+        if READ.get(key) == "model":
             check_model(path)
     # A reference reads another's tokens, and a base model has no chat template.
-    if "model" in models and args.model:
+    if "model" in inputs:
         check_tokenizer(args.model)
 
 
 def start_training(args: argparse.Namespace) -> None:
     """Ends the program where the policy is complete or training could not begin, as far as files
     show, or where LOOK=yes. The policy stays on the disk, checkpoints go again."""
-    start(args, ["model"], ["pairs"], constants={"clip": CLIP})
+    start(args, {"clip": CLIP})
     policy = policy_bytes(args.model)
     checkpoints = 0
     if args.save_every:
@@ -263,30 +262,13 @@ def damage(out: str, record: dict) -> list[str]:
     return differences
 
 
-def refuse_foreign(out: str, beside: Iterable[str]) -> None:
+def refuse_foreign(out: str) -> None:
     """Ends the program where it would replace what it did not write."""
-    record = record_of(out)
-    foreign = []
-    if record is None:
-        foreign += [f"{out}.stats.json"] if is_empty(out) else [out]
-    work = unfinished(out)
-    for name in beside:
-        if record is None or f"../{name}" not in record.get("files", {}):
-            foreign.append(os.path.join(os.path.dirname(work), name))
-    try:
-        names = os.listdir(work)
-    except FileNotFoundError:
-        # Process 0 of this very stage may make it at any moment.
-        names = []
-    except NotADirectoryError:
-        names = [work]
-    if not all(name in UNFINISHED or fnmatch(name, DIGEST) for name in names):
-        foreign.append(work)
-    for path in foreign:
-        if os.path.lexists(path):
-            fail(f"{path}: is there, and {out}.stats.json does not say that this program wrote it. "
-                 "It is not replaced: move it away, bring that file along, or name another --out "
-                 "(RUN)")
+    path = f"{out}.stats.json" if is_empty(out) else out
+    if record_of(out) is None and os.path.lexists(path):
+        fail(f"{path}: is there, and {out}.stats.json does not say that this program wrote it. "
+             "It is not replaced: move it away, bring that file along, or name another --out "
+             "(RUN)")
 
 
 def print_look(state: str, count: int) -> None:
@@ -294,15 +276,15 @@ def print_look(state: str, count: int) -> None:
     print(state, count, sep="\t")
 
 
-def exit_if_complete(out: str, settings: dict, beside: Iterable[str] = ()) -> dict | None:
+def exit_if_complete(out: str, settings: dict) -> dict | None:
     """Ends the program where `out` is complete from these very settings; else returns the record of
     what stands there, if that is ours.
 
     A complete output of other settings, or whose files have other sizes now, is never replaced
     unasked: what differs is named, and the program ends, unless REDO=yes is set. Nor is what this
-    program did not write, at `out` or at the names `beside` it that `publish` will write too.
+    program did not write.
     """
-    refuse_foreign(out, beside)
+    refuse_foreign(out)
     record = record_of(out)
     pending = os.path.exists(f"{unfinished(out)}/stats.json")
     if record is None or is_empty(out) and not pending:
@@ -403,7 +385,7 @@ def hold(out: str) -> None:
     lock = file
     if os.path.exists(f"{work}/stats.json"):
         put_in_place(out)
-    for name in UNFINISHED - {"lock"}:
+    for name in ("new", "stats.tmp", "stats.json", "old"):
         remove(f"{work}/{name}")
 
 

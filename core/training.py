@@ -22,7 +22,6 @@ from core import RANK, WORLD
 from core.chat import encode_rows, learnable_pairs, pair_of
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.models import (
-    check_copy,
     copy_tokenizer,
     load_config,
     load_model,
@@ -67,8 +66,6 @@ def begin(args: argparse.Namespace, rows: list[dict]) -> Run:
     device = start_processes()
     shard = args.shard and WORLD > 1
     tokenizer = load_tokenizer(args.model)
-    if RANK == 0:
-        check_copy(args.model)  # the policy gets a copy of its tokenizer
     encoded = encode_rows(load_config(args.model), tokenizer, rows, [pair_of(row) for row in rows],
                           args.pairs)
     rows, encoded = learnable_pairs(rows, encoded, args.pairs)
@@ -194,8 +191,17 @@ def record_step(run: Run, log: list[dict], indices: list[int], pairs: dict, lr: 
     """Append a step to the log, in memory and on disk; write a checkpoint where one is due.
 
     `pairs` has the `loss`, `margin` and `round_margin` of the rows `indices`, `more` what else the
-    log says. Ends the program, with nothing saved, where loss or gradient is not finite.
+    log says. `round_margin` is the margin against π_ref, where training starts: accuracy counts
+    what training itself did, and is ½ at step 1, but for rounding, whatever `margin` is measured
+    against. (An LLM judge has no reference: there it is the share of right letters.)
+
+    Ends the program, with nothing saved, where loss or gradient is not finite.
     """
+    if run.device.type == "cuda":
+        # The device runs behind the program: this waits for the update, so that the step's time is
+        # its own. The next step's stamp follows with nothing under way.
+        torch.cuda.synchronize(run.device)
+    seconds = time.perf_counter() - started
     saved = f"{run.work}/checkpoint"
     loss = sum(pairs["loss"]) / len(indices)
     if not math.isfinite(loss + norm):
@@ -204,40 +210,25 @@ def record_step(run: Run, log: list[dict], indices: list[int], pairs: dict, lr: 
         fail(f"{run.args.pairs}: step {len(log) + 1} of {run.total}: loss {loss}, "
              f"gradient norm {norm}; rows {ids}. "
              f"No weights are saved{kept}; lower --lr or look at these rows")
-    row = log_row(run, len(log), indices, pairs, lr, norm, started) | more
-    log.append(row)
-    if RANK == 0:
-        with open(f"{run.work}/log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    if checkpoint_is_due(run, row["seconds"]) and len(log) < run.total:
-        save_checkpoint(saved, run.policy, run.optimizer, log)
-
-
-def log_row(run: Run, step: int, indices: list[int], pairs: dict, lr: float, norm: float,
-            started: float) -> dict:
-    """A step in numbers.
-
-    `round_margin` is the margin against π_ref, where training starts: accuracy counts what training
-    itself did, and is ½ at step 1, but for rounding, whatever `margin` is measured against. (An LLM
-    judge has no reference: there it is the share of right letters.)
-    """
-    if run.device.type == "cuda":
-        # The device runs behind the program: this waits for the update, so that the step's time is
-        # its own. The next step's stamp follows with nothing under way.
-        torch.cuda.synchronize(run.device)
-    seconds = time.perf_counter() - started
     tokens = sum(tokens_of(run.encoded[i], run.shared) for i in indices)
     round_margin = np.array(pairs["round_margin"])
-    return {
-        "step": step + 1,
-        "loss": sum(pairs["loss"]) / len(indices),
+    row = {
+        "step": len(log) + 1,
+        "loss": loss,
         "accuracy": float(((round_margin > 0) + 0.5 * (round_margin == 0)).mean()),
         "margin": float(np.mean(pairs["margin"])),
         "gradient_norm": norm,
         "lr": lr,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
+        **more,
     }
+    log.append(row)
+    if RANK == 0:
+        with open(f"{run.work}/log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    if checkpoint_is_due(run, seconds) and len(log) < run.total:
+        save_checkpoint(saved, run.policy, run.optimizer, log)
 
 
 def checkpoint_is_due(run: Run, seconds: float) -> bool:

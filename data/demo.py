@@ -45,7 +45,7 @@ def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__, out="model folder")
     args = cli.parse_args()
-    start(args, constants={"wheel": WHEEL, "sha256": SHA256, "full_stops": FULL_STOPS})
+    start(args, {"wheel": WHEEL, "sha256": SHA256, "full_stops": FULL_STOPS})
     exit_if_looking(args.out, writes=BYTES)
     return args
 

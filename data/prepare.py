@@ -133,7 +133,7 @@ def flags() -> argparse.Namespace:
         if args.select == "farthest" or args.judge_model:
             fail("--select farthest and --judge-model need --model")
         args.max_new_tokens = None
-    start(args, ["model", "judge_model"], datasets=["data"])
+    start(args)
     if args.model:
         check_context(args.model, args.max_new_tokens)
     if args.judge_model:

@@ -22,7 +22,7 @@ def flags() -> argparse.Namespace:
     cli = parser(__doc__, out="folder of the model")
     cli.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
     args = cli.parse_args()
-    start(args, ["model"])
+    start(args)
     exit_if_looking(args.out, writes=policy_bytes(args.model))
     return args
 

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
 
 from core.folder import check_tokenizer, folder_of, read_json
 from core.rows import fail
@@ -49,17 +48,14 @@ def refuse_existing(out: str) -> None:
         fail(f"{out}: is there, and is not replaced: move it away, or name another --out")
 
 
-def start_judging(args: argparse.Namespace, models: list[str], files: list[str],
-                  beside: Iterable[str] = ()) -> None:
+def start_judging(args: argparse.Namespace) -> None:
     """`start` of a stage that has a judge, with a look at the judge. What the stage does not use
     with this judge becomes None."""
     if args.judge in ("vader", "openai", "none") and not vars(args).get("model"):
         args.precision = None
-    # That of an endpoint is a name, and nothing to load.
     if args.judge != "openai":
         args.judge_tokens = None
-        models = [*models, "judge_model"]
-    start(args, models, files, beside=beside)
+    start(args)
     check_judge(args)
 
 

@@ -4,8 +4,6 @@ import math
 import os
 import re
 
-import numpy as np
-
 from core.stage import about
 from judges.history import command_of, history
 
@@ -18,10 +16,12 @@ OF_POLICIES = {
     "ended": "ended", "openings": "openings",
 }
 OF_LABELS = {
-    "pairs": "pairs", "accuracy": "the judge agrees", "flagged": "flagged as noise",
+    "pairs": "pairs", "accuracy": "judge agrees with label", "flagged": "flagged as noise",
     "wrong_among_flagged": "wrong, of these", "could_be_flagged": "could be flagged",
     "wrong": "wrong, of those",
 }
+# Those of which the picture has a panel.
+DRAWN = ("win_rate", "score", "second_score", "characters", "accuracy")
 OF_JUDGES = {"order_disagreement": "decided by order", "no_verdict": "without verdict"}
 # What a column means.
 LEGEND = {
@@ -155,7 +155,7 @@ def page(out: str, judge: str, answers: dict[str, list[dict]], policies: dict[st
              summary(policies, labels, trainings),
              table("policy", policies, OF_POLICIES | OF_JUDGES),
              *([table("self-labels of", labels, OF_LABELS | OF_JUDGES)] if labels else []),
-             "![win rates, scores, lengths, labels, training](report.png)",
+             "![win rates, scores, lengths, labels, training](report.md.png)",
              f"{len(rows)} held-out prompts × {len(rows[0]['responses'])} samples, judge: {judge}.",
              " ".join(text for key, text in LEGEND.items() if key in known),
              "## Responses side by side", side_by_side(answers, SIDE_BY_SIDE),
@@ -169,71 +169,30 @@ def page(out: str, judge: str, answers: dict[str, list[dict]], policies: dict[st
 
 def plot(path: str, policies: dict[str, dict], labels: dict[str, dict],
          trainings: dict[str, tuple]) -> None:
-    """What is measured of policies and of labels, a panel a scale, and how training went; a panel
-    for each that there is something of."""
+    """A panel for each measure of DRAWN that somebody has, with 95 % bars where its error is known;
+    and the accuracy in training, step by step: losses against different anchors do not compare."""
     from matplotlib.figure import Figure  # slow to import, and the report's alone
-    panels = [
-        (f"preferred to {next(iter(policies))}", policies,
-         {"win_rate": "win rate", "length_controlled": "at equal length"}),
-        ("scores of the answers", policies,
-         {"score": "gold score", "second_score": "second lexicon"}),
-        ("length of the answers", policies, {"characters": "characters"}),
-        ("a round's self-labels", labels,
-         {"accuracy": "the judge agrees", "wrong": "wrong, of all that could be flagged",
-          "wrong_among_flagged": "wrong, of those flagged as noise"}),
-    ]
-    panels = [(title, lines, kinds) for title, lines, kinds in panels
-              if any(key in measures for key in kinds for measures in lines.values())]
+    panels = []
+    for key in DRAWN:
+        measured = labels if key in OF_LABELS else policies
+        having = {name: m for name, m in measured.items() if m.get(key) is not None}
+        if having:
+            panels.append((key, having))
     logs = {name: log for name, (log, _) in trainings.items() if log}
     count = len(panels) + bool(logs)
-    figure = Figure(figsize=(4.5 * count, 3.75), layout="constrained")
+    figure = Figure(figsize=(3.6 * count, 3.6), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis, panel in zip(axes, panels):
-        plot_measures(axis, *panel)
-    if logs:
-        plot_training(axes[-1], logs)
-    for axis in axes:
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100, format="png")
-
-
-def plot_measures(axis, title: str, lines: dict[str, dict], kinds: dict[str, str]) -> None:
-    """Measures of the names that have them, with 95 % bars where their errors are known."""
-    for key, text in kinds.items():
-        # NaN, which is not drawn, where a name has none.
-        values, low, high = np.array([bar_of(m, key) for m in lines.values()], float).T
-        if not np.isnan(values).all():
-            axis.errorbar(range(len(lines)), values, [values - low, high - values], marker="o",
-                          capsize=3, clip_on=False, label=text)
-    has_bars = any(f"{key}_error" in m for key in kinds for m in lines.values())
-    axis.set(title=title, xticks=range(len(lines)), xticklabels=lines,
-             ylabel="mean, bars: 95 %" if has_bars else "mean")
-    if "win_rate" in kinds:
-        axis.axhline(0.5, color="gray", lw=0.8, ls=":", label="as good")
-        axis.set_ylim(0, 1)
-    axis.margins(x=0.1, y=0.1)
-
-
-def bar_of(measures: dict, key: str) -> tuple[float, float, float]:
-    """A measure and the ends of its 95 % bar, which has no length where its error is not known; a
-    rate's ends are rates."""
-    value = measures.get(key)
-    if value is None:
-        return math.nan, math.nan, math.nan
-    if key == "win_rate" and "interval" in measures:
-        return value, *measures["interval"]
-    half = 1.96 * (measures.get(f"{key}_error") or 0.0)
-    if key == "length_controlled":
-        return value, max(value - half, 0.0), min(value + half, 1.0)
-    return value, value - half, value + half
-
-
-def plot_training(axis, logs: dict[str, list[dict]]) -> None:
-    """The accuracy, step by step: losses against different anchors do not compare."""
+    for axis, (key, having) in zip(axes, panels):
+        bars = [1.96 * (m.get(f"{key}_error") or 0.0) for m in having.values()]
+        axis.errorbar(list(having), [m[key] for m in having.values()], bars, marker="o", capsize=3)
+        axis.set_title((OF_POLICIES | OF_LABELS)[key])
+        axis.margins(x=0.1, y=0.3)
     start = 1
     for name, log in logs.items():
-        axis.plot(range(start, start + len(log)), [step["accuracy"] for step in log], ".-",
-                  clip_on=False, label=name)
+        axes[-1].plot(range(start, start + len(log)), [step["accuracy"] for step in log], ".-",
+                      label=name)
         start += len(log)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(title="training accuracy", xlabel="step")
+    if logs:
+        axes[-1].set(title="accuracy in training", xlabel="update")
+        axes[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=100, format="png")

@@ -140,7 +140,8 @@ def test_measures_of_a_run(tmp_path, call, folder, other_folder):
 
 def test_extrapolated_weights(tmp_path, call, folder, other_folder):
     out = tmp_path / "ray"
-    call(extrapolate, "--init", folder, "--policy", other_folder, "--scale", 2.5, "--out", out)
+    call(extrapolate, "--reference-model", folder, "--model", other_folder, "--scale", 2.5,
+         "--out", out)
     start, end, ray = map(weights_of, (folder, other_folder, out))
     assert start.keys() == ray.keys()
     for name, weight in ray.items():

@@ -35,7 +35,7 @@ def flags():
     args = cli.parse_args()
     writes, busy = args.writes, args.busy
     del args.writes, args.busy
-    start(args, files=["pairs"])
+    start(args)
     exit_if_looking(args.out, writes=writes)
     args.busy = busy
     return args
@@ -75,23 +75,23 @@ def begun(out, settings=None) -> argparse.Namespace:
     return argparse.Namespace(out=str(out), settings=settings or {}, inputs={})
 
 
-def publish(out, settings=None, text="new", beside=None, folder=False) -> None:
+def publish(out, settings=None, text="new", folder=False) -> None:
+    """An output with a picture beside it."""
     def write(tmp):
         if folder:
             os.mkdir(tmp)
             (Path(tmp) / "weights").write_text(text)
         else:
             Path(tmp).write_text(text)
-        for name in beside or ():
-            Path(tmp).with_name(name).write_text(text)
+        Path(f"{tmp}.png").write_text(text)
 
     stage.publish(begun(out, settings), {}, write)
 
 
-def ends(capsys, out, settings=None, *beside) -> tuple[int | None, str]:
+def ends(capsys, out, settings=None) -> tuple[int | None, str]:
     """Status and text of exit_if_complete; the status is None where there is work."""
     try:
-        stage.exit_if_complete(str(out), settings or {}, beside)
+        stage.exit_if_complete(str(out), settings or {})
         status = None
     except SystemExit as end:
         status = end.code
@@ -116,7 +116,7 @@ def test_settings_are_what_decides_the_output(tmp_path, monkeypatch):
               "save_every": 1.0, "gradient_checkpointing": False}
     args = argparse.Namespace(lr=1.0, pairs=str(pairs), answers={"mine": str(pairs)}, model=None,
                               out=str(tmp_path / "out"), **unused)
-    stage.start(args, ["model"], ["pairs", "answers"], constants={"clip": 1.0})
+    stage.start(args, {"clip": 1.0})
     settings = {"lr": 1.0, "clip": 1.0, "pairs": digest, "answers mine": digest, "model": None}
     assert args.settings == settings
     monkeypatch.setattr("sys.argv", [f"{ROOT}/data/prepare.py", "--out", "a b"])
@@ -143,7 +143,7 @@ def test_what_a_stage_does_not_use_redoes_nothing(tmp_path, monkeypatch, command
     Path("rows").write_text("{}")
     found = []
     monkeypatch.setattr(stage, "exit_if_complete",
-                        lambda out, settings, beside: found.append(settings) or sys.exit())
+                        lambda out, settings: found.append(settings) or sys.exit())
     for more in ("", other):
         monkeypatch.setattr(sys, "argv", f"{command} --out out {more}".split())
         with pytest.raises(SystemExit):
@@ -156,11 +156,11 @@ def test_what_a_stage_does_not_use_redoes_nothing(tmp_path, monkeypatch, command
 
 @pytest.mark.parametrize("harm, wrong", [
     ("out/weights", "weights 3 bytes → 1"), ("out/weights gone", "weights 3 bytes → missing"),
-    ("report.png gone", "report.png 3 bytes → missing")])
+    ("out.png gone", "out.png 3 bytes → missing")])
 def test_a_damaged_output_is_not_complete(tmp_path, monkeypatch, capsys, harm, wrong):
     monkeypatch.delenv("REDO", raising=False)
     out = tmp_path / "out"
-    publish(out, folder=True, beside=["report.png"])
+    publish(out, folder=True)
     harmed = tmp_path / harm.removesuffix(" gone")
     harmed.write_text("n")
     if harm.endswith("gone"):
@@ -169,14 +169,13 @@ def test_a_damaged_output_is_not_complete(tmp_path, monkeypatch, capsys, harm, w
     assert status == 2 and wrong in text
     monkeypatch.setenv("REDO", "yes")
     assert ends(capsys, out)[0] is None
-    publish(out, folder=True, beside=["report.png"])
+    publish(out, folder=True)
     assert ends(capsys, out)[0] == 0
 
 
 @pytest.mark.parametrize("name, stats", [
     ("out/raw.jsonl", None), ("out", ""), ("out", "[]"), ("out", '{"settings": null}'),
-    ("out.stats.json", None), ("out.unfinished", None), ("out.unfinished/mine", None),
-    ("report.png", None)])
+    ("out.stats.json", None)])
 def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, name, stats):
     """Nor is anything written beside it, whatever temporary names of ours lie there."""
     (tmp_path / "out.stats.json.tmp").write_text('{"settings": {}}')
@@ -186,7 +185,7 @@ def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, name, stats):
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
     before = listing(tmp_path)
-    status, text = ends(capsys, tmp_path / "out", {}, "report.png")
+    status, text = ends(capsys, tmp_path / "out")
     assert status == 2 and "not replaced" in text
     assert file.read_text() == "mine" and listing(tmp_path) == before
 
@@ -261,7 +260,7 @@ def test_a_kill_at_any_step_of_publishing_loses_nothing(tmp_path, monkeypatch, c
         place = tmp_path / str(len(outcomes))
         place.mkdir()
         out = place / "out"
-        publish(out, {"lr": 1}, "old", ["report.png"], folder)
+        publish(out, {"lr": 1}, "old", folder)
         work = Path(stage.work_folder(begun(out, {"lr": 2})))
         other = work.with_name(16 * "0")
         for folder_of_work in (work, other):
@@ -275,7 +274,7 @@ def test_a_kill_at_any_step_of_publishing_loses_nothing(tmp_path, monkeypatch, c
                     os.kill(os.getpid(), signal.SIGKILL)
 
             sys.addaudithook(kill)
-            publish(out, {"lr": 2}, "new", ["report.png"], folder)
+            publish(out, {"lr": 2}, "new", folder)
             os.kill(os.getpid(), signal.SIGTERM)
         finished = os.waitpid(pid, 0)[1] == signal.SIGTERM
         status, text = ends(capsys, out, {"lr": 2})
@@ -283,9 +282,9 @@ def test_a_kill_at_any_step_of_publishing_loses_nothing(tmp_path, monkeypatch, c
             assert "lr 1 → 2" in text and "REDO=yes" in text
             assert ends(capsys, out, {"lr": 1})[0] == 0
         content = (out / "weights" if folder else out).read_text()
-        assert content == (place / "report.png").read_text() == ("old" if status else "new")
+        assert content == (place / "out.png").read_text() == ("old" if status else "new")
         outcomes.append(status)
-        left = {"out", "out.stats.json", "report.png", "out.unfinished"}
+        left = {"out", "out.stats.json", "out.png", "out.unfinished"}
         assert {path.name for path in place.iterdir()} == left
         assert set(work.parent.iterdir()) == ({work, other} if status else {other})
     assert outcomes == sorted(outcomes, reverse=True)
@@ -311,7 +310,7 @@ def test_what_cannot_be_put_in_place_stays_and_is_put_there_later(tmp_path, monk
     for look, status in (("yes", stage.WORK), ("no", 0)):
         monkeypatch.setenv("LOOK", look)
         assert ends(capsys, out, {"lr": 2})[0] == status
-    assert listing(tmp_path) == ["out", "out.stats.json", "out/weights"]
+    assert listing(tmp_path) == ["out", "out.png", "out.stats.json", "out/weights"]
     assert (out / "weights").read_text() == "new"
 
 

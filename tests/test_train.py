@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from core.policy import Reference, pack, response_hidden, token_logps
-from core.training import log_row
+from core.training import record_step
 from train import atoms_of, leader_loss, loss_star, threshold
 
 CPU = torch.device("cpu")
@@ -105,13 +105,15 @@ def test_threshold_looks_back_on_fifty():
     assert threshold(log, 10) == pytest.approx(0.1)
 
 
-def test_accuracy_is_what_the_round_has_made_of_the_labels():
+def test_accuracy_is_what_the_round_has_made_of_the_labels(tmp_path):
     """Pairs that π_θ prefers otherwise than π_ref count, whatever the margin against π_init, and
     those that it does not by half."""
-    stage = SimpleNamespace(device=CPU, encoded=[([5, 6], [[7, 2], [8, 2]])] * 4, shared=True)
+    stage = SimpleNamespace(device=CPU, encoded=[([5, 6], [[7, 2], [8, 2]])] * 4, shared=True,
+                            work=str(tmp_path), total=1, args=SimpleNamespace(save_every=0))
     pairs = {"loss": [0.1] * 4, "margin": [3.0] * 4, "round_margin": [0.0, 0.2, 0.1, -0.1]}
-    row = log_row(stage, 0, [0, 1, 2, 3], pairs, 0.1, 1.0, 8.0)
-    assert row["accuracy"] == 0.625 and row["margin"] == 3.0
+    log = []
+    record_step(stage, log, [0, 1, 2, 3], pairs, 0.1, 1.0, 8.0)
+    assert log[0]["accuracy"] == 0.625 and log[0]["margin"] == 3.0
 
 
 def test_atoms_are_padded():
