@@ -140,13 +140,12 @@ def judge_labels(args, path: str, log: list[dict]) -> dict:
     training that read them."""
     rows = read_rows(path, "labelled")
     rows = rows[::math.ceil(len(rows) / LABELS)]
-    flags = {i for step in log for i in step.get("flagged", [])}
-    able = {i for step in log if step.get("tau") is not None for i in step["batch"]}
+    flagged = {i for step in log for i in step.get("flagged", [])}
+    could_be_flagged = {i for step in log if step.get("tau") is not None for i in step["batch"]}
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     preference, behaviour = compare(args, pairs)
-    flagged = np.array([row["id"] in flags for row in rows])
-    could = np.array([row["id"] in able for row in rows])
-    return label_quality(preference, flagged, could) | behaviour
+    among = [np.array([row["id"] in ids for row in rows]) for ids in (flagged, could_be_flagged)]
+    return label_quality(preference, *among) | behaviour
 
 
 def main(args: argparse.Namespace) -> None:

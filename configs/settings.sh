@@ -1,5 +1,5 @@
 # What run.sh needs before its algorithm: the interpreter, settings, and how a stage starts.
-# Sourced by run.sh with its arguments.
+# Sourced by run.sh with its arguments. `[[ A ]] || B` says: unless A, B.
 shopt -s extglob
 
 stop() {

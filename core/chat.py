@@ -258,7 +258,7 @@ def encode_rows(config, tokenizer, rows: list[dict], answers: list[list[Answer]]
                         break
                     ids = encode_response(tokenizer, row["prompt"], text, ended)
                 responses.append(np.asarray(ids, np.int32))
-        if len(responses) < len(row_answers):
+        if len(responses) < len(row_answers):  # one is not written in full
             encoded.append(None)
             continue
         if prompt_limit is not None and len(prompt) > prompt_limit:

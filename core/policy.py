@@ -96,13 +96,13 @@ class ResponseLogps(torch.nn.Module):
 def score(net: torch.nn.Module, encoded: list, precision: str) -> list[list[float]]:
     """log-probs of every response of every row, on all processes; the rows are dealt out to
     them."""
-    logps = merge(score_share(net, encoded, precision, RANK, WORLD))
+    logps = merge(score_part(net, encoded, precision, RANK, WORLD))
     return [logps[i] for i in range(len(encoded))]
 
 
 @torch.no_grad()
-def score_share(net: torch.nn.Module, encoded: list, precision: str, rank: int,
-                world: int) -> dict[int, list[float]]:
+def score_part(net: torch.nn.Module, encoded: list, precision: str, rank: int,
+               world: int) -> dict[int, list[float]]:
     """Row → log-probs of its responses, for the rows that are dealt to one of `world` processes.
 
     A weight is used once a pass, so its bf16 copy is not kept: those of 14 B weights are 28 GB.

@@ -13,7 +13,7 @@ import torch
 from core import RANK
 from core.models import load_model
 from core.parallel import autocast, in_bf16
-from core.policy import ResponseLogps, score_share
+from core.policy import ResponseLogps, score_part
 from core.rows import fail, in_one_line
 from core.sampling import sample
 
@@ -64,7 +64,7 @@ def check_scores(path: str, model, encoded: list, precision: str) -> None:
     differences = []
     with in_one_line(name):
         # By this process alone.
-        ours = score_share(ResponseLogps(model), rows, precision, 0, 1)
+        ours = score_part(ResponseLogps(model), rows, precision, 0, 1)
         for i, (prompt, ys) in enumerate(rows):
             for y, logp in zip(ys, ours[i]):
                 with autocast(device, precision):

@@ -264,7 +264,7 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
             model.save_pretrained(tmp, state_dict=weights, max_shard_size="1TB")
         copy_tokenizer(args.model, tmp)
         write_rows(f"{tmp}/log.jsonl", log)
-    last = log[-(len(log) // args.epochs):]
+    last = log[-(len(log) // args.epochs):]  # the steps of the last epoch
     for key in ("loss", "accuracy", "margin"):
         stats[key] = sum(row[key] for row in last) / len(last)
     stats |= {"pairs": len(run.rows), "steps": len(log), "diverged": ""}
