@@ -34,9 +34,10 @@ TABLES = {"Clean seed labels": CLEAN,
           "25 % of the seed labels flipped":
               {name: (f"flip_{arm}", policy) for name, (arm, policy) in CLEAN.items()}}
 # what a row is compared with; SPA without an entry
-BASES = {"DPO on the gold seed (π_0)": "SFT (π_init)", "SPA": "DPO on the gold seed (π_0)",
-         "SPA, round 1": "DPO on the gold seed (π_0)",
-         "worst case (ε = 0.01), round 1": "SPA, round 1"}
+BASES = {"DPO on the gold seed (π_0)": ["SFT (π_init)"], "SPA": ["DPO on the gold seed (π_0)"],
+         "SPA, round 1": ["DPO on the gold seed (π_0)"],
+         "worst case (ε = 0.01), round 1": ["DPO on the gold seed (π_0)", "SPA, round 1"],
+         "worst case": ["DPO on the gold seed (π_0)", "SPA"]}
 # measure → its head; of the report, and of demo_measures.py
 MEASURES = {"score": "gold score", "second_score": "second lexicon", "ended": "ended",
             "openings": "openings", "characters": "characters",
@@ -53,7 +54,10 @@ def read_runs(root: Path) -> dict[tuple[str, str], dict[str, dict]]:
         further = path.with_name("measures.json")
         more = json.loads(further.read_text()) if further.exists() else {}
         for policy, measures in policies.items():
-            runs.setdefault((arm, policy), {})[seed] = measures | more.get(policy, {})
+            # A seed's arms share π_init and π_0.
+            start = arm.replace("worst", "spa") if policy in ("init", "seed") else arm
+            known = runs.setdefault((start, policy), {}).setdefault(seed, {})
+            known.update(measures | more.get(policy, {}))
     return runs
 
 
@@ -73,8 +77,9 @@ def print_table(title: str, rows: dict, runs: dict) -> None:
     print(markdown(["method", "seeds", *MEASURES.values()], lines))
 
     lines, gains = [], []
-    for name, row in list(rows.items())[1:]:
-        base = BASES.get(name, "SPA")
+    compared = [(name, base) for name in list(rows)[1:] for base in BASES.get(name, ["SPA"])]
+    for name, base in compared:
+        row = rows[name]
         line = [f"{name} − {base}"]
         for key in ("score", "second_score", "kl"):
             one, other = values(runs, row, key), values(runs, rows[base], key)
