@@ -13,8 +13,9 @@
 #   python bench/demo_table.py runs/table           mean over seeds, paired differences
 #   python bench/demo_plots.py runs/table           score against √KL
 #
-# On two quiet cores an arm takes five to seven minutes, one without rounds one. Resumable: what is
-# complete is skipped. Arms share what they have in common by hard links (GNU cp).
+# Two seeds side by side, a thread each (OMP_NUM_THREADS=1), take eleven minutes, an arm that shares
+# their beginnings five to ten. Resumable: what is complete is skipped. Arms share what they have in
+# common by hard links (GNU cp).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo "${PYTHON:-python3}")
