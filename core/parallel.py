@@ -131,12 +131,13 @@ def merge(mine: dict[int, object]) -> dict[int, object]:
 
 def bf16_pays(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than fp32 here: a recent GPU, or a CPU with AMX, or
-    with AVX512-BF16 that is not Intel's, whose own runs at half the speed of fp32."""
+    with AVX512-BF16 that is not Intel's, whose own is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities()
-    amd = cpu.get("avx512_bf16", False) and "Intel" not in cpu["cpu_name"]
-    return cpu.get("amx_bf16", False) or amd
+    # An older torch cannot say.
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    fast_avx512 = cpu.get("avx512_bf16", False) and "Intel" not in cpu["cpu_name"]
+    return cpu.get("amx_bf16", False) or fast_avx512
 
 
 def in_bf16(device: torch.device, precision: str) -> bool:

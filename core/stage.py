@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from core import RANK, WORLD
@@ -88,6 +89,9 @@ WORK = 3
 NOT_SETTINGS = ("out", "base_url", "micro_tokens", "sample_tokens", "gradient_checkpointing",
                 "shard", "save_every")
 
+# What lies in OUT.unfinished, beside folders whose names are digests.
+UNFINISHED = {"lock", "new", "stats.tmp", "stats.json", "old"}
+DIGEST = 16 * "[0-9a-f]"
 # The lock that this program holds.
 lock = None
 
@@ -264,11 +268,24 @@ def damage(out: str, record: dict) -> list[str]:
 
 def refuse_foreign(out: str) -> None:
     """Ends the program where it would replace what it did not write."""
-    path = f"{out}.stats.json" if is_empty(out) else out
-    if record_of(out) is None and os.path.lexists(path):
-        fail(f"{path}: is there, and {out}.stats.json does not say that this program wrote it. "
-             "It is not replaced: move it away, bring that file along, or name another --out "
-             "(RUN)")
+    foreign = []
+    if record_of(out) is None:
+        foreign += [f"{out}.stats.json"] if is_empty(out) else [out]
+    work = unfinished(out)
+    try:
+        names = os.listdir(work)
+    except FileNotFoundError:
+        # Process 0 of this very stage may make it at any moment.
+        names = []
+    except NotADirectoryError:
+        names = [work]
+    if not all(name in UNFINISHED or fnmatch(name, DIGEST) for name in names):
+        foreign.append(work)
+    for path in foreign:
+        if os.path.lexists(path):
+            fail(f"{path}: is there, and {out}.stats.json does not say that this program wrote it. "
+                 "It is not replaced: move it away, bring that file along, or name another --out "
+                 "(RUN)")
 
 
 def print_look(state: str, count: int) -> None:
@@ -385,7 +402,7 @@ def hold(out: str) -> None:
     lock = file
     if os.path.exists(f"{work}/stats.json"):
         put_in_place(out)
-    for name in ("new", "stats.tmp", "stats.json", "old"):
+    for name in UNFINISHED - {"lock"}:
         remove(f"{work}/{name}")
 
 

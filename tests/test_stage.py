@@ -175,7 +175,7 @@ def test_a_damaged_output_is_not_complete(tmp_path, monkeypatch, capsys, harm, w
 
 @pytest.mark.parametrize("name, stats", [
     ("out/raw.jsonl", None), ("out", ""), ("out", "[]"), ("out", '{"settings": null}'),
-    ("out.stats.json", None)])
+    ("out.stats.json", None), ("out.unfinished", None), ("out.unfinished/mine", None)])
 def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, name, stats):
     """Nor is anything written beside it, whatever temporary names of ours lie there."""
     (tmp_path / "out.stats.json.tmp").write_text('{"settings": {}}')
