@@ -14,7 +14,7 @@ memory at a time.
 Other judges (judges/judge.py) write the same rows; give them --model too if train.py is to follow.
 Fewer than two responses, identical ones or equal rewards carry no preference: such rows are left
 out, and each reason is counted. `--pairs` judges the two sides of gold pairs again and reports how
-often the judge agrees with them.
+often the judge agrees with them; `--gold` lets gold pairs join the rows, with their own labels.
 
     python label.py --model pi_0 --reference-model pi_init --responses responses.jsonl \\
         --out labelled.jsonl
@@ -40,6 +40,8 @@ def flags() -> argparse.Namespace:
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
     source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
+    cli.add_argument("--gold", help="gold preference rows (JSONL) that join them, each with its "
+                     "own label, and margin 0, which is no confidence: for --anchor previous")
     judge_flags(cli, "implicit")
     cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
     cli.add_argument("--reference", choices=["init", "previous", "none"], default="init",
@@ -168,6 +170,10 @@ def main(args: argparse.Namespace) -> None:
     left_out = dict.fromkeys(LEFT_OUT, 0)
     rows, candidates = read_candidates(args, left_out)
     prompts = len(rows) + left_out["fewer_than_two"]
+    if args.gold:
+        gold = [row | {"replayed": True} for row in read_rows(args.gold, "preferences")]
+        rows += gold
+        candidates += map(pair_of, gold)
     if args.model:
         encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
         kept = [k for k, pair in enumerate(encoded) if pair is not None]
@@ -204,7 +210,8 @@ def main(args: argparse.Namespace) -> None:
     labelled, agreement = [], []
     for row, answers, r, logp in zip(rows, candidates, reward, logps):
         texts = [answer.text for answer in answers]
-        pair = best_and_worst(texts, r)                                                 # S8
+        replayed = row.get("replayed", False)
+        pair = (0, 1) if replayed else best_and_worst(texts, r)                         # S8
         # With --pairs, gold's choice stands first.
         agreement.append(0.5 if pair is None else float(pair[0] == 0))
         if pair is None:
@@ -212,26 +219,29 @@ def main(args: argparse.Namespace) -> None:
             continue
         best, worst = pair
         add_sides(row, answers[best], answers[worst])
-        row["margin"] = r[best] - r[worst]
-        row["margin_of"] = margin_of | {"scored": scored_digest(row)}
+        row["margin"] = 0.0 if replayed else r[best] - r[worst]
+        judge = "gold" if replayed else args.judge
+        row["margin_of"] = margin_of | {"judge": judge, "scored": scored_digest(row)}
         if args.model:
             row |= {"chosen_logp": logp[best], "rejected_logp": logp[worst]}
         labelled.append(row)
-    if not labelled:
+    margins = [row["margin"] for row in labelled if "replayed" not in row]
+    if not margins:
         verdicts = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
         fail(f"{path}: no row has two responses of different reward{verdicts}")
 
-    stats = {"prompts": prompts, "labelled": len(labelled), **left_out,
-             "median_margin": median(row["margin"] for row in labelled), **behaviour}
-    notes = ""
+    stats = {"prompts": prompts, "labelled": len(margins), **left_out,
+             "replayed": len(labelled) - len(margins), "median_margin": median(margins),
+             **behaviour}
+    notes = f", joined by {stats['replayed']} gold pairs" if args.gold else ""
     if behaviour:
-        notes = (f", {behaviour['order_disagreement']:.0%} decided by the order of the options, "
+        notes += (f", {behaviour['order_disagreement']:.0%} decided by the order of the options, "
                  f"{behaviour['no_verdict']} without verdict")
     if args.pairs:
         stats["gold_agreement"] = sum(agreement) / len(agreement)
         notes += f", agreement with gold {stats['gold_agreement']:.3f}"
     publish(args, stats, lambda tmp: write_rows(tmp, labelled))
-    print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}, median "
+    print(f"label: {len(margins)} pairs by {args.judge}{counted(left_out)}, median "
           f"margin {stats['median_margin']:.3f}{notes} → {args.out}")
 
 

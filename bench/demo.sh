@@ -5,7 +5,7 @@
 #   bash bench/demo.sh rays 1 2 3       π_init + c (π_0 − π_init), without any round; one of them at
 #                                       the KL of SPA's last round; RAYS='2 4' gives the others' c
 #   … worst                             the worst case, ε = 0.01
-#   … replay, repeat                    gold pairs in every round; as many of its own pairs twice
+#   … replay, repeat                    gold pairs in every round; as many of its own pairs again
 #   … judge                             the rounds' labels by the gold judge
 #   … every                             DPO on the gold labels of all 224 prompts
 #   … flip_ARM                          any of them from a seed with 25 % of its labels wrong
@@ -56,23 +56,19 @@ evaluate() {  # NAME=MODEL…
   done
   "$python" evaluate.py --answers "${answers[@]}" --judge vader --out "$run"
 }
-rounds() {  # what run.sh has no setting for: SPA's rounds on more pairs
-  local policy=$spa/seed t round
+repeats() {  # what run.sh has no setting for: SPA's rounds, as many of a round's pairs again as gold
+  local policy=$spa/seed t round rows
   share "$spa" "$run" eval/init.jsonl eval/seed.jsonl "${labels[@]}"
   for t in 1 2; do
     round=$run/round$t
+    rows=$round/labelled.jsonl
     sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n "$(of_demo N)"
-    "$python" label.py --model "$policy" --reference-model $init --out "$round/labelled.jsonl" \
+    "$python" label.py --model "$policy" --reference-model $init --out "$rows" \
       --responses "$round/responses.jsonl"
-    if [[ $arm == repeat ]]; then
-      "$python" bench/replay.py --pairs "$round/labelled.jsonl" --repeat "$(of_demo SEED_SIZE)" \
-        --out "$round/joined.jsonl"
-    else
-      "$python" label.py --model "$policy" --reference-model $init --out "$round/gold.jsonl" \
-        --pairs "$spa/gold/seed/seed.jsonl"
-      "$python" bench/replay.py --pairs "$round/labelled.jsonl" --out "$round/joined.jsonl" \
-        --gold "$spa/gold/seed/seed.jsonl" --scored "$round/gold.jsonl"
-    fi
+    { cat "$rows"
+      sed 's/"id": "/&again /' "$rows"
+      sed 's/"id": "/&once more /' "$rows"
+    } | sed -n "1,$(($(wc -l <"$rows") + $(of_demo SEED_SIZE)))p" >"$round/joined.jsonl"
     "$python" dro.py --pairs "$round/joined.jsonl" --out "$round/worst.jsonl" --epsilon 0
     "$python" train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
       --lam "$(( t == 1 ? 50 : 25 ))e-2" --lr "$(of_demo LR)" --batch-size "$(of_demo BATCH_SIZE)" \
@@ -119,7 +115,10 @@ for number in "${@:2}"; do
       share "$spa" "$run" eval/init.jsonl
       demo METHOD=spa SEED_SIZE=224 ROUNDS= ;;
     rays) rays ${RAYS:-1.5 2 3 4 6} ;;
-    replay | repeat) rounds ;;
+    replay)
+      share "$spa" "$run" "${seed[@]}" round1/responses.jsonl
+      demo METHOD=spa REPLAY=yes ;;
+    repeat) repeats ;;
     *)
       echo "error: $arm: no arm; sed -n '4,16p' bench/demo.sh lists them" >&2
       exit 2 ;;

@@ -113,16 +113,16 @@ is_zero() { [[ $1 =~ ^[+-]?0*\.?0*([eE][+-]?[0-9]+)?$ ]]; }
 one_of METHOD worst-case spa
 one_of SYSTEM_TURN none empty
 one_of JUDGE_START init previous
-for name in PROMPTS_ALONE SHARD REDO; do one_of $name yes no; done
+for name in PROMPTS_ALONE REPLAY SHARD REDO; do one_of $name yes no; done
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || stop "NPROC=$NPROC: must be a whole number, at least 1"
 [[ ! $N =~ ^0*1$ ]] || stop "N=$N: a pair takes two responses"
 [[ $SEED_FRACTION$SEED_POLICY || ! $SEED_SIZE =~ ^0+$ ]] ||
   stop "SEED_SIZE=$SEED_SIZE: without gold pairs SEED_POLICY must name an aligned model"
 if [[ $METHOD == spa ]]; then
   is_zero "$EPSILON" || stop "EPSILON=$EPSILON: a worst case is METHOD=worst-case (D6)"
-elif [[ $JUDGE != implicit || $REFERENCE != init ]] || ! is_zero "$LENGTH_PENALTY"; then
-  stop "JUDGE=$JUDGE REFERENCE=$REFERENCE LENGTH_PENALTY=$LENGTH_PENALTY goes with METHOD=spa:" \
-    "METHOD=worst-case needs confidences of π_{t−1} against π_init (D1, D10)"
+elif [[ $JUDGE$REFERENCE$REPLAY != implicitinitno ]] || ! is_zero "$LENGTH_PENALTY"; then
+  stop "JUDGE=$JUDGE REFERENCE=$REFERENCE LENGTH_PENALTY=$LENGTH_PENALTY REPLAY=$REPLAY goes with" \
+    "METHOD=spa: METHOD=worst-case needs confidences of π_{t−1} against π_init (D1, D10)"
 fi
 
 # ------------------------------------------------------------------------------- how a stage starts

@@ -79,6 +79,7 @@ if RANK > 0:
 READ = {
     "model": "model", "reference_model": "model", "judge_model": "model", "data": "dataset",
     "prompts": "file", "pairs": "file", "responses": "file", "answers": "file", "labels": "file",
+    "gold": "file",
 }
 
 # The exit status of a stage that has looked and has work.

@@ -11,8 +11,6 @@ from conftest import (
     gold_rows,
     jsonl,
     ok,
-    one_line,
-    pair_rows,
     plain_logp,
     run,
     stats_of,
@@ -21,7 +19,7 @@ from conftest import (
 from scipy.stats import ttest_1samp, ttest_rel
 from transformers import AutoModelForCausalLM
 
-from bench import demo_measures, demo_plots, demo_table, extrapolate, replay, stats
+from bench import demo_measures, demo_plots, demo_table, extrapolate, stats
 from core.chat import encode_prompt
 from core.models import load_tokenizer
 
@@ -149,30 +147,3 @@ def test_extrapolated_weights(tmp_path, call, folder, other_folder):
         torch.testing.assert_close(weight, 2.5 * end[name].float() - 1.5 * start[name].float())
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == Path(other_folder, name).read_bytes()
-
-
-def test_replayed_pairs_have_gold_labels(tmp_path, call, folder, other_folder):
-    """Scored by the policy, as label.py does; each side keeps its log-prob when they change
-    places, and train.py takes the rows."""
-    gold = dump(tmp_path / "gold.jsonl", gold_rows(6))
-    scored, joined = tmp_path / "scored.jsonl", tmp_path / "joined.jsonl"
-    ok(run("label.py", "--pairs", gold, "--model", other_folder, "--reference-model", folder,
-           "--out", scored))
-    call(replay, "--pairs", scored, "--gold", gold, "--scored", scored, "--out", joined)
-    before = {row["id"]: row for row in pair_rows(scored)}
-    texts = {row["id"]: (row["chosen"], row["rejected"]) for row in gold_rows(6)}
-
-    def sides(row: dict) -> dict:
-        """{text: what stands beside it}."""
-        return {row[side]: [row[f"{side}_{key}"] for key in ("logp", "ids", "ended")]
-                for side in ("chosen", "rejected")}
-
-    for new in pair_rows(joined)[len(before):]:
-        name = new["id"].removesuffix(" again")
-        assert (new["chosen"], new["rejected"]) == texts[name]
-        assert sides(new) == sides(before[name])
-    turned = sum(row["chosen"] != texts[name][0] for name, row in before.items())
-    assert 0 < turned < 6
-    train = ["train.py", "--model", other_folder, "--out", tmp_path / "policy", "--pairs", joined]
-    one_line(run(*train, "--anchor", "init"), "--anchor previous")
-    ok(run(*train))

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import dump, gold_rows, jsonl, ok, pair_rows, plain_logp, run, stats_of
+from conftest import dump, gold_rows, jsonl, ok, one_line, pair_rows, plain_logp, run, stats_of
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from core.chat import answered, encode_prompt, encode_response
@@ -77,6 +77,36 @@ def test_label_stage_by_hand(folder, other_folder, responses, logps, tmp_path, p
               "empty": 4}
     assert counts.items() <= stats_of(out).items()
     assert "2 rows with fewer than two" in done.stdout and "ties" not in done.stdout
+
+
+def test_gold_pairs_join_with_their_own_labels(folder, other_folder, responses, tmp_path):
+    """Scored by the policy, which may disagree; the others' rows stay what they are, and no worst
+    case takes a label that is no confidence."""
+    gold = gold_rows(6)
+    alone, joined = tmp_path / "alone.jsonl", tmp_path / "joined.jsonl"
+    command = ["label.py", "--model", other_folder, "--reference-model", folder, *FLAGS,
+               "--responses", responses, "--out"]
+    ok(run(*command, alone))
+    done = ok(run(*command, joined, "--gold", dump(tmp_path / "gold.jsonl", gold)))
+    assert "1 pairs by implicit" in done.stdout and "joined by 6 gold pairs" in done.stdout
+    (own,), new = pair_rows(alone), pair_rows(joined)
+    assert (new[0]["chosen"], new[0]["rejected"]) == (own["chosen"], own["rejected"])
+    assert stats_of(joined)["median_margin"] == pytest.approx(own["margin"], abs=1e-4)
+    model, tokenizer = load_model(other_folder, CPU), load_tokenizer(other_folder)
+    for row, given in zip(new[1:], gold, strict=True):
+        prompt = encode_prompt(tokenizer, given["prompt"])
+        for side in ("chosen", "rejected"):
+            response = encode_response(tokenizer, given["prompt"], given[side], True)
+            logp = plain_logp(model, prompt, response)
+            assert row[side] == given[side]
+            assert row[f"{side}_logp"] == pytest.approx(logp.item(), abs=1e-4)
+        assert (row["margin"], row["margin_of"]["judge"]) == (0, "gold")
+    refused = run("dro.py", "--pairs", joined, "--out", tmp_path / "worst.jsonl")
+    one_line(refused, "judge 'gold'")
+    train = ["train.py", "--model", other_folder, "--out", tmp_path / "policy", "--pairs", joined,
+             "--precision", "fp32"]
+    one_line(run(*train, "--anchor", "init"), "--anchor previous")
+    ok(run(*train))
 
 
 @pytest.mark.parametrize("flags, weights, penalty", [
