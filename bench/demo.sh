@@ -3,7 +3,7 @@
 #
 #   bash bench/demo.sh spa 1 2 3        SPA, which the other arms share π_0 and data with
 #   bash bench/demo.sh rays 1 2 3       π_init + c (π_0 − π_init), without any round; one of them at
-#                                       the KL of SPA's last round; RAYS='2 4' gives the others' c
+#                                       the KL of SPA's last round; RAYS='3 6' gives the others' c
 #   … worst                             the worst case, ε = 0.01
 #   … replay, repeat                    gold pairs in every round; as many of its own pairs again
 #   … judge                             the rounds' labels by the gold judge
@@ -114,7 +114,7 @@ for number in "${@:2}"; do
     every)
       share "$spa" "$run" eval/init.jsonl
       demo METHOD=spa SEED_SIZE=224 ROUNDS= ;;
-    rays) rays ${RAYS:-1.5 2 3 4 6} ;;
+    rays) rays ${RAYS:-3 6} ;;
     replay)
       share "$spa" "$run" "${seed[@]}" round1/responses.jsonl
       demo METHOD=spa REPLAY=yes ;;

@@ -6,8 +6,11 @@ Means over seeds, and differences paired over the seeds that both rows have: ± 
 a 95 % t-interval over seeds, p the paired t-test's.
 """
 import json
+import math
 import sys
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -66,15 +69,31 @@ def values(runs: dict, row: tuple[str, str], key: str) -> dict[str, float]:
     return {seed: m[key] for seed, m in runs.get(row, {}).items() if m.get(key) is not None}
 
 
+def over_the_ray(runs: dict, row: tuple[str, str]) -> list[float]:
+    """Gold score of a row less that of the ray at the row's own KL, of every seed whose rays reach
+    it: between two rays the score is taken as straight in √KL."""
+    rays = [other for other in runs if other[0] == ("flip_" * row[0].startswith("flip_")) + "rays"]
+    scores, differences = values(runs, row, "score"), []
+    for seed, kl in values(runs, row, "kl").items():
+        points = sorted((values(runs, ray, "kl")[seed], values(runs, ray, "score")[seed])
+                        for ray in rays if seed in values(runs, ray, "kl"))
+        if points and kl <= points[-1][0]:
+            kls, golds = np.array(points).T
+            differences.append(scores[seed] - np.interp(math.sqrt(kl), np.sqrt(kls), golds))
+    return differences
+
+
 def print_table(title: str, rows: dict, runs: dict) -> None:
     lines = []
     for name, row in rows.items():
         if row in runs:
             found = [list(values(runs, row, key).values()) for key in MEASURES]
+            further = over_the_ray(runs, row)
             lines.append([name, str(len(runs[row])),
-                          *(interval(each).text("") if each else "–" for each in found)])
+                          *(interval(each).text("") if each else "–" for each in found),
+                          interval(further).text() if further else "–"])
     print(f"\n**{title}**\n")
-    print(markdown(["method", "seeds", *MEASURES.values()], lines))
+    print(markdown(["method", "seeds", *MEASURES.values(), "gold − the ray's at its KL"], lines))
 
     lines, gains = [], []
     compared = [(name, base) for name in list(rows)[1:] for base in BASES.get(name, ["SPA"])]

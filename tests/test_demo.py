@@ -76,6 +76,15 @@ def test_table_over_seeds(table, capsys, call):
     assert "Gold score: 4 of 6 differ at 95 %" in printed
 
 
+def test_a_row_beside_the_ray_at_its_own_kl():
+    """√KL 2 lies halfway from 1 to 3, where the ray has 0.4; at the second seed no ray is that
+    far."""
+    runs = {("rays", "seed"): {"1": {"kl": 1, "score": 0.3}, "2": {"kl": 1, "score": 0.3}},
+            ("rays", "ray3"): {"1": {"kl": 9, "score": 0.5}, "2": {"kl": 2, "score": 0.4}},
+            ("spa", "round2"): {"1": {"kl": 4, "score": 0.25}, "2": {"kl": 4, "score": 0.25}}}
+    assert demo_table.over_the_ray(runs, ("spa", "round2")) == pytest.approx([-0.15])
+
+
 def test_picture_of_the_demo(table):
     """Methods without a run are left out."""
     curves = demo_plots.plot_kl(demo_table.read_runs(table))
