@@ -138,7 +138,8 @@ def judge_policies(args, answers: dict[str, list[dict]]) -> dict[str, dict]:
 def judge_labels(args, path: str, log: list[dict]) -> dict:
     """Quality of a round's self-labels by the judge, on up to LABELS pairs; `log` is that of the
     training that read them."""
-    rows = [row for row in read_rows(path, "labelled") if "replayed" not in row]
+    rows = [row for row in read_rows(path, "labelled")
+            if row.get("margin_of", {}).get("judge") != "gold"]
     rows = rows[::math.ceil(len(rows) / LABELS)]
     flagged = {i for step in log for i in step.get("flagged", [])}
     could_be_flagged = {i for step in log if step.get("tau") is not None for i in step["batch"]}

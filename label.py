@@ -14,7 +14,7 @@ memory at a time.
 Other judges (judges/judge.py) write the same rows; give them --model too if train.py is to follow.
 Fewer than two responses, identical ones or equal rewards carry no preference: such rows are left
 out, and each reason is counted. `--pairs` judges the two sides of gold pairs again and reports how
-often the judge agrees with them; `--gold` lets gold pairs join the rows, with their own labels.
+often the judge agrees with them. `--gold` appends gold pairs to the rows, with their own labels.
 
     python label.py --model pi_0 --reference-model pi_init --responses responses.jsonl \\
         --out labelled.jsonl
@@ -40,8 +40,9 @@ def flags() -> argparse.Namespace:
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--responses", help="response rows (JSONL)")
     source.add_argument("--pairs", help="gold preference rows (JSONL) to judge again")
-    cli.add_argument("--gold", help="gold preference rows (JSONL) that join them, each with its "
-                     "own label, and margin 0, which is no confidence: for --anchor previous")
+    cli.add_argument("--gold", help="gold preference rows (JSONL) to append with their own labels, "
+                     "scored by --model; their margin, 0, says nothing: for train.py --anchor "
+                     "previous")
     judge_flags(cli, "implicit")
     cli.add_argument("--model", help="π_{t−1}, which wrote the responses")
     cli.add_argument("--reference", choices=["init", "previous", "none"], default="init",
@@ -60,6 +61,8 @@ def flags() -> argparse.Namespace:
     if not implicit:
         # Unused: None, so that another value is no other setting.
         args.beta = None
+    if args.gold and not (args.model and args.responses):
+        fail("--gold is appended to --responses, for training: it needs --model")
     start_judging(args)
     exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))
     return args
@@ -129,6 +132,20 @@ def read_candidates(args: argparse.Namespace,
     return rows, candidates
 
 
+def encode_learnable(args: argparse.Namespace, tokenizer, rows: list[dict],
+                     candidates: list[list[Answer]], path: str) -> tuple[list, list, list]:
+    """The rows that the chat template writes in full, their answers with the ids that are scored,
+    which are what is learnt, and both as `encode_rows` gives them."""
+    encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
+    kept = [k for k, pair in enumerate(encoded) if pair is not None]
+    rows, candidates, encoded = [[part[k] for k in kept] for part in (rows, candidates, encoded)]
+    candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
+                  for answers, (_, ys) in zip(candidates, encoded)]
+    for row in rows:
+        row["vocabulary"] = vocabulary(tokenizer)
+    return rows, candidates, encoded
+
+
 def score_by(path: str, args: argparse.Namespace, encoded: list) -> list[list[float]]:
     """log π of every answer to every prompt by the model in `path`, which is freed again."""
     model = load_scorer(path, this_device(), encoded, args.precision)
@@ -169,28 +186,25 @@ def main(args: argparse.Namespace) -> None:
     path = args.pairs or args.responses
     left_out = dict.fromkeys(LEFT_OUT, 0)
     rows, candidates = read_candidates(args, left_out)
-    prompts = len(rows) + left_out["fewer_than_two"]
-    if args.gold:
-        gold = [row | {"replayed": True} for row in read_rows(args.gold, "preferences")]
-        rows += gold
-        candidates += map(pair_of, gold)
+    count = len(rows)
+    prompts = count + left_out["fewer_than_two"]
     if args.model:
-        encoded = encode_rows(load_config(args.model), tokenizer, rows, candidates, path)
-        kept = [k for k, pair in enumerate(encoded) if pair is not None]
-        left_out["unwritten"] = len(rows) - len(kept)
-        rows, candidates, encoded = [[part[k] for k in kept]
-                                     for part in (rows, candidates, encoded)]
-        # From here on an answer's ids are those that are scored: they are what is learnt.
-        candidates = [[answer._replace(ids=y) for answer, y in zip(answers, ys)]
-                      for answers, (_, ys) in zip(candidates, encoded)]
-        for row in rows:
-            row["vocabulary"] = vocabulary(tokenizer)
+        rows, candidates, encoded = encode_learnable(args, tokenizer, rows, candidates, path)
+        left_out["unwritten"] = count - len(rows)
     if not rows:
         fail(f"{path}: no row has two responses to compare{counted(left_out)}; has the policy "
              "collapsed?")
 
+    gold, gold_sides, gold_encoded = [], [], []
+    if args.gold:
+        gold = read_rows(args.gold, "preferences")
+        gold, gold_sides, gold_encoded = encode_learnable(
+            args, tokenizer, gold, list(map(pair_of, gold)), args.gold)
+
     device = start_processes()
-    logps = score_by(args.model, args, encoded) if args.model else [None] * len(rows)
+    logps = [None] * len(rows)
+    if args.model:
+        logps = score_by(args.model, args, encoded + gold_encoded)
     behaviour = {}
     if args.judge == "implicit":
         reward = implicit_rewards(args, tokenizer, encoded, logps)                      # S7, S13
@@ -210,8 +224,7 @@ def main(args: argparse.Namespace) -> None:
     labelled, agreement = [], []
     for row, answers, r, logp in zip(rows, candidates, reward, logps):
         texts = [answer.text for answer in answers]
-        replayed = row.get("replayed", False)
-        pair = (0, 1) if replayed else best_and_worst(texts, r)                         # S8
+        pair = best_and_worst(texts, r)                                                 # S8
         # With --pairs, gold's choice stands first.
         agreement.append(0.5 if pair is None else float(pair[0] == 0))
         if pair is None:
@@ -219,29 +232,31 @@ def main(args: argparse.Namespace) -> None:
             continue
         best, worst = pair
         add_sides(row, answers[best], answers[worst])
-        row["margin"] = 0.0 if replayed else r[best] - r[worst]
-        judge = "gold" if replayed else args.judge
-        row["margin_of"] = margin_of | {"judge": judge, "scored": scored_digest(row)}
+        row["margin"] = r[best] - r[worst]
+        row["margin_of"] = margin_of | {"scored": scored_digest(row)}
         if args.model:
             row |= {"chosen_logp": logp[best], "rejected_logp": logp[worst]}
         labelled.append(row)
-    margins = [row["margin"] for row in labelled if "replayed" not in row]
-    if not margins:
+    if not labelled:
         verdicts = f"; {behaviour['no_verdict']} answers without verdict" if behaviour else ""
         fail(f"{path}: no row has two responses of different reward{verdicts}")
 
-    stats = {"prompts": prompts, "labelled": len(margins), **left_out,
-             "replayed": len(labelled) - len(margins), "median_margin": median(margins),
-             **behaviour}
-    notes = f", joined by {stats['replayed']} gold pairs" if args.gold else ""
+    stats = {"prompts": prompts, "labelled": len(labelled), **left_out, "gold": len(gold),
+             "median_margin": median(row["margin"] for row in labelled), **behaviour}
+    notes = f", {len(gold)} gold pairs appended" if args.gold else ""
     if behaviour:
         notes += (f", {behaviour['order_disagreement']:.0%} decided by the order of the options, "
-                 f"{behaviour['no_verdict']} without verdict")
+                  f"{behaviour['no_verdict']} without verdict")
     if args.pairs:
         stats["gold_agreement"] = sum(agreement) / len(agreement)
         notes += f", agreement with gold {stats['gold_agreement']:.3f}"
-    publish(args, stats, lambda tmp: write_rows(tmp, labelled))
-    print(f"label: {len(margins)} pairs by {args.judge}{counted(left_out)}, median "
+    for row, sides, (chosen, rejected) in zip(gold, gold_sides, logps[len(rows):]):
+        add_sides(row, *sides)
+        row |= {"margin": 0.0, "chosen_logp": chosen, "rejected_logp": rejected}
+        row["margin_of"] = margin_of | {"judge": "gold", "reference": None,
+                                        "scored": scored_digest(row)}
+    publish(args, stats, lambda tmp: write_rows(tmp, labelled + gold))
+    print(f"label: {len(labelled)} pairs by {args.judge}{counted(left_out)}, median "
           f"margin {stats['median_margin']:.3f}{notes} → {args.out}")
 
 

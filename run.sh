@@ -19,10 +19,9 @@ source configs/settings.sh "$@"
 
 algorithm() {  # runs twice: in the first pass every stage only looks, in the second it works
   local init=$MODEL policy=${SEED_POLICY:-$RUN/seed} gold=$RUN/data/seed.jsonl judge=$JUDGE_MODEL
-  local reference t round name from anchor=init replay=()
+  local reference t round name from anchor=init replay=''
   local rounds=($ROUNDS) lams=($LAMS) policies=(start="$policy") labels=() answers=()
 
-  # Flags that need a thought, or that several stages share.
   [[ $METHOD != spa ]] || anchor=previous  # D6a
   local split=(--seed-size "$SEED_SIZE")
   [[ -z $SEED_FRACTION ]] || split=(--seed-fraction "$SEED_FRACTION")
@@ -69,6 +68,7 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
 
   # 2. Rounds: π_{t−1} answers and judges; the follower finds the worst case; π_t learns under it.
   reference=$init
+  [[ $REPLAY == no ]] || replay=$gold
   for t in $(seq "${#rounds[@]}"); do
     round=$RUN/round$t
     # y_1 … y_n ~ π_{t−1}(· | x)
@@ -81,12 +81,11 @@ algorithm() {  # runs twice: in the first pass every stage only looks, in the se
       stage seed_dpo.py --objective judge --model "$from" --pairs "$gold" --out "$judge" \
         --lr "$JUDGE_LR" "${train[@]}"
     fi
-    [[ $REPLAY == no ]] || replay=(--gold "$gold")
     # r(y) = β(log π_{t−1} − log π_init); best against worst becomes a pair                  S7, S8
     stage label.py --model "$policy" --responses "$round/responses.jsonl" \
       --out "$round/labelled.jsonl" --judge "$JUDGE" ${judge:+--judge-model "$judge"} \
       --reference "$REFERENCE" --reference-model "$reference" --beta "$BETA" \
-      --length-penalty "$LENGTH_PENALTY" "${replay[@]}" "${ask[@]}"
+      --length-penalty "$LENGTH_PENALTY" ${replay:+--gold "$replay"} "${ask[@]}"
     # the worst distribution of the confidences within W₁ ≤ ε                           T2-2 … T2-5
     stage dro.py --pairs "$round/labelled.jsonl" --out "$round/worst.jsonl" \
       --epsilon "$EPSILON" --pieces "$PIECES" ${GROUP:+--group "$GROUP"}

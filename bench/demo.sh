@@ -3,9 +3,9 @@
 #
 #   bash bench/demo.sh spa 1 2 3        SPA, which the other arms share π_0 and data with
 #   bash bench/demo.sh rays 1 2 3       π_init + c (π_0 − π_init), without any round; one of them at
-#                                       the KL of SPA's last round; RAYS='3 6' gives the others' c
+#                                       the KL of SPA's last round; RAYS='2 8' gives the others' c
 #   … worst                             the worst case, ε = 0.01
-#   … replay, repeat                    gold pairs in every round; as many of its own pairs again
+#   … replay, repeat                    gold pairs in every round; its control: as many of its own
 #   … judge                             the rounds' labels by the gold judge
 #   … every                             DPO on the gold labels of all 224 prompts
 #   … flip_ARM                          any of them from a seed with 25 % of its labels wrong
@@ -56,7 +56,7 @@ evaluate() {  # NAME=MODEL…
   done
   "$python" evaluate.py --answers "${answers[@]}" --judge vader --out "$run"
 }
-repeats() {  # what run.sh has no setting for: SPA's rounds, as many of a round's pairs again as gold
+repeats() {  # run.sh has no setting for it: SPA, with as many of a round's own pairs again as gold
   local policy=$spa/seed t round rows
   share "$spa" "$run" eval/init.jsonl eval/seed.jsonl "${labels[@]}"
   for t in 1 2; do
@@ -65,10 +65,9 @@ repeats() {  # what run.sh has no setting for: SPA's rounds, as many of a round'
     sample "$policy" "$spa/data/prompts_$t.jsonl" "$round/responses.jsonl" -n "$(of_demo N)"
     "$python" label.py --model "$policy" --reference-model $init --out "$rows" \
       --responses "$round/responses.jsonl"
-    { cat "$rows"
-      sed 's/"id": "/&again /' "$rows"
-      sed 's/"id": "/&once more /' "$rows"
-    } | sed -n "1,$(($(wc -l <"$rows") + $(of_demo SEED_SIZE)))p" >"$round/joined.jsonl"
+    awk -v more="$(of_demo SEED_SIZE)" '{ print; row[NR] = $0 }
+      END { for (k = 0; k < more; k++) { again = row[k % NR + 1]
+        sub(/"id": "/, "&again " k " ", again); print again } }' "$rows" >"$round/joined.jsonl"
     "$python" dro.py --pairs "$round/joined.jsonl" --out "$round/worst.jsonl" --epsilon 0
     "$python" train.py --model "$policy" --pairs "$round/worst.jsonl" --out "$round/policy" \
       --lam "$(( t == 1 ? 50 : 25 ))e-2" --lr "$(of_demo LR)" --batch-size "$(of_demo BATCH_SIZE)" \
@@ -114,7 +113,7 @@ for number in "${@:2}"; do
     every)
       share "$spa" "$run" eval/init.jsonl
       demo METHOD=spa SEED_SIZE=224 ROUNDS= ;;
-    rays) rays ${RAYS:-3 6} ;;
+    rays) rays ${RAYS:-2 4 6} ;;
     replay)
       share "$spa" "$run" "${seed[@]}" round1/responses.jsonl
       demo METHOD=spa REPLAY=yes ;;

@@ -28,7 +28,7 @@ def by_round(arm: str) -> list[tuple[str, str]]:
 CURVES = {
     "SFT (π_init)": [("spa", "init")],
     "the ray, from c = 1 on":
-        [("spa", "seed"), *(("rays", name) for name in ("ray3", "match", "ray6"))],
+        [("spa", "seed"), *(("rays", name) for name in ("ray2", "ray4", "ray6"))],
     "SPA, 0 to 2 rounds": by_round("spa"),
     "worst case, ε = 0.01": by_round("worst"),
     "gold pairs replayed": by_round("replay"),

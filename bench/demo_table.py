@@ -72,14 +72,16 @@ def values(runs: dict, row: tuple[str, str], key: str) -> dict[str, float]:
 def over_the_ray(runs: dict, row: tuple[str, str]) -> list[float]:
     """Gold score of a row less that of the ray at the row's own KL, of every seed whose rays reach
     it: between two rays the score is taken as straight in √KL."""
-    rays = [other for other in runs if other[0] == ("flip_" * row[0].startswith("flip_")) + "rays"]
-    scores, differences = values(runs, row, "score"), []
-    for seed, kl in values(runs, row, "kl").items():
-        points = sorted((values(runs, ray, "kl")[seed], values(runs, ray, "score")[seed])
-                        for ray in rays if seed in values(runs, ray, "kl"))
-        if points and kl <= points[-1][0]:
-            kls, golds = np.array(points).T
-            differences.append(scores[seed] - np.interp(math.sqrt(kl), np.sqrt(kls), golds))
+    arm = "flip_rays" if row[0].startswith("flip_") else "rays"
+    rays = [policies for (other, _), policies in runs.items() if other == arm]
+    differences = []
+    for seed, mine in runs[row].items():
+        points = sorted((policies[seed]["kl"], policies[seed]["score"])
+                        for policies in rays if "kl" in policies.get(seed, {}))
+        if points and "kl" in mine and points[0][0] <= mine["kl"] <= points[-1][0]:
+            kls, scores = np.array(points).T
+            ray = np.interp(math.sqrt(mine["kl"]), np.sqrt(kls), scores)
+            differences.append(mine["score"] - ray)
     return differences
 
 
@@ -91,9 +93,10 @@ def print_table(title: str, rows: dict, runs: dict) -> None:
             further = over_the_ray(runs, row)
             lines.append([name, str(len(runs[row])),
                           *(interval(each).text("") if each else "–" for each in found),
-                          interval(further).text() if further else "–"])
+                          f"{interval(further).text()} ({len(further)})" if further else "–"])
     print(f"\n**{title}**\n")
-    print(markdown(["method", "seeds", *MEASURES.values(), "gold − the ray's at its KL"], lines))
+    print(markdown(["method", "seeds", *MEASURES.values(), "gold − the ray's at its KL (seeds)"],
+                   lines))
 
     lines, gains = [], []
     compared = [(name, base) for name in list(rows)[1:] for base in BASES.get(name, ["SPA"])]

@@ -110,6 +110,7 @@ is_zero() { [[ $1 =~ ^[+-]?0*\.?0*([eE][+-]?[0-9]+)?$ ]]; }
 
 [[ $PROMPTS_ALONE != yes || $GOLD != none || $SEED_POLICY ]] || stop "PROMPTS_ALONE=yes: say who" \
   "judges the seed, GOLD=vader, reward-model, … (a config's own GOLD is for its own DATA)"
+[[ $REPLAY == no || -z $SEED_POLICY ]] || stop "REPLAY=yes takes gold pairs, not SEED_POLICY"
 one_of METHOD worst-case spa
 one_of SYSTEM_TURN none empty
 one_of JUDGE_START init previous
@@ -120,9 +121,9 @@ for name in PROMPTS_ALONE REPLAY SHARD REDO; do one_of $name yes no; done
   stop "SEED_SIZE=$SEED_SIZE: without gold pairs SEED_POLICY must name an aligned model"
 if [[ $METHOD == spa ]]; then
   is_zero "$EPSILON" || stop "EPSILON=$EPSILON: a worst case is METHOD=worst-case (D6)"
-elif [[ $JUDGE$REFERENCE$REPLAY != implicitinitno ]] || ! is_zero "$LENGTH_PENALTY"; then
-  stop "JUDGE=$JUDGE REFERENCE=$REFERENCE LENGTH_PENALTY=$LENGTH_PENALTY REPLAY=$REPLAY goes with" \
-    "METHOD=spa: METHOD=worst-case needs confidences of π_{t−1} against π_init (D1, D10)"
+elif [[ $JUDGE-$REFERENCE-$REPLAY != implicit-init-no ]] || ! is_zero "$LENGTH_PENALTY"; then
+  stop "JUDGE=$JUDGE REFERENCE=$REFERENCE LENGTH_PENALTY=$LENGTH_PENALTY REPLAY=$REPLAY: one goes" \
+    "with METHOD=spa; METHOD=worst-case needs confidences of π_{t−1} against π_init (D1, D10)"
 fi
 
 # ------------------------------------------------------------------------------- how a stage starts

@@ -315,7 +315,8 @@ def test_the_stage_against_plain_loops(tmp_path):
     pairs = [{"id": str(i), "prompt": ask, "chosen": a, "rejected": b,
               "margin": 0.5, "chosen_logp": -1.0, "rejected_logp": -2.0}
              for i, (a, b) in enumerate([("good", "bad"), ("bad", "good"), ("bad", "joy")])]
-    labels = dump(tmp_path / "worst.jsonl", pairs)
+    gold = pairs[0] | {"id": "gold", "margin_of": {"judge": "gold"}}  # no self-label
+    labels = dump(tmp_path / "worst.jsonl", [*pairs, gold])
     command = ["evaluate.py", "--answers", f"init={init}", f"round1={round1}", "--labels",
                f"round1={labels}", "--judge", "vader", "--out", tmp_path / "run"]
     printed = ok(run(*command)).stdout

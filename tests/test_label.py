@@ -88,7 +88,7 @@ def test_gold_pairs_join_with_their_own_labels(folder, other_folder, responses, 
                "--responses", responses, "--out"]
     ok(run(*command, alone))
     done = ok(run(*command, joined, "--gold", dump(tmp_path / "gold.jsonl", gold)))
-    assert "1 pairs by implicit" in done.stdout and "joined by 6 gold pairs" in done.stdout
+    assert "1 pairs by implicit" in done.stdout and "6 gold pairs appended" in done.stdout
     (own,), new = pair_rows(alone), pair_rows(joined)
     assert (new[0]["chosen"], new[0]["rejected"]) == (own["chosen"], own["rejected"])
     assert stats_of(joined)["median_margin"] == pytest.approx(own["margin"], abs=1e-4)

@@ -41,6 +41,8 @@ def run_sh(*arguments, **settings) -> str:
     ("METHOD=sap", "METHOD=sap: must be one of: worst-case spa"),
     ("SHARD=maybe", "SHARD=maybe: must be one of: yes no"),
     ("JUDGE=llm", "METHOD=spa"),
+    ("REPLAY=yes", "METHOD=spa"),
+    ("METHOD=spa REPLAY=yes SEED_POLICY=x", "gold pairs, not SEED_POLICY"),
     ("LENGTH_PENALTY=0.01 EPSILON=0", "LENGTH_PENALTY=0.01"),
     ("METHOD=spa EPSILON=0.01", "D6"),
     ("NPROC=0", "NPROC=0: must be a whole number"),
@@ -185,12 +187,13 @@ def test_own_preference_data_and_judge_on_two_processes(wide, tmp_path):
     data = dump(tmp_path / "pairs.jsonl", rows)
     out = run_sh(MODEL=wide, DATA=data, RUN=tmp_path / "run", SEED_SIZE=6, ROUNDS=5,
                  MAX_NEW_TOKENS=8, NPROC=2, METHOD="spa", EPSILON="0.0e-3", ALPHA=0, JUDGE="llm",
-                 JUDGE_START="previous")
+                 JUDGE_START="previous", REPLAY="yes")
     processes = [stats_of(tmp_path / f"run/round1/{out}")["about"]["processes"]
                  for out in ("responses.jsonl", "labelled.jsonl", "worst.jsonl", "policy")]
     assert processes == [2, 2, 1, 2]
     assert "12 letters" in out
     assert re.search("[45] pairs by llm", out)  # an answer may be empty
+    assert "6 gold pairs appended" in out
     assert "| round1 |" in out and (tmp_path / "run/report.md").exists()
     assert not (tmp_path / "run/gold").exists()
 
