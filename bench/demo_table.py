@@ -93,7 +93,7 @@ def print_table(title: str, rows: dict, runs: dict) -> None:
             further = over_the_ray(runs, row)
             lines.append([name, str(len(runs[row])),
                           *(interval(each).text("") if each else "–" for each in found),
-                          f"{interval(further).text()} ({len(further)})" if further else "–"])
+                          f"{interval(further).text()} ({len(further)})" if any(further) else "–"])
     print(f"\n**{title}**\n")
     print(markdown(["method", "seeds", *MEASURES.values(), "gold − the ray's at its KL (seeds)"],
                    lines))
