@@ -85,7 +85,8 @@ rays() {  # SCALES…: the policy of the seed stage, scaled
     policies+=("ray$c=$run/ray$c")
   done
   "$python" bench/demo_measures.py "$spa" "$run"
-  ray "$("$python" bench/demo_measures.py "$run" --match "$spa")" match
+  c=$("$python" bench/demo_measures.py "$run" --match "$spa")
+  ray "$c" match
   evaluate "${policies[@]}" match="$run/match"
 }
 ray() {  # SCALE NAME

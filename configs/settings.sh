@@ -142,7 +142,7 @@ if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architect
 fi
 [[ -n $config || -e /dev/nvidia0 ]] || echo "note: these are the settings of a 7 B model, and" \
   "there is no GPU; a small model's on two cores: bash run.sh configs/demo.env DATA=$DATA" >&2
-export REDO GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}  # huge pages: fewer faults
+export REDO  # to core/stage.py
 install requirements.txt
 echo "run: $METHOD on $MODEL, data $DATA, ε $EPSILON, α $ALPHA, lr $LR, n $N, seed $SEED → $RUN"
 
