@@ -13,8 +13,8 @@
 #   python bench/demo_table.py runs/table           mean over seeds, paired differences
 #   python bench/demo_plots.py runs/table           score against √KL
 #
-# Two seeds side by side, a thread each (OMP_NUM_THREADS=1), take eleven minutes, an arm that shares
-# their beginnings five to ten. Resumable: what is complete is skipped. Arms share what they have in
+# Two seeds side by side, a thread each (OMP_NUM_THREADS=1), take seven minutes, an arm that shares
+# their beginnings three to eight. Resumable: what is complete is skipped. Arms share what they have in
 # common by hard links (GNU cp).
 set -euo pipefail
 cd "$(dirname "$0")/.."

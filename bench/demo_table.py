@@ -40,12 +40,14 @@ TABLES = {"Clean seed labels": CLEAN,
 BASES = {"DPO on the gold seed (π_0)": ["SFT (π_init)"], "SPA": ["DPO on the gold seed (π_0)"],
          "SPA, round 1": ["DPO on the gold seed (π_0)"],
          "worst case (ε = 0.01), round 1": ["DPO on the gold seed (π_0)", "SPA, round 1"],
-         "worst case": ["DPO on the gold seed (π_0)", "SPA"]}
+         "worst case": ["DPO on the gold seed (π_0)", "SPA"],
+         "gold pairs replayed": ["SPA", "ray at SPA's KL"]}
+COMPARED = ("score", "second_score", "ended", "openings", "kl")
 # measure → its head; of the report, and of demo_measures.py
 MEASURES = {"score": "gold score", "second_score": "second lexicon", "ended": "ended",
             "openings": "openings", "characters": "characters",
             "win_rate": "win rate against SFT", "kl": "KL to π_init",
-            "fluency": "fluency"}
+            "fluency": "fluency", "accuracy": "self-labels right"}
 
 
 def read_runs(root: Path) -> dict[tuple[str, str], dict[str, dict]]:
@@ -53,14 +55,15 @@ def read_runs(root: Path) -> dict[tuple[str, str], dict[str, dict]]:
     runs = {}
     for path in root.glob("*/*/report.md.stats.json"):
         seed, arm = path.parts[-3:-1]
-        policies = json.loads(path.read_text(encoding="utf-8"))["policies"]
+        report = json.loads(path.read_text(encoding="utf-8"))
+        labels = report.get("labels", {})
         further = path.with_name("measures.json")
         more = json.loads(further.read_text()) if further.exists() else {}
-        for policy, measures in policies.items():
+        for policy, measures in report["policies"].items():
             # A seed's arms share π_init and π_0.
             start = arm.replace("worst", "spa") if policy in ("init", "seed") else arm
             known = runs.setdefault((start, policy), {}).setdefault(seed, {})
-            known.update(measures | more.get(policy, {}))
+            known.update(measures | labels.get(policy, {}) | more.get(policy, {}))
     return runs
 
 
@@ -103,7 +106,7 @@ def print_table(title: str, rows: dict, runs: dict) -> None:
     for name, base in compared:
         row = rows[name]
         line = [f"{name} − {base}"]
-        for key in ("score", "second_score", "kl"):
+        for key in COMPARED:
             one, other = values(runs, row, key), values(runs, rows[base], key)
             common = [one[seed] - other[seed] for seed in one if seed in other]
             if common:
@@ -114,8 +117,7 @@ def print_table(title: str, rows: dict, runs: dict) -> None:
             else:
                 line += ["0", "–", "–"]
         lines.append(line)
-    heads = [head for key in ("score", "second_score", "kl")
-             for head in ("seeds", MEASURES[key], "p")]
+    heads = [head for key in COMPARED for head in ("seeds", MEASURES[key], "p")]
     print("\n" + markdown(["difference", *heads], [line for line in lines if line[1] != "0"]))
     print(f"\nGold score: {by_chance(gains)}")
 

@@ -122,8 +122,8 @@ for name in PROMPTS_ALONE REPLAY SHARD REDO; do one_of $name yes no; done
 if [[ $METHOD == spa ]]; then
   is_zero "$EPSILON" || stop "EPSILON=$EPSILON: a worst case is METHOD=worst-case (D6)"
 elif [[ $JUDGE-$REFERENCE-$REPLAY != implicit-init-no ]] || ! is_zero "$LENGTH_PENALTY"; then
-  stop "JUDGE=$JUDGE REFERENCE=$REFERENCE LENGTH_PENALTY=$LENGTH_PENALTY REPLAY=$REPLAY: one goes" \
-    "with METHOD=spa; METHOD=worst-case needs confidences of π_{t−1} against π_init (D1, D10)"
+  stop "JUDGE=$JUDGE REFERENCE=$REFERENCE LENGTH_PENALTY=$LENGTH_PENALTY REPLAY=$REPLAY goes with" \
+    "METHOD=spa; worst-case takes implicit, init, 0 and no: confidences against π_init (D1, D10)"
 fi
 
 # ------------------------------------------------------------------------------- how a stage starts
