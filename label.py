@@ -64,7 +64,8 @@ def flags() -> argparse.Namespace:
     if args.gold and not (args.model and args.responses):
         fail("--gold is appended to --responses, for training: it needs --model")
     start_judging(args)
-    exit_if_looking(args.out, writes=size_of(args.pairs or args.responses))
+    read = [path for path in (args.pairs, args.responses, args.gold) if path]
+    exit_if_looking(args.out, writes=sum(map(size_of, read)))
     return args
 
 
