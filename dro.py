@@ -22,8 +22,8 @@ form, by sorting:
                   is the split pair's g_i, the steepest chord that is left.
 
 Every run certifies its worst case of ℓ̃: the primal value is the dual bound, or the program ends
-where they differ by a relative 1e-8. The greedy order is the same for every such ℓ, so the closed
-form's atoms are the worst case of the leader's loss ℓ* (D5) too.
+where they differ by 1e-8 (of a value above 1, by that share). The greedy order is the same for
+every such ℓ, so the closed form's atoms are the worst case of the leader's loss ℓ* (D5) too.
 
 Writes each row with `xi`, `pieces` (K) and `atoms` [[weight, shift], …] (T2-5): the adversary puts
 `weight` of pair i at ξ_i − shift.
@@ -34,14 +34,14 @@ import argparse
 from typing import NamedTuple
 
 from core.folder import size_of
-from core.stage import exit_if_looking, natural, parser, publish, ranged, run_stage, start
+from core.stage import exit_if_looking, natural, parser, publish, run_stage, share, start
 
 
 def flags() -> argparse.Namespace:
     """The arguments. Ends the program where the output is complete."""
     cli = parser(__doc__, out="worst-case rows (JSONL)")
     cli.add_argument("--pairs", required=True, help="labelled rows (JSONL)")
-    cli.add_argument("--epsilon", type=ranged(float, 0, 1), default=0.01,
+    cli.add_argument("--epsilon", type=share, default=0.01,
                      help="radius of the ball (papers: 0.01; also 0 to 0.1)")
     cli.add_argument("--pieces", type=natural, default=6,
                      help="K, tangents of the loss (papers: 6; also 5 and 7)")
@@ -184,7 +184,7 @@ def average(sizes: list[int], parts: list[WorstCase]) -> WorstCase:
 
 
 def gap(lower: float, upper: float) -> float:
-    """How far apart two values that should agree are, relative to their size."""
+    """How far apart two values that should agree are; of a value above 1, as a share of it."""
     return abs(upper - lower) / max(1.0, abs(lower))
 
 

@@ -140,6 +140,8 @@ def judge_labels(args, path: str, log: list[dict]) -> dict:
     training that read them."""
     rows = [row for row in read_rows(path, "labelled")
             if row.get("margin_of", {}).get("judge") != "gold"]
+    if not rows:
+        fail(f"{path}: holds gold pairs alone, and no self-labels to judge")
     rows = rows[::math.ceil(len(rows) / LABELS)]
     flagged = {i for step in log for i in step.get("flagged", [])}
     could_be_flagged = {i for step in log if step.get("tau") is not None for i in step["batch"]}

@@ -13,7 +13,7 @@ computed in core/policy.py; how a batch is spread over passes and processes, in 
 is asked in both orders (judges/comparisons.py).
 
     python seed_dpo.py --model models/smollm2 --pairs runs/demo/gold/seed/seed.jsonl \\
-        --out runs/demo/seed
+        --out runs/alone --epochs 1 --lr 8e-6 --batch-size 16
     torchrun --nproc_per_node=8 seed_dpo.py --model MODEL --pairs seed.jsonl --out pi_0
 """
 import argparse
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
             # One margin: training starts at the anchor.
             columns = {"loss": loss, "margin": margin, "round_margin": margin}
             per_pass.append((indices, scale, columns))
-        pairs = gather(run, per_pass, batch)                            # of all processes
+        pairs = gather(per_pass, batch)                                 # of all processes
         lr = lr_at(step, run.total, args.lr)
         norm = update(run, lr)                                          # θ ← θ − η∇L
         record_step(run, log, batch, pairs, lr, norm, started)

@@ -20,7 +20,7 @@ import argparse
 import math
 import time
 
-from core.stage import ranged, run_stage, start_training, training_flags
+from core.stage import ranged, run_stage, share, start_training, training_flags
 
 
 def flags() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def flags() -> argparse.Namespace:
     # --model --pairs --out --beta --lr --epochs --batch-size --precision --seed; for memory
     # --micro-tokens --gradient-checkpointing --shard; for kills --save-every
     cli = training_flags(__doc__, epochs=1)
-    cli.add_argument("--alpha", type=ranged(float, 0, 1), default=0.1,
+    cli.add_argument("--alpha", type=share, default=0.1,
                      help="label smoothing of flagged pairs (S10; papers: 0.1; 0 for none)")
     cli.add_argument("--lam", type=ranged(float, 0), default=0.5,
                      help="extrapolation (S12; papers: 1/2, 1/4, 1/8 by round; 0 for S9)")
@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
             columns = {"loss": loss, "margin": margin, "round_margin": round_margin,
                        "p_tilde": p_tilde, "z": z}
             per_pass.append((indices, scale, columns))
-        pairs = gather(run, per_pass, batch)                            # of all processes
+        pairs = gather(per_pass, batch)                                 # of all processes
         lr = lr_at(step, run.total, args.lr)
         norm = update(run, lr)                                          # θ ← θ − η∇L
         flagged = [run.rows[i]["id"] for i, flag in zip(batch, pairs["z"]) if flag]

@@ -51,8 +51,7 @@ read_config() {  # FILE of lines NAME=value; a value is the rest of its line, ou
     line=${line%%*([[:space:]])}
     [[ -n $line && $line != \#* ]] || continue
     [[ $line =~ ^([A-Za-z_]+)=(.*)$ ]] || stop "$1: not a line NAME=value: $line"
-    name=${BASH_REMATCH[1]}
-    value=${BASH_REMATCH[2]}
+    name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
     [[ $value != \"*\" && $value != \'*\' ]] || value=${value:1:-1}
     [[ -v given[$name] ]] || given[$name]=$value
   done <"$1"
@@ -110,7 +109,8 @@ is_zero() { [[ $1 =~ ^[+-]?0*\.?0*([eE][+-]?[0-9]+)?$ ]]; }
 
 [[ $PROMPTS_ALONE != yes || $GOLD != none || $SEED_POLICY ]] || stop "PROMPTS_ALONE=yes: say who" \
   "judges the seed, GOLD=vader, reward-model, … (a config's own GOLD is for its own DATA)"
-[[ $REPLAY == no || -z $SEED_POLICY ]] || stop "REPLAY=yes takes gold pairs, not SEED_POLICY"
+[[ -z $SEED_POLICY || $REPLAY$FLIP-$JUDGE$JUDGE_MODEL == no*([0.])-!(llm) ]] || stop \
+  "SEED_POLICY leaves no gold pairs to REPLAY=yes, to FLIP, or to JUDGE=llm without JUDGE_MODEL"
 one_of METHOD worst-case spa
 one_of SYSTEM_TURN none empty
 one_of JUDGE_START init previous
@@ -140,8 +140,8 @@ if [[ -n $tiny ]]; then  # the same stages on a tiny model of the same architect
   SEED_SIZE=8 ROUNDS=${ROUNDS//+([0-9])/6} MAX_NEW_TOKENS=8 BATCH_SIZE=4
   [[ -z $SEED_POLICY ]] || SEED_POLICY=$MODEL MODEL=$RUN/tiny/base
 fi
-[[ -n $config || -e /dev/nvidia0 ]] || echo "note: these are the settings of a 7 B model, and" \
-  "there is no GPU; a small model's on two cores: bash run.sh configs/demo.env DATA=$DATA" >&2
+[[ -n $config || ( -e /dev/nvidia0 && $MODEL != models/smollm2 ) ]] || echo "note: these are the" \
+  "settings of a 7 B model on GPUs; a small one's: bash run.sh configs/demo.env DATA=$DATA" >&2
 export REDO  # to core/stage.py
 install requirements.txt
 echo "run: $METHOD on $MODEL, data $DATA, ε $EPSILON, α $ALPHA, lr $LR, n $N, seed $SEED → $RUN"

@@ -37,8 +37,10 @@ def end_in_one_line(kind: type[BaseException], error: BaseException,
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine's memory was too small, or a GPU's: torch is not imported here."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Whether the machine's memory was too small, or a GPU's. torch is not imported here; on a CPU
+    it raises a RuntimeError."""
+    on_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or on_gpu or "DefaultCPUAllocator" in str(error)
 
 
 sys.excepthook = end_in_one_line

@@ -105,7 +105,7 @@ def score_part(net: torch.nn.Module, encoded: list, precision: str, rank: int,
                world: int) -> dict[int, list[float]]:
     """Row → log-probs of its responses, for the rows that are dealt to one of `world` processes.
 
-    A weight is used once a pass, so its bf16 copy is not kept: those of 14 B weights are 28 GB.
+    A layer is used once a pass, so its weights' bf16 copy is not kept: of 14 B weights it is 28 GB.
     """
     shared = shares_prompt(model_of(net), encoded)
     device = next(net.parameters()).device

@@ -35,8 +35,8 @@ WINDOWS = {
 
 
 def load_scorer(path: str, device: torch.device, encoded: list, precision: str):
-    """A frozen causal LM that was found to give `encoded` rows the log-probs that they have. One
-    process checks for all: the others wait for it where they next meet."""
+    """A frozen causal LM that was found to score short rows of the tokens of `encoded` as its plain
+    logits do. One process checks for all: the others wait for it where they next meet."""
     model = load_model(path, device)
     if RANK == 0:
         check_tokens(path, model, encoded)

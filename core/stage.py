@@ -194,6 +194,8 @@ def start(args: argparse.Namespace, constants: dict | None = None) -> None:
         is_name = key == "judge_model" and vars(args).get("judge") == "openai"
         if key in READ and value is not None and not is_name:
             table = value if isinstance(value, dict) else {"": value}
+            if isinstance(value, dict):
+                settings[key] = list(value)  # their order: the first answers are the baseline
             for name, path in table.items():
                 flag = f"{key} {name}".strip()
                 inputs[flag] = path
@@ -289,9 +291,9 @@ def refuse_foreign(out: str) -> None:
                  "(RUN)")
 
 
-def print_look(state: str, count: int) -> None:
-    """The line of a stage that only looks."""
-    print(state, count, sep="\t")
+def print_look(state: str, size: int) -> None:
+    """The line of a stage that only looks: `size` in bytes."""
+    print(state, size, sep="\t")
 
 
 def exit_if_complete(out: str, settings: dict) -> dict | None:

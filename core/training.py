@@ -158,7 +158,7 @@ def micro_batches(run: Run, batch: list[int]) -> Iterator[tuple[list[int], dict,
             yield indices, tokens, WORLD / len(batch) if dealt else 0.0
 
 
-def gather(run: Run, per_pass: list[tuple], batch: list[int]) -> dict[str, list[float]]:
+def gather(per_pass: list[tuple], batch: list[int]) -> dict[str, list[float]]:
     """What all processes have found of the batch's pairs, as columns [B] in its order, alike on
     every process. `per_pass` holds (indices [m], scale, name → values [m]) of this process's
     passes; stand-ins, of scale 0, do not count."""

@@ -339,6 +339,13 @@ def test_the_stage_against_plain_loops(tmp_path):
     assert " ✂" in text
     assert (tmp_path / "run/report.md.png").exists()
     assert "complete, skipped" in ok(run(*command)).stdout
+    # another order is another baseline
+    command[2:4] = command[3:1:-1]
+    printed = ok(run(*command)).stdout
+    assert "answers ['init', 'round1'] → ['round1', 'init']. Redoing" in printed
+    command[command.index("--out") + 1] = tmp_path / "gold"
+    dump(tmp_path / "worst.jsonl", [gold])
+    one_line(run(*command), "worst.jsonl: holds gold pairs alone")
 
 
 def test_the_report_opens_with_sentences():

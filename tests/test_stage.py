@@ -423,6 +423,11 @@ def test_a_missing_package_is_one_line(package):
     one_line(start("-c", "import core; open('none')"), "none: No such file or directory")
 
 
+@pytest.mark.parametrize("code", ["torch.empty(10 ** 15)", "numpy.empty(10 ** 15)"])
+def test_a_lack_of_memory_is_one_line(code):
+    one_line(start("-c", f"import core, numpy, torch; {code}"), "out of memory; lower --micro")
+
+
 PROGRAMS = ["seed_dpo.py", "generate.py", "label.py", "dro.py", "train.py", "evaluate.py"]
 MODULES = ["data.prepare", "data.demo", "data.tiny", "data.system_turn"]
 
