@@ -135,14 +135,18 @@ def judge_policies(args, answers: dict[str, list[dict]]) -> dict[str, dict]:
     return policies
 
 
-def judge_labels(args, path: str, log: list[dict]) -> dict:
-    """Quality of a round's self-labels by the judge, on up to LABELS pairs; `log` is that of the
-    training that read them."""
+def self_labels(path: str) -> list[dict]:
+    """Up to LABELS rows that a policy labelled itself."""
     rows = [row for row in read_rows(path, "labelled")
             if row.get("margin_of", {}).get("judge") != "gold"]
     if not rows:
         fail(f"{path}: holds gold pairs alone, and no self-labels to judge")
-    rows = rows[::math.ceil(len(rows) / LABELS)]
+    return rows[::math.ceil(len(rows) / LABELS)]
+
+
+def judge_labels(args, rows: list[dict], log: list[dict]) -> dict:
+    """Quality of a round's self-labels by the judge; `log` is that of the training that read
+    them."""
     flagged = {i for step in log for i in step.get("flagged", [])}
     could_be_flagged = {i for step in log if step.get("tau") is not None for i in step["batch"]}
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
@@ -154,12 +158,13 @@ def judge_labels(args, path: str, log: list[dict]) -> dict:
 def main(args: argparse.Namespace) -> None:
     answers = read_answers(args)
     trainings = {name: training_of(path) for name, path in args.answers.items()}
+    labelled = {name: self_labels(path) for name, path in args.labels.items()}
     start_processes()
     policies = judge_policies(args, answers)
     labels = {}
     if args.judge != "none":
-        labels = {name: judge_labels(args, path, trainings[name][0])
-                  for name, path in args.labels.items()}
+        labels = {name: judge_labels(args, rows, trainings[name][0])
+                  for name, rows in labelled.items()}
 
     judge = args.judge_model or args.judge
     text = page(os.path.dirname(args.out), judge, answers, policies, labels, trainings, args.inputs)

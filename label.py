@@ -62,7 +62,7 @@ def flags() -> argparse.Namespace:
         # Unused: None, so that another value is no other setting.
         args.beta = None
     if args.gold and not (args.model and args.responses):
-        fail("--gold is appended to --responses, for training: it needs --model")
+        fail("--gold is appended to --responses, for training: it needs both, and --model")
     start_judging(args)
     read = [path for path in (args.pairs, args.responses, args.gold) if path]
     exit_if_looking(args.out, writes=sum(map(size_of, read)))
@@ -199,8 +199,14 @@ def main(args: argparse.Namespace) -> None:
     gold, gold_sides, gold_encoded = [], [], []
     if args.gold:
         gold = read_rows(args.gold, "preferences")
+        if twice := {row["id"] for row in gold} & {row["id"] for row in rows}:
+            fail(f"{args.gold}: id {min(twice)!r} stands in {path} too; ids must differ")
+        count = len(gold)
         gold, gold_sides, gold_encoded = encode_learnable(
             args, tokenizer, gold, list(map(pair_of, gold)), args.gold)
+        left_out["unwritten"] += count - len(gold)
+        if not gold:
+            fail(f"{args.gold}: the chat template writes none of its pairs in full")
 
     device = start_processes()
     logps = [None] * len(rows)

@@ -94,6 +94,7 @@ ray() {  # SCALE NAME
     --out "$run/$2"
 }
 
+(( $# > 1 )) || { echo "error: name an arm, and seeds: sed -n '4,16p' bench/demo.sh" >&2; exit 2; }
 for number in "${@:2}"; do
   base=runs/table/$number
   run=$base/$1

@@ -19,7 +19,7 @@ def main() -> None:
     cli = stage.parser(__doc__)
     cli.add_argument("--reference-model", required=True, help="π_init: folder or hub id")
     cli.add_argument("--model", required=True, help="π, trained from it")
-    cli.add_argument("--scale", type=float, required=True, help="c; 1 is π itself")
+    cli.add_argument("--scale", type=stage.positive, required=True, help="c; 1 is π itself")
     cli.add_argument("--out", type=os.path.normpath, required=True, help="folder of the new policy")
     args = cli.parse_args()
     stage.start(args)

@@ -257,6 +257,10 @@ def save_policy(run: Run, log: list[dict], **stats) -> dict:
     weights = get_model_state_dict(model, options=on_rank_0)
     names = {name for name, _ in model.named_parameters()} | {n for n, _ in model.named_buffers()}
     weights = {name: tensor for name, tensor in weights.items() if name in names}  # tied: once
+    # Only a next step's loss would show what the last update did.
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        fail(f"{args.out}: the last update left weights that are not finite, and nothing is saved; "
+             "lower --lr (LR)")
 
     def write(tmp: str) -> None:
         with in_one_line(f"{args.out}: cannot be written; is the disk full? A checkpoint, if there "

@@ -106,7 +106,11 @@ def test_gold_pairs_join_with_their_own_labels(folder, other_folder, responses, 
     train = ["train.py", "--model", other_folder, "--out", tmp_path / "policy", "--pairs", joined,
              "--precision", "fp32"]
     one_line(run(*train, "--anchor", "init"), "--anchor previous")
+    # one step: no later loss would show it
+    one_line(run(*train, "--lr", "1e300", "--batch-size", "9"), "not finite, and nothing is saved")
     ok(run(*train))
+    twice = dump(tmp_path / "twice.jsonl", [gold[0] | {"id": own["id"]}])
+    one_line(run(*command, tmp_path / "twice", "--gold", twice), "ids must differ")
 
 
 @pytest.mark.parametrize("flags, weights, penalty", [
