@@ -108,8 +108,8 @@ def listing(folder) -> list[str]:
 
 
 def test_settings_are_what_decides_the_output(tmp_path, monkeypatch):
-    """The digests of what came in, a table's value by value, but no places nor memory; in `about`
-    stand the names and the command."""
+    """The digests of what came in, a table's value by value and its order, but no places nor
+    memory; in `about` stand the names and the command."""
     (pairs := tmp_path / "pairs.jsonl").write_text("{}")
     digest = stage.fingerprint(str(pairs))
     unused = {"base_url": "b", "micro_tokens": 1, "sample_tokens": 1, "shard": False,
@@ -117,7 +117,8 @@ def test_settings_are_what_decides_the_output(tmp_path, monkeypatch):
     args = argparse.Namespace(lr=1.0, pairs=str(pairs), answers={"mine": str(pairs)}, model=None,
                               out=str(tmp_path / "out"), **unused)
     stage.start(args, {"clip": 1.0})
-    settings = {"lr": 1.0, "clip": 1.0, "pairs": digest, "answers mine": digest, "model": None}
+    settings = {"lr": 1.0, "clip": 1.0, "pairs": digest, "answers": ["mine"],
+                "answers mine": digest, "model": None}
     assert args.settings == settings
     monkeypatch.setattr("sys.argv", [f"{ROOT}/data/prepare.py", "--out", "a b"])
     stage.publish(args, {}, os.mkdir)
