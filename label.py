@@ -62,7 +62,7 @@ def flags() -> argparse.Namespace:
         # Unused: None, so that another value is no other setting.
         args.beta = None
     if args.gold and not (args.model and args.responses):
-        fail("--gold is appended to --responses, for training: it needs both, and --model")
+        fail("--gold is appended to --responses and scored by --model: give both")
     start_judging(args)
     read = [path for path in (args.pairs, args.responses, args.gold) if path]
     exit_if_looking(args.out, writes=sum(map(size_of, read)))

@@ -14,8 +14,8 @@
 #   python bench/demo_plots.py runs/table           score against √KL
 #
 # Two seeds side by side, a thread each (OMP_NUM_THREADS=1), take seven minutes, an arm that shares
-# their beginnings three to eight. Resumable: what is complete is skipped. Arms share what they have in
-# common by hard links (GNU cp).
+# their beginnings three to eight; on CPUs without AVX-512 three times that. Resumable: what is
+# complete is skipped. Arms share what they have in common by hard links (GNU cp).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo "${PYTHON:-python3}")
@@ -94,7 +94,10 @@ ray() {  # SCALE NAME
     --out "$run/$2"
 }
 
-(( $# > 1 )) || { echo "error: name an arm, and seeds: sed -n '4,16p' bench/demo.sh" >&2; exit 2; }
+if (( $# < 2 )); then
+  echo "error: name an arm, and seeds; sed -n '4,16p' bench/demo.sh lists the arms" >&2
+  exit 2
+fi
 for number in "${@:2}"; do
   base=runs/table/$number
   run=$base/$1
